@@ -1,0 +1,1 @@
+"""Thin adapters to training frameworks; each needs its framework installed."""

@@ -1,0 +1,171 @@
+"""Mean and variance of rows: observe, merge, reduce over ranks.
+
+A *row* is one instance of a feature vector: a sample of a linear layer's input, a position of a feature map. The functions
+here are the only statistics code of the package; preconditioning, batchless normalization and the instruments use them.
+
+Merging follows Chan, Golub, LeVeque (1979): two groups of rows merge to exactly what the union would have given, so that
+micro-batches and ranks are invisible in the result.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """Count, mean and sum of squared deviations of rows, per feature.
+
+    Attributes:
+        count: Number of rows, a scalar tensor in the dtype of the statistics (fp32 or wider).
+        mean: Mean per feature, shape ``(features,)``.
+        m2: Sum of squared deviations from the mean per feature, shape ``(features,)``; the variance is ``m2 / count``.
+    """
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance ``m2 / count`` per feature (0 where nothing was observed)."""
+        return self.m2 / self.count.clamp(min=1)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which statistics of ``dtype`` data are kept: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty(features: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Moments:
+    """Moments of no rows."""
+    return Moments(
+        torch.zeros((), dtype=dtype, device=device),
+        torch.zeros(features, dtype=dtype, device=device),
+        torch.zeros(features, dtype=dtype, device=device),
+    )
+
+
+def observe(x: Tensor, feature_dim: int = -1, mask: Tensor | None = None) -> Moments:
+    """Moments of all rows of ``x`` along every dimension but ``feature_dim``.
+
+    Rows with a non-finite entry anywhere in ``x`` make the whole observation count as no rows (an overflowed batch must
+    not poison running statistics); no host synchronisation is needed for it.
+
+    Args:
+        x: Activations of any shape.
+        feature_dim: Dimension that holds the features (1 for images, -1 for tokens).
+        mask: Optional boolean tensor, broadcastable to ``x`` without its feature dimension; only True rows count.
+
+    Returns:
+        Moments with ``x.shape[feature_dim]`` features, in fp32 or wider.
+
+    Examples:
+        >>> m = observe(torch.tensor([[1.0, 10.0], [3.0, 10.0]]))
+        >>> m.count.item(), m.mean.tolist(), m.variance.tolist()
+        (2.0, [2.0, 10.0], [1.0, 0.0])
+    """
+    x = x.detach()
+    dtype = statistics_dtype(x.dtype)
+    rows = x.movedim(feature_dim, -1)
+    if mask is not None:
+        rows = rows[mask.expand(rows.shape[:-1])]
+    rows = rows.reshape(-1, rows.shape[-1]).to(dtype)
+    count = torch.tensor(float(rows.shape[0]), dtype=dtype, device=x.device)
+    if rows.shape[0] == 0:
+        return empty(rows.shape[-1], dtype=dtype, device=x.device)
+    m2, mean = torch.var_mean(rows, dim=0, correction=0)
+    return finite(Moments(count, mean, m2 * count))
+
+
+def finite(moments: Moments) -> Moments:
+    """The moments, or moments of no rows when any of them is not finite (decided on the device)."""
+    ok = torch.isfinite(moments.mean).all() & torch.isfinite(moments.m2).all()
+    zero = moments.mean.new_zeros(())
+    return Moments(
+        torch.where(ok, moments.count, zero), torch.where(ok, moments.mean, zero), torch.where(ok, moments.m2, zero)
+    )
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Moments of the union of two groups of rows, exact up to rounding.
+
+    With ``n = n_a + n_b`` and ``d = mean_b - mean_a``: ``mean = mean_a + d n_b / n``, ``m2 = m2_a + m2_b + d^2 n_a n_b / n``.
+
+    Examples:
+        >>> x = torch.arange(10.0, dtype=torch.float64).reshape(5, 2)
+        >>> whole, parts = observe(x), merge(observe(x[:1]), observe(x[1:]))
+        >>> torch.allclose(whole.m2, parts.m2, rtol=1e-12), parts.mean.tolist()
+        (True, [4.0, 5.0])
+    """
+    count = a.count + b.count
+    share = b.count / count.clamp(min=1)
+    delta = b.mean - a.mean
+    return Moments(count, a.mean + delta * share, a.m2 + b.m2 + delta.square() * (a.count * share))
+
+
+def reduce(moments: Sequence[Moments], group: dist.ProcessGroup | None = None) -> list[Moments]:
+    """Moments of all ranks' rows, for all layers together, in ONE all-reduce.
+
+    Sums of squares about a zero pivot would cancel in fp32, so the flattened vector ``(count, count mean, m2 + count mean^2)``
+    travels in float64. Without an initialised process group, or with one rank, the moments come back unchanged.
+
+    Args:
+        moments: One entry per layer, in the same order on every rank (a layer that saw nothing contributes no rows).
+        group: Process group, default the world.
+
+    Returns:
+        The merged moments, in the dtypes of the given ones.
+    """
+    if not moments or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return list(moments)
+    parts = []
+    for m in moments:
+        count, mean, m2 = m.count.double(), m.mean.double(), m.m2.double()
+        parts += [count.reshape(1), count * mean, m2 + count * mean.square()]
+    flat = torch.cat(parts)
+    dist.all_reduce(flat, group=group)
+    merged, start = [], 0
+    for m in moments:
+        size = m.mean.numel()
+        count, total, square = flat[start], flat[start + 1 : start + 1 + size], flat[start + 1 + size : start + 1 + 2 * size]
+        start += 1 + 2 * size
+        mean = total / count.clamp(min=1)
+        m2 = (square - count * mean.square()).clamp(min=0)
+        merged.append(Moments(count.to(m.count.dtype), mean.to(m.mean.dtype), m2.to(m.m2.dtype)))
+    return merged
+
+
+class Tally:
+    """What one layer has observed since the last optimizer step.
+
+    Forward passes *offer* moments; they count once gradients have really flowed back through that forward. So evaluation,
+    ``no_grad`` and probing forwards never count, and a forward recomputed by activation checkpointing counts exactly once in
+    both of its modes: reentrant (first pass without grad: nothing to flow back) and not (recomputed graph: never run backward).
+    """
+
+    def __init__(self) -> None:
+        self.pending: Moments | None = None
+
+    def offer(self, moments: Moments, output: Tensor) -> None:
+        """Count ``moments`` when, and only when, a gradient reaches ``output`` (once, however many backward passes)."""
+        if not output.requires_grad:
+            return
+        open_offer = [moments]
+
+        def arrived(_: Tensor) -> None:
+            if open_offer:
+                self.add(open_offer.pop())
+
+        output.register_hook(arrived)
+
+    def add(self, moments: Moments) -> None:
+        """Count ``moments`` at once."""
+        self.pending = moments if self.pending is None else merge(self.pending, moments)
+
+    def take(self) -> Moments | None:
+        """What was counted since the last call; the tally starts anew."""
+        pending, self.pending = self.pending, None
+        return pending
