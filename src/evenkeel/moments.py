@@ -130,7 +130,11 @@ def reduce(moments: Sequence[Moments], group: dist.ProcessGroup | None = None) -
     merged, start = [], 0
     for m in moments:
         size = m.mean.numel()
-        count, total, square = flat[start], flat[start + 1 : start + 1 + size], flat[start + 1 + size : start + 1 + 2 * size]
+        count, total, square = (
+            flat[start],
+            flat[start + 1 : start + 1 + size],
+            flat[start + 1 + size : start + 1 + 2 * size],
+        )
         start += 1 + 2 * size
         mean = total / count.clamp(min=1)
         m2 = (square - count * mean.square()).clamp(min=0)

@@ -59,7 +59,9 @@ def before_step(
             "gradient to work on; use an optimizer that steps once per call (SGD, Adam, ...)"
         )
 
-    def pre(opt: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def pre(
+        opt: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         closure = args[0] if args else kwargs.get("closure")
         if closure is None:
             prepare()

@@ -1,0 +1,104 @@
+"""The one list of methods: name -> (model, optimizer).
+
+The study, the command line, the adapters and the docs read this list; nothing else knows a method's name.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked :func:`apply` for; a recipe's ``build`` turns it into (model, optimizer).
+
+    Attributes:
+        model: The user's model, with or without normalization layers; converted in place where the method says so.
+        lr: Learning rate.
+        momentum: Momentum of SGD-like optimizers.
+        weight_decay: Weight decay of the weights.
+        batches: Batches for methods that start from data, or None.
+    """
+
+    model: nn.Module
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    batches: Iterable[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method: what it is called, where it comes from, and how a model is made to use it.
+
+    Attributes:
+        name: The name on the command line.
+        summary: One line that says what it does.
+        paper: Authors, year, arXiv number.
+        lr: Centre of the learning-rate grid in a study with this method.
+        build: Turns a request into (model, optimizer).
+    """
+
+    name: str
+    summary: str
+    paper: str
+    lr: float
+    build: Callable[[Request], tuple[nn.Module, Optimizer]]
+
+
+def sgd(request: Request, model: nn.Module) -> SGD:
+    """The optimizer most recipes use."""
+    return SGD(model.parameters(), lr=request.lr, momentum=request.momentum, weight_decay=request.weight_decay)
+
+
+def adam(request: Request, model: nn.Module) -> Adam:
+    """Adam with the usual betas; momentum is its own."""
+    return Adam(model.parameters(), lr=request.lr, weight_decay=request.weight_decay)
+
+
+def _batch(request: Request) -> tuple[nn.Module, Optimizer]:
+    return request.model, sgd(request, request.model)
+
+
+_RECIPES: tuple[Recipe, ...] = (
+    Recipe("batch", "Batch normalization as the model has it", "Ioffe, Szegedy 2015, arXiv 1502.03167", 0.1, _batch),
+)
+
+
+def recipes() -> dict[str, Recipe]:
+    """All methods by name, in the order in which they are shown."""
+    return {recipe.name: recipe for recipe in _RECIPES}
+
+
+def apply(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    batches: Iterable[Any] | None = None,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+) -> tuple[nn.Module, Optimizer]:
+    """Make ``model`` use the method ``name`` and build its optimizer; the training loop does not change.
+
+    Args:
+        name: One of :func:`recipes`.
+        model: Any module; methods that convert layers do so in place (use the returned model).
+        lr: Learning rate.
+        batches: Batches for methods that start from data.
+        momentum: Momentum of SGD-like optimizers.
+        weight_decay: Weight decay.
+
+    Returns:
+        The model to train and the optimizer to step.
+
+    Raises:
+        ValueError: The method is unknown.
+    """
+    table = recipes()
+    if name not in table:
+        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(table)}")
+    return table[name].build(Request(model, lr, momentum, weight_decay, batches))

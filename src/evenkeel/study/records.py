@@ -1,0 +1,145 @@
+"""What a study writes down: one record per trial, one cost record per method and batch size.
+
+Plain data that goes to the store and to ``results.json`` and comes back equal; statistics and report read nothing else.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Phase = Literal["search", "final"]
+State = Literal["finished", "diverged", "failed"]
+
+
+@dataclass(frozen=True, order=True)
+class TrialKey:
+    """Identifies one training run of a plan; equal keys are the same run."""
+
+    phase: Phase
+    method: str
+    batch_size: int
+    lr: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One point of a training curve.
+
+    Attributes:
+        examples: Training examples seen so far.
+        train_loss: Mean training loss since the previous point.
+        validation_accuracy: Fraction in [0, 1], or None where not evaluated.
+    """
+
+    examples: int
+    train_loss: float
+    validation_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """The outcome of one training run.
+
+    Attributes:
+        key: Which run.
+        state: ``finished``; ``diverged`` (the loss became non-finite: drawn, not hidden); ``failed`` (see ``error``).
+        error: One line that says what went wrong, for ``failed`` and ``diverged``.
+        validation_accuracy: Fraction in [0, 1] at the end of training; chance level is not filled in for diverged runs (None).
+        validation_loss: Mean cross-entropy in nats.
+        test_accuracy: Fraction in [0, 1]; only final runs touch the test split (once), else None.
+        test_loss: Mean cross-entropy in nats; likewise.
+        train_eval_gap: Mean loss on training batches in eval mode minus in train mode, in nats: what is lost when batch
+            statistics are replaced by running ones.
+        seconds: Wall time of the run (not part of equality of results: it varies).
+        curve: Training curve.
+    """
+
+    key: TrialKey
+    state: State
+    error: str | None = None
+    validation_accuracy: float | None = None
+    validation_loss: float | None = None
+    test_accuracy: float | None = None
+    test_loss: float | None = None
+    train_eval_gap: float | None = None
+    seconds: float = 0.0
+    curve: tuple[CurvePoint, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain, JSON-ready data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "TrialResult":
+        """Inverse of :meth:`to_dict`."""
+        return cls(**{
+            **data,
+            "key": TrialKey(**data["key"]),
+            "curve": tuple(CurvePoint(**point) for point in data["curve"]),
+        })
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method costs at one batch size, relative to the reference method, measured interleaved in one run.
+
+    Attributes:
+        method: Method name.
+        batch_size: Batch size.
+        step_seconds: Median seconds per training step.
+        step_ratio: Median over rounds of this method's step time divided by the reference's in the same round.
+        step_ratio_low: 25 % quantile of those ratios.
+        step_ratio_high: 75 % quantile.
+        memory_bytes: Peak bytes on a GPU, bytes saved for backward on a CPU.
+        memory_ratio: ``memory_bytes`` divided by the reference's.
+        error: Why it could not be measured, or None.
+    """
+
+    method: str
+    batch_size: int
+    step_seconds: float | None = None
+    step_ratio: float | None = None
+    step_ratio_low: float | None = None
+    step_ratio_high: float | None = None
+    memory_bytes: int | None = None
+    memory_ratio: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """Everything a report is made from.
+
+    Attributes:
+        config: The configuration of the study, JSON-ready; has at least ``data``, ``model``, ``methods`` (list), ``batch_sizes``
+            (list), ``seeds`` (number of final seeds), ``budget`` (training examples per run), ``reference`` (the method that the
+            others are paired with: ``batch`` if in the plan, else the first), ``classes`` and ``alternative``
+            (``two-sided`` | ``greater``).
+        environment: Package versions, device, host processor, git commit if any; name -> text.
+        command: The exact command that reproduces the study, credentials redacted.
+        trials: All trials that ended.
+        costs: Cost per method and batch size.
+        planned: Number of trials in the plan (a report can be made from an unfinished study).
+        recipes: method name -> {"summary", "paper"}.
+    """
+
+    config: dict[str, Any]
+    environment: dict[str, str]
+    command: str
+    trials: tuple[TrialResult, ...]
+    costs: tuple[Cost, ...] = ()
+    planned: int = 0
+    recipes: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain, JSON-ready data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "StudyRecord":
+        """Inverse of :meth:`to_dict`."""
+        return cls(**{
+            **data,
+            "trials": tuple(TrialResult.from_dict(trial) for trial in data["trials"]),
+            "costs": tuple(Cost(**cost) for cost in data["costs"]),
+        })
