@@ -2,6 +2,7 @@
 
 from evenkeel import functional, moments
 from evenkeel._recipes import apply, recipes
+from evenkeel.groups import param_groups
 
 __version__ = "0.1.0"
 
@@ -9,5 +10,6 @@ __all__ = [
     "apply",
     "functional",
     "moments",
+    "param_groups",
     "recipes",
 ]
