@@ -7,7 +7,8 @@ Merging follows Chan, Golub, LeVeque (1979): two groups of rows merge to exactly
 micro-batches and ranks are invisible in the result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -142,6 +143,25 @@ def reduce(moments: Sequence[Moments], group: dist.ProcessGroup | None = None) -
     return merged
 
 
+_pauses = 0  # of the whole process, not of a thread: checkpointed forwards are recomputed on autograd's own threads
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Let no tally count what is offered inside: for forward and backward passes that measure and do not train."""
+    global _pauses  # noqa: PLW0603
+    _pauses += 1
+    try:
+        yield
+    finally:
+        _pauses -= 1
+
+
+def observing() -> bool:
+    """Whether offers count at present; a layer may spare itself the statistics, and its bookkeeping, when they do not."""
+    return _pauses == 0
+
+
 class Tally:
     """What one layer has observed since the last optimizer step.
 
@@ -155,7 +175,7 @@ class Tally:
 
     def offer(self, moments: Moments, output: Tensor) -> None:
         """Count ``moments`` when, and only when, a gradient reaches ``output`` (once, however many backward passes)."""
-        if not output.requires_grad:
+        if not output.requires_grad or not observing():
             return
         open_offer = [moments]
 

@@ -1,0 +1,71 @@
+"""Batch normalization followed by noise whose distribution changes at every step.
+
+How does batch normalization help optimization? Shibani Santurkar, Dimitris Tsipras, Andrew Ilyas, Aleksander Madry,
+NeurIPS 2018, arXiv 1805.11604. A probe, not a method to train with: the noise makes the distributions of the layers'
+inputs unstable on purpose, and networks with it train about as well as with plain batch normalization.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def moment_noise(x: Tensor) -> Tensor:
+    """``s x + m`` with scales and shifts that are drawn anew with every call.
+
+    Per channel, ``mu ~ U(-0.5, 0.5)`` and ``sigma ~ U(1, 1.25)``; per element, ``m ~ U(mu - 0.1, mu + 0.1)`` and
+    ``s ~ N(sigma, 0.1)``.
+
+    Args:
+        x: Activations, channels first: ``(N, C, ...)``.
+
+    Returns:
+        The noisy activations.
+    """
+    shape = (1, x.shape[1]) + (1,) * (x.ndim - 2)
+    mu = torch.empty(shape, dtype=x.dtype, device=x.device).uniform_(-0.5, 0.5)
+    sigma = torch.empty(shape, dtype=x.dtype, device=x.device).uniform_(1.0, 1.25)
+    shift = torch.empty_like(x).uniform_(-0.1, 0.1) + mu
+    scale = torch.randn_like(x) * 0.1 + sigma
+    return scale * x + shift
+
+
+class MomentNoise(nn.Module):
+    """:func:`moment_noise` in train mode, the identity in eval mode: the noise for a net without normalization."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the noise in train mode."""
+        return moment_noise(x) if self.training else x
+
+
+class _NoisyBatchNorm(_BatchNorm):
+    """Batch normalization with :func:`moment_noise` after its affine map in train mode, plain in eval mode.
+
+    Arguments and state-dict keys are those of :class:`torch.nn.BatchNorm2d`.
+    """
+
+    @classmethod
+    def from_batchnorm(cls, norm: _BatchNorm) -> "_NoisyBatchNorm":
+        """A layer with all parameters, statistics and settings of ``norm``; it shares the parameter objects."""
+        layer = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        layer.weight, layer.bias = norm.weight, norm.bias
+        for name, buffer in norm.named_buffers(recurse=False):
+            setattr(layer, name, buffer.clone())
+        return layer.train(norm.training)  # pyright: ignore[reportReturnType]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize, then add the noise in train mode."""
+        output = super().forward(input)
+        return moment_noise(output) if self.training else output
+
+
+class NoisyBatchNorm1d(_NoisyBatchNorm, nn.BatchNorm1d):
+    """Noisy batch normalization of ``(N, C)`` or ``(N, C, L)``; see :func:`moment_noise`."""
+
+
+class NoisyBatchNorm2d(_NoisyBatchNorm, nn.BatchNorm2d):
+    """Noisy batch normalization of ``(N, C, H, W)``; see :func:`moment_noise`."""
+
+
+class NoisyBatchNorm3d(_NoisyBatchNorm, nn.BatchNorm3d):
+    """Noisy batch normalization of ``(N, C, D, H, W)``; see :func:`moment_noise`."""
