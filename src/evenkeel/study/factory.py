@@ -1,0 +1,86 @@
+"""Factories of the user: ``package.module:name`` or ``path/to/file.py:name``."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class FactoryError(ValueError):
+    """A factory cannot be found; the message says why and what to do."""
+
+
+def is_factory(spec: str) -> bool:
+    """Whether ``spec`` reads as module:name or file.py:name.
+
+    Examples:
+        >>> is_factory("my.data:build"), is_factory("a b/data.py:build"), is_factory("cifar10"), is_factory("hf:vit")
+        (True, True, False, True)
+    """
+    module, colon, name = spec.rpartition(":")
+    return (
+        bool(colon)
+        and name.isidentifier()
+        and (module.endswith(".py") or all(part.isidentifier() for part in module.split(".")))
+    )
+
+
+def load_factory(spec: str, argument: str) -> Callable[..., Any]:
+    """The callable behind ``spec``; modules are looked for in the working directory too.
+
+    Args:
+        spec: ``package.module:name`` or ``path/to/file.py:name``.
+        argument: What the user set, for the error message (``data``, ``model``).
+
+    Returns:
+        The callable.
+
+    Raises:
+        FactoryError: There is no such module, file or name, its import fails, or it is not callable.
+    """
+    module_name, _, name = spec.rpartition(":")
+    try:
+        module = _load_file(Path(module_name)) if module_name.endswith(".py") else _import(module_name)
+    except Exception as error:
+        raise FactoryError(
+            f"{argument} {spec!r}: importing {module_name!r} failed ({type(error).__name__}: {error}); give "
+            "package.module:factory importable from here, or path/to/file.py:factory"
+        ) from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        names = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
+        raise FactoryError(
+            f"{argument} {spec!r}: {module_name!r} has no callable {name!r}; it has {', '.join(names) or 'none'}"
+        )
+    return factory
+
+
+def _import(name: str) -> Any:
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    finally:
+        if added:
+            sys.path.remove(here)
+
+
+def _load_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(spec.name)
+    sys.modules[spec.name] = module  # dataclasses and pickling look a module up while it is being executed
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        if before is not None:
+            sys.modules[spec.name] = before
+        else:
+            del sys.modules[spec.name]
+    return module
