@@ -5,6 +5,7 @@ from evenkeel._recipes import apply, recipes
 from evenkeel.groups import param_groups
 from evenkeel.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
 from evenkeel.methods.noisy_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
+from evenkeel.surgery import convert, revert
 
 __version__ = "0.1.0"
 
@@ -16,8 +17,10 @@ __all__ = [
     "NoisyBatchNorm2d",
     "NoisyBatchNorm3d",
     "apply",
+    "convert",
     "functional",
     "moments",
     "param_groups",
     "recipes",
+    "revert",
 ]

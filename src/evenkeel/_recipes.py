@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
+from evenkeel.surgery import convert
+
 
 @dataclass(frozen=True)
 class Request:
@@ -63,8 +65,25 @@ def _batch(request: Request) -> tuple[nn.Module, Optimizer]:
     return request.model, sgd(request, request.model)
 
 
+def _converted(to: str) -> Callable[[Request], tuple[nn.Module, Optimizer]]:
+    def build(request: Request) -> tuple[nn.Module, Optimizer]:
+        model = convert(request.model, to)
+        return model, sgd(request, model)
+
+    return build
+
+
 _RECIPES: tuple[Recipe, ...] = (
+    Recipe("none", "Normalization layers removed, biases restored", "the baseline", 0.03, _converted("none")),
     Recipe("batch", "Batch normalization as the model has it", "Ioffe, Szegedy 2015, arXiv 1502.03167", 0.1, _batch),
+    Recipe("group", "Group normalization", "Wu, He 2018, arXiv 1803.08494", 0.1, _converted("group")),
+    Recipe(
+        "layer",
+        "Layer normalization over channels and space",
+        "Ba et al. 2016, arXiv 1607.06450",
+        0.1,
+        _converted("layer"),
+    ),
 )
 
 
