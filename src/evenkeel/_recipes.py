@@ -40,8 +40,9 @@ class Recipe:
         name: The name on the command line.
         summary: One line that says what it does.
         paper: Authors, year, arXiv number.
-        lr: Centre of the learning-rate grid in a study with this method.
+        lr: Centre of the learning-rate grid in a study with this method, at batch size 64.
         build: Turns a request into (model, optimizer).
+        lr_exponent: The centre moves with ``(batch_size / 64) ** lr_exponent``.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Recipe:
     paper: str
     lr: float
     build: Callable[[Request], tuple[nn.Module, Optimizer]]
+    lr_exponent: float = 0.5
 
 
 def sgd(request: Request, model: nn.Module) -> SGD:

@@ -1,0 +1,223 @@
+"""The command line: parse, call, print. Nothing is decided here."""
+
+import contextlib
+import io
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+try:
+    import tyro
+except ImportError as missing:
+    raise SystemExit(f"error: {missing}; the command line needs an extra: pip install 'evenkeel[study]'") from missing
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from evenkeel._recipes import recipes
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare methods fairly on one model and data, and write a report."""
+
+    data: str = "digits"
+    """digits, spiral, a Hugging Face name, a local folder or parquet file, or package.module:factory."""
+    model: str = "digits-cnn"
+    """A name such as resnet20, or package.module:factory."""
+    methods: str = "none,batch,group,bnp,batchless-projected"
+    """Comma-separated; see `evenkeel recipes`."""
+    batch_sizes: str = "64,8,1"
+    """Examples per optimizer step, comma-separated."""
+    seeds: int = 3
+    """Final runs per method and batch size."""
+    budget: int = 1500
+    """Training examples a run sees."""
+    lr: str = "auto"
+    """auto (searched for every method and batch size), or one learning rate for all."""
+    lr_points: int = 4
+    """Grid points of the learning-rate search, a factor sqrt(10) apart."""
+    search_seeds: int = 1
+    """Runs per grid point."""
+    momentum: float = 0.9
+    """Momentum of SGD-like optimizers."""
+    weight_decay: float = 0.0
+    """Weight decay."""
+    micro_batch: int = 0
+    """Split each batch into pieces of this size whose gradients accumulate; 0: whole batches."""
+    alternative: Literal["two-sided", "greater"] = "two-sided"
+    """Alternative hypothesis of the paired test."""
+    device: str = "cpu"
+    """cpu, or a CUDA device."""
+    out: Annotated[str, arg(metavar="FOLDER")] = ""
+    """Output folder; the same command goes on there where it was. Empty: runs/ and the study's name."""
+    storage: Annotated[str, arg(metavar="URL")] = ""
+    """Any Optuna storage, to share the work with other processes. Empty: a SQLite file in the output folder."""
+    workers: int = 0
+    """Trials side by side; 0: one per core, one on a GPU."""
+    thorough: bool = False
+    """The full comparison: all methods, five batch sizes, five seeds, 20,000 examples a run; takes hours."""
+    quiet: bool = False
+    """Print nothing but the result."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def run(self, arguments: list[str]) -> int:
+        """Run the study."""
+        from evenkeel.study.compare import compare
+        from evenkeel.study.live import Display
+        from evenkeel.study.plan import StudyConfig
+
+        config = StudyConfig(
+            data=self.data,
+            model=self.model,
+            methods=_words(self.methods),
+            batch_sizes=tuple(_number(int, "--batch-sizes", word) for word in _words(self.batch_sizes)),
+            seeds=self.seeds,
+            budget=self.budget,
+            lr="auto" if self.lr == "auto" else _number(float, "--lr", self.lr),
+            lr_points=self.lr_points,
+            search_seeds=self.search_seeds,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            micro_batch=self.micro_batch or None,
+            alternative=self.alternative,
+            device=self.device,
+        )
+        try:
+            record, folder = compare(
+                config,
+                Path(self.out) if self.out else None,
+                storage=self.storage or None,
+                workers=self.workers or None,
+                display=Display(quiet=self.quiet),
+                arguments=arguments,
+            )
+        except KeyboardInterrupt:
+            print("\nstopped; nothing is lost: the same command goes on where it was", file=sys.stderr)
+            return 130
+        _show(record, folder)
+        return 0
+
+
+THOROUGH = Compare(
+    methods=",".join(recipes()),
+    batch_sizes="128,32,8,2,1",
+    seeds=5,
+    budget=20_000,
+    lr_points=6,
+    search_seeds=2,
+    thorough=True,
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Make the report of a study again, also of an unfinished one."""
+
+    run_folder: Annotated[Path, Positional, arg(metavar="RUN")]
+    """Folder that `evenkeel compare` wrote."""
+    storage: Annotated[str, arg(metavar="URL")] = ""
+    """Storage of the study, if it needs a password."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def run(self, arguments: list[str]) -> int:
+        """Write the report."""
+        from evenkeel.study.compare import StudyFolder, report
+
+        folder = StudyFolder.read(self.run_folder)
+        store = folder.place(self.storage or None).store()
+        store.open(folder.config)
+        _show(report(folder, store), folder.path)
+        return 0
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List the methods, with their papers."""
+
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def run(self, arguments: list[str]) -> int:
+        """Print the list."""
+        width = max(map(len, recipes()))
+        for name, recipe in recipes().items():
+            print(f"{name:<{width}}  {recipe.summary}\n{'':<{width}}  {recipe.paper}")
+        return 0
+
+
+COMMANDS: dict[str, Any] = {"compare": Compare, "report": Report, "recipes": Recipes}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the command ``evenkeel``; returns the exit code (2 for bad input)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        command = _parse(arguments)
+        return command.run(arguments)
+    except ValueError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(arguments: list[str]) -> Any:
+    """The command that was asked for; tyro's framed message about bad input becomes one line."""
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    described = {command: (kind.__doc__ or "").strip() for command, kind in COMMANDS.items()}
+    if name in ("-h", "--help"):
+        print("usage: evenkeel COMMAND [OPTIONS]; `evenkeel COMMAND --help` lists the options\n")
+        print("\n".join(f"  {command:<10} {text}" for command, text in described.items()))
+        sys.exit(0 if arguments else 2)
+    if name not in COMMANDS:
+        from evenkeel.study.errors import nearest
+
+        raise ValueError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
+    default = {"default": THOROUGH} if name == "compare" and "--thorough" in rest else {}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                COMMANDS[name], prog=f"evenkeel {name}", args=rest, config=(FlagCreatePairsOff,), **default
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(f"{_one_line(said.getvalue())} (see evenkeel {name} --help)") from None
+
+
+def _one_line(framed: str) -> str:
+    """The first two paragraphs of tyro's message, without its frame: what is wrong, and what was perhaps meant."""
+    lines = [line.strip("│╭╮╰╯ ") for line in framed.splitlines()]
+    paragraphs = " ".join("\n" if set(line) <= {"─"} else line for line in lines[1:]).split("\n")
+    kept = [" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip()]
+    return "; ".join(kept[: 2 if "meant" in framed else 1])
+
+
+def _show(record: Any, folder: Path) -> None:
+    from rich.console import Console
+
+    from evenkeel.study.report import render_terminal
+
+    Console().print(render_terminal(record))
+    print(f"\nreport: {folder / 'report.html'}")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _number(kind: Callable[[str], Any], flag: str, word: str) -> Any:
+    try:
+        return kind(word)
+    except ValueError:
+        raise ValueError(f"{flag}: {word!r} is not a {'whole ' if kind is int else ''}number") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

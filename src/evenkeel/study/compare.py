@@ -1,0 +1,225 @@
+"""The main job from end to end: check, plan, run, measure the cost, report. A killed study goes on where it was."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evenkeel._recipes import recipes
+from evenkeel.study.cost import measure_costs
+from evenkeel.study.data import Data
+from evenkeel.study.environment import command_line, environment
+from evenkeel.study.errors import StudyError
+from evenkeel.study.live import Display
+from evenkeel.study.models import build_model
+from evenkeel.study.plan import StudyConfig, slots, validate
+from evenkeel.study.records import Cost, StudyRecord
+from evenkeel.study.store import Store, difference, redact
+from evenkeel.study.trial import load
+from evenkeel.study.worker import Place, run_workers
+
+STUDY_FILE = "study.json"
+STORAGE_VARIABLE = "EVENKEEL_STORAGE"
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """The output folder of one study: its configuration, and where its trials are kept.
+
+    Attributes:
+        path: The folder.
+        config: Configuration of the study.
+        command: The command that made it, credentials redacted.
+        storage: URL of the storage, credentials redacted; None for the SQLite file in the folder.
+    """
+
+    path: Path
+    config: StudyConfig
+    command: str
+    storage: str | None
+
+    def save(self) -> None:
+        """Write ``study.json``; if it is there, check that it is the same study.
+
+        Raises:
+            StudyError: The folder cannot be written, or holds another study.
+        """
+        file = self.path / STUDY_FILE
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if file.exists():
+                kept = StudyFolder.read(self.path)
+                if kept.config != self.config:
+                    raise StudyError(difference(kept.config.to_dict(), self.config.to_dict()))
+                return
+            text = {"config": self.config.to_dict(), "command": self.command, "storage": self.storage}
+            part = file.with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps(text, indent=2) + "\n")
+            part.replace(file)
+        except OSError as error:
+            raise StudyError(f"--out {self.path}: cannot be written ({error.strerror}); give another folder") from error
+
+    @staticmethod
+    def read(path: Path) -> "StudyFolder":
+        """Read ``study.json`` of a folder.
+
+        Raises:
+            StudyError: There is none, or it is damaged.
+        """
+        file = path / STUDY_FILE
+        try:
+            text = json.loads(file.read_text())
+            return StudyFolder(path, StudyConfig.from_dict(text["config"]), text["command"], text["storage"])
+        except FileNotFoundError as error:
+            raise StudyError(
+                f"{path} holds no study (no {STUDY_FILE}); give a folder that `evenkeel compare` wrote"
+            ) from error
+        except OSError as error:
+            raise StudyError(f"{file}: cannot be read ({error.strerror}); check the rights") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise StudyError(f"{file}: is damaged ({error}); remove it and give the command again") from error
+
+    def place(self, storage: str | None) -> Place:
+        """Where the trials are, given the storage's full URL if it is not in the folder.
+
+        Raises:
+            StudyError: The storage has a password, which is kept nowhere, and was not given.
+        """
+        if self.storage is None and storage is None:
+            return Place(f"sqlite:///{self.path / 'study.db'}", study_name(self.config), self.path / "study.lock")
+        url = storage or os.environ.get(STORAGE_VARIABLE) or self.storage or ""
+        if "***" in url:
+            raise StudyError(
+                f"--storage: the trials are in {url}, and its password is kept nowhere; give the URL with --storage or in the "
+                f"environment variable {STORAGE_VARIABLE}"
+            )
+        lock = self.path / "study.lock" if url.startswith("sqlite") else None
+        return Place(url, study_name(self.config), lock)
+
+
+def study_name(config: StudyConfig) -> str:
+    """Name of the study in its storage: equal configurations meet, different ones never do.
+
+    Examples:
+        >>> study_name(StudyConfig()) == study_name(StudyConfig()) != study_name(StudyConfig(seeds=4))
+        True
+    """
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:10]
+    words = [Path(config.data).name, Path(config.model).name]
+    plain = "".join(c if c.isalnum() else "-" for c in "-".join(words)).strip("-")
+    return f"{plain}-{digest}"
+
+
+def check(config: StudyConfig) -> Data:
+    """Load the data and try the model on it, so that a mistake ends the study before it begins.
+
+    Raises:
+        StudyError: Data or model cannot be used as given.
+    """
+    validate(config)
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise StudyError(f"--device {config.device}: no CUDA device is available here; use --device cpu")
+    try:
+        data = load(config)
+    except ValueError as error:
+        raise StudyError(f"--data: {error}") from error
+    for size in config.batch_sizes:
+        if size > len(data.train):
+            raise StudyError(
+                f"--batch-sizes: {size} is larger than the training split of {len(data.train)} examples; give less"
+            )
+    try:
+        model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device)
+    except ValueError as error:
+        raise StudyError(f"--model: {error}") from error
+    sample = data.normalise(data.train.inputs[:2])
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(sample)
+    except Exception as error:
+        raise StudyError(
+            f"--model {config.model}: cannot take inputs of shape {tuple(sample.shape)} from --data {config.data} "
+            f"({type(error).__name__}: {error}); give a model that fits the data"
+        ) from error
+    if not isinstance(output, torch.Tensor) or output.shape != (len(sample), data.classes):
+        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise StudyError(
+            f"--model {config.model}: its output is {found} where --data {config.data} with {data.classes} classes needs "
+            f"{(len(sample), data.classes)}; build the model with `classes` outputs"
+        )
+    return data
+
+
+def compare(
+    config: StudyConfig,
+    out: Path | None = None,
+    *,
+    storage: str | None = None,
+    workers: int | None = None,
+    display: Display | None = None,
+    arguments: Sequence[str] = ("compare",),
+) -> tuple[StudyRecord, Path]:
+    """Run a study to its end, or on from where it was, and write its report.
+
+    Args:
+        config: What to compare.
+        out: Output folder; default ``runs/`` and the study's name.
+        storage: URL of an Optuna storage to share with other processes; default a SQLite file in ``out``.
+        workers: Trials side by side; default one per core, one on a GPU.
+        display: Shows progress; default none.
+        arguments: The command line that was given, for the report.
+
+    Returns:
+        The record, and the folder with the report.
+
+    Raises:
+        StudyError: Bad input; nothing was run.
+    """
+    data = check(config)
+    folder = StudyFolder(
+        out or Path("runs") / study_name(config), config, command_line(arguments), redact(storage) if storage else None
+    )
+    folder.save()
+    place = folder.place(storage)
+    store = place.store()
+    store.open(config)
+    count = workers or (1 if config.device.startswith("cuda") else available_cores())
+    with display or Display({}, quiet=True) as shown:
+        run_workers(place, config, count, shown.update)
+        if store.noted("costs") is None:
+            shown.message("measuring time and memory per step")
+            torch.set_num_threads(1)
+            store.note("costs", [vars(cost) for cost in measure_costs(config, data)])
+    return report(folder, store, data), folder.path
+
+
+def report(folder: StudyFolder, store: Store, data: Data | None = None) -> StudyRecord:
+    """Make the report of a study from its store, finished or not."""
+    from evenkeel.study.report import write_report
+
+    config = folder.config
+    if data is not None:
+        store.note("environment", environment(config.device))
+        store.note("data", {"classes": data.classes, "note": data.note, "train": len(data.train), "test": len(data.test)})
+    facts = store.noted("data") or {}
+    record = StudyRecord(
+        config={**config.to_dict(), "reference": config.reference, "classes": facts.get("classes"), "data_facts": facts},
+        environment=store.noted("environment") or {},
+        command=folder.command,
+        trials=tuple(store.results()),
+        costs=tuple(Cost(**cost) for cost in store.noted("costs") or ()),
+        planned=len(slots(config)),
+        recipes={m: {"summary": recipes()[m].summary, "paper": recipes()[m].paper} for m in config.methods},
+    )
+    write_report(record, folder.path)
+    return record
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,65 @@
+"""Where a study ran: versions, device, commit, and the command that repeats it."""
+
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from evenkeel.study.store import redact
+
+PACKAGES = ("evenkeel", "torch", "numpy", "scikit-learn", "datasets", "optuna", "scipy")
+
+
+def environment(device: str) -> dict[str, str]:
+    """Package versions, Python, system, device, and the git commit of the working directory if there is one."""
+    found = {"python": platform.python_version(), "system": platform.platform(terse=True)}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found["device"] = (
+        torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else _processor()
+    )
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    if commit:
+        found["commit"] = commit + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    return found
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The command, quoted for a shell, without passwords in URLs.
+
+    Examples:
+        >>> command_line(["compare", "--storage", "postgresql://me:secret@host/db"])
+        "evenkeel compare --storage 'postgresql://me:***@host/db'"
+    """
+    return shlex.join(["evenkeel", *(_redact_argument(argument) for argument in arguments)])
+
+
+def _redact_argument(argument: str) -> str:
+    flag, equals, value = argument.partition("=")
+    if equals and flag.startswith("--"):
+        return f"{flag}={redact(value)}"
+    return redact(argument)
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text(errors="replace").splitlines():
+            if line.lower().startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

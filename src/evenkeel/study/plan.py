@@ -1,0 +1,197 @@
+"""A plan: methods x learning rates x batch sizes x seeds, and what may run when.
+
+Every method gets, at every batch size, the same number of learning rates on a grid around its recipe's own centre, tried
+with seeds that the final runs do not use and judged on a validation split; the final runs then use the best one.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from evenkeel._recipes import recipes
+from evenkeel.study.errors import StudyError, nearest
+from evenkeel.study.records import Phase, TrialKey, TrialResult
+
+SEARCH_SEED = 1_000_000  # search seeds count from here, final seeds from 0: they never meet
+GRID_STEP = math.sqrt(10.0)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What is compared, and how; two studies with equal configurations are the same study.
+
+    Attributes:
+        data: Name of a data set, see :func:`evenkeel.study.data.load_data`.
+        model: Name of a model, see :func:`evenkeel.study.models.build_model`.
+        methods: Names out of :func:`evenkeel.recipes`.
+        batch_sizes: Examples per optimizer step.
+        seeds: Number of final runs per method and batch size.
+        budget: Training examples a run sees, the same for every method and batch size.
+        lr: ``"auto"``, or one learning rate for all.
+        lr_points: Grid points of the search, each a factor sqrt(10) apart.
+        search_seeds: Runs per grid point.
+        momentum: Momentum of SGD-like optimizers.
+        weight_decay: Weight decay.
+        alternative: Alternative hypothesis of the test: ``two-sided`` or ``greater``.
+        device: ``cpu`` or a CUDA device.
+        micro_batch: Split each batch into pieces of this size whose gradients accumulate.
+    """
+
+    data: str = "digits"
+    model: str = "digits-cnn"
+    methods: tuple[str, ...] = ("batch", "group")
+    batch_sizes: tuple[int, ...] = (64, 8, 1)
+    seeds: int = 3
+    budget: int = 1500
+    lr: float | Literal["auto"] = "auto"
+    lr_points: int = 4
+    search_seeds: int = 1
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    alternative: Literal["two-sided", "greater"] = "two-sided"
+    device: str = "cpu"
+    micro_batch: int | None = None
+
+    @property
+    def reference(self) -> str:
+        """The method that the others are paired with."""
+        return "batch" if "batch" in self.methods else self.methods[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain, JSON-ready data (tuples become lists)."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "StudyConfig":
+        """Inverse of :meth:`to_dict`."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place in the plan; a final slot of a searched method has no learning rate until its search has ended."""
+
+    phase: Phase
+    method: str
+    batch_size: int
+    lr: float | None
+    seed: int
+
+    @property
+    def cell(self) -> tuple[str, int]:
+        """Method and batch size: what one learning rate is chosen for."""
+        return self.method, self.batch_size
+
+
+def validate(config: StudyConfig) -> None:
+    """Check all that can be checked without data or model.
+
+    Raises:
+        StudyError: Names the argument, the value and the remedy.
+    """
+    if not config.methods:
+        raise StudyError("--methods is empty; give at least one method, see `evenkeel recipes`")
+    for method in config.methods:
+        if method not in recipes():
+            raise StudyError(f"--methods: unknown method {method!r}; {nearest(method, recipes())}")
+    if not config.batch_sizes:
+        raise StudyError("--batch-sizes is empty; give at least one, for example 64,8,1")
+    for name, values in (("--methods", config.methods), ("--batch-sizes", config.batch_sizes)):
+        doubled = sorted({str(value) for value in values if values.count(value) > 1})  # type: ignore[arg-type]
+        if doubled:
+            raise StudyError(f"{name}: {', '.join(doubled)} given twice; name each once")
+    for size in config.batch_sizes:
+        if size < 1:
+            raise StudyError(f"--batch-sizes: {size} is not a batch size; give positive integers")
+        if size > config.budget:
+            raise StudyError(f"--batch-sizes: {size} is larger than the budget of {config.budget} examples; raise --budget")
+    for flag, count in (
+        ("--seeds", config.seeds),
+        ("--budget", config.budget),
+        ("--lr-points", config.lr_points),
+        ("--search-seeds", config.search_seeds),
+        ("--micro-batch", config.micro_batch or 1),
+    ):
+        if count < 1:
+            raise StudyError(f"{flag} {count}: give at least 1")
+    if config.lr != "auto" and not (config.lr > 0 and math.isfinite(config.lr)):
+        raise StudyError(f"--lr {config.lr}: a learning rate is a positive number, or 'auto'")
+    if not 0 <= config.momentum < 1:
+        raise StudyError(f"--momentum {config.momentum}: give a number in [0, 1)")
+    if not config.weight_decay >= 0:
+        raise StudyError(f"--weight-decay {config.weight_decay}: give a number that is not negative")
+
+
+def learning_rates(config: StudyConfig, method: str, batch_size: int) -> list[float]:
+    """The grid of a method at a batch size: ``lr_points`` values a factor sqrt(10) apart around the recipe's centre.
+
+    A recipe's centre is for batch size 64 and moves with ``(batch_size / 64) ** recipe.lr_exponent``.
+    """
+    if config.lr != "auto":
+        return [config.lr]
+    recipe = recipes()[method]
+    centre = recipe.lr * (batch_size / 64) ** recipe.lr_exponent
+    offset = (config.lr_points - 1) / 2
+    return [float(f"{centre * GRID_STEP ** (i - offset):.3g}") for i in range(config.lr_points)]
+
+
+def slots(config: StudyConfig) -> list[Slot]:
+    """The whole plan, small batch sizes (long runs) first, so that the last runs to end are short ones."""
+    plan: list[Slot] = []
+    sizes = sorted(config.batch_sizes)
+    if config.lr == "auto":
+        plan += [
+            Slot("search", method, size, lr, SEARCH_SEED + seed)
+            for size in sizes
+            for seed in range(config.search_seeds)
+            for method in config.methods
+            for lr in learning_rates(config, method, size)
+        ]
+    plan += [
+        Slot("final", method, size, None if config.lr == "auto" else config.lr, seed)
+        for size in sizes
+        for seed in range(config.seeds)
+        for method in config.methods
+    ]
+    return plan
+
+
+def choose_lr(searched: Iterable[TrialResult]) -> float | None:
+    """The learning rate with the best mean validation accuracy (then the lower loss) over seeds.
+
+    A rate at which any seed diverged is chosen only if every rate has diverged (then the smallest one); None when no run
+    came to an end.
+    """
+    by_lr: dict[float, list[TrialResult]] = {}
+    for result in searched:
+        by_lr.setdefault(result.key.lr, []).append(result)
+    scores: dict[float, tuple[float, float]] = {}
+    for lr, results in by_lr.items():
+        if all(r.state == "finished" for r in results):
+            accuracy = sum(r.validation_accuracy or 0.0 for r in results) / len(results)
+            loss = sum(r.validation_loss or 0.0 for r in results) / len(results)
+            scores[lr] = (accuracy, -loss)
+    if scores:
+        return max(scores, key=lambda lr: (*scores[lr], -lr))
+    diverged = [lr for lr, results in by_lr.items() if any(r.state == "diverged" for r in results)]
+    return min(diverged, default=None)
+
+
+def resolve(slot: Slot, results: Sequence[TrialResult], config: StudyConfig) -> TrialKey | str | None:
+    """What a slot becomes, given the results so far.
+
+    Returns:
+        The key of the run; None if its search has not ended; or, when no learning rate works, the reason as text.
+    """
+    if slot.lr is not None:
+        return TrialKey(slot.phase, slot.method, slot.batch_size, slot.lr, slot.seed)
+    searched = [
+        r for r in results if r.key.phase == "search" and (r.key.method, r.key.batch_size) == slot.cell
+    ]
+    if len(searched) < len(learning_rates(config, *slot.cell)) * config.search_seeds:
+        return None
+    lr = choose_lr(searched)
+    if lr is None:
+        return next((r.error for r in searched if r.error), "no learning rate worked")
+    return TrialKey(slot.phase, slot.method, slot.batch_size, lr, slot.seed)

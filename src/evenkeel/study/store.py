@@ -1,0 +1,284 @@
+"""Where trials are claimed and kept: an Optuna study, in SQLite by default or in any other Optuna storage.
+
+Every slot of the plan is one Optuna trial that waits from the start, so that any number of processes can work on one
+study: claiming is one atomic change of state. A slot whose worker died is freed and claimed again. Nothing here trains.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from evenkeel.study.errors import StudyError
+from evenkeel.study.plan import Slot, StudyConfig, resolve, slots
+from evenkeel.study.records import TrialKey, TrialResult
+
+HEARTBEAT_SECONDS = 15
+GRACE_SECONDS = 60
+_HOST = f"{socket.gethostname()}-{uuid.getnode():x}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A slot that this process works on, and the key it became."""
+
+    trial_id: int
+    slot: Slot
+    key: TrialKey
+
+
+class Store:
+    """One study in one storage.
+
+    Args:
+        url: SQLAlchemy URL of the storage, for example ``sqlite:///runs/digits/study.db``.
+        name: Name of the study in the storage.
+        lock: Lock file for storages without row locks (SQLite), else None.
+    """
+
+    def __init__(self, url: str, name: str, lock: Path | None = None) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        try:
+            options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+            with warnings.catch_warnings():  # heartbeats are marked experimental since 2021
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                self.storage = RDBStorage(
+                    url, engine_kwargs=options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS
+                )
+        except Exception as error:
+            raise StudyError(f"--storage {redact(url)}: cannot be opened ({redact(str(error), url)}); check the URL, "
+                             "the server and the rights") from error
+        self.name = name
+        self._lock = FileLock(lock) if lock is not None else contextlib.nullcontext()
+
+    # -- the plan -----------------------------------------------------------------------------------------------------
+
+    def open(self, config: StudyConfig) -> None:
+        """Create the study, or join it if it is there, and put every slot of the plan in it.
+
+        Raises:
+            StudyError: The study is there with another configuration.
+        """
+        with self._lock:
+            study = optuna.create_study(
+                storage=self.storage, study_name=self.name, direction="maximize", load_if_exists=True
+            )
+            text = json.dumps(config.to_dict(), sort_keys=True)
+            kept = study.user_attrs.get("config")
+            if kept is None:
+                study.set_user_attr("config", text)
+            elif kept != text:
+                raise StudyError(difference(json.loads(kept), config.to_dict()))
+            have = {_slot(trial) for trial in study.get_trials(deepcopy=False)}
+            for slot in slots(config):
+                if slot not in have:
+                    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={"slot": asdict(slot)}))
+        self.config = config
+
+    @property
+    def study_id(self) -> int:
+        """Optuna's number of the study."""
+        return self.storage.get_study_id_from_name(self.name)
+
+    def _trials(self) -> dict[Slot, FrozenTrial]:
+        """The trial of each slot: of several (two processes opened the study at once, or a dead worker's slot was
+        given out again) the first with a result, else the first that is not dead."""
+        chosen: dict[Slot, FrozenTrial] = {}
+        for trial in self.storage.get_all_trials(self.study_id, deepcopy=False):
+            slot = _slot(trial)
+            kept = chosen.get(slot)
+            if kept is None or (_rank(trial) < _rank(kept)):
+                chosen[slot] = trial
+        return chosen
+
+    # -- work ---------------------------------------------------------------------------------------------------------
+
+    def claim(self) -> Claim | None:
+        """The next slot that can run, now this process's; None when nothing can run at present.
+
+        A slot for which the search found no learning rate that works is closed with the reason.
+        """
+        with self._lock:
+            trials = self._trials()
+            results = [_result(trial) for trial in trials.values() if _ended(trial)]
+            for slot, trial in trials.items():
+                if trial.state != TrialState.WAITING:
+                    continue
+                resolved = resolve(slot, results, self.config)
+                if resolved is None or not self._take(trial):
+                    continue
+                if isinstance(resolved, str):
+                    key = TrialKey(slot.phase, slot.method, slot.batch_size, 0.0, slot.seed)
+                    self.record(Claim(trial._trial_id, slot, key), TrialResult(key, "failed", error=resolved))
+                    continue
+                return Claim(trial._trial_id, slot, resolved)
+        return None
+
+    def _take(self, trial: FrozenTrial) -> bool:
+        try:
+            taken = self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False
+        if taken:
+            self.storage.set_trial_user_attr(trial._trial_id, "owner", owner())
+            self.storage.record_heartbeat(trial._trial_id)
+        return taken
+
+    def record(self, claim: Claim, result: TrialResult) -> None:
+        """Keep the result of a claimed slot; a result that arrived first (after a takeover) is not overwritten."""
+        state = TrialState.COMPLETE if result.state == "finished" else TrialState.FAIL
+        values = [result.validation_accuracy or 0.0] if state == TrialState.COMPLETE else None
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self.storage.set_trial_user_attr(claim.trial_id, "result", json.dumps(result.to_dict()))
+            self.storage.set_trial_state_values(claim.trial_id, state, values)
+
+    @contextlib.contextmanager
+    def heartbeat(self, claim: Claim) -> Iterator[None]:
+        """Tell the storage, from a thread, that the claim's worker is alive."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(HEARTBEAT_SECONDS):
+                with contextlib.suppress(Exception):  # a storage that is away for a moment must not end the trial
+                    self.storage.record_heartbeat(claim.trial_id)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def free_dead(self, dead: Sequence[str] = (), error: str | None = None) -> int:
+        """Free the slots of workers that are gone, to be run again; returns how many.
+
+        Gone are owners in ``dead``, processes of this host that do not run any more, and workers without a heartbeat.
+
+        Args:
+            dead: Owners known to be gone.
+            error: If given, the slots of ``dead`` are closed as failed with this text instead of being run again.
+        """
+        stale = set(self.storage._get_stale_trial_ids(self.study_id))
+        freed = 0
+        with self._lock:
+            for slot, trial in self._trials().items():
+                holder = trial.user_attrs.get("owner", "")
+                if trial.state != TrialState.RUNNING or _ended(trial):
+                    continue
+                if holder in dead and error is not None:
+                    resolved = resolve(slot, self.results(), self.config)
+                    if isinstance(resolved, TrialKey):
+                        failed = TrialResult(resolved, "failed", error=error)
+                        self.record(Claim(trial._trial_id, slot, resolved), failed)
+                        freed += 1
+                elif holder in dead or trial._trial_id in stale or _abandoned(trial):
+                    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                        self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                        again = create_trial(state=TrialState.WAITING, user_attrs={"slot": asdict(slot)})
+                        self.storage.create_new_trial(self.study_id, again)
+                        freed += 1
+        return freed
+
+    # -- what there is ------------------------------------------------------------------------------------------------
+
+    def results(self) -> list[TrialResult]:
+        """Results of all slots that ended, in the plan's order."""
+        return [_result(trial) for trial in self._trials().values() if _ended(trial)]
+
+    def running(self) -> list[Slot]:
+        """Slots that some worker has claimed and not ended."""
+        return [slot for slot, t in self._trials().items() if t.state == TrialState.RUNNING and not _ended(t)]
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep a JSON-ready value beside the trials."""
+        self.storage.set_study_user_attr(self.study_id, name, value)
+
+    def noted(self, name: str) -> Any:
+        """The value kept under ``name``, or None."""
+        return self.storage.get_study_user_attrs(self.study_id).get(name)
+
+
+def difference(kept: dict[str, Any], given: dict[str, Any]) -> str:
+    """What two configurations differ in, as an error message."""
+    keys = [key for key in sorted({*kept, *given}) if kept.get(key) != given.get(key)]
+    changes = "; ".join(f"{key}: kept {kept.get(key)}, given {given.get(key)}" for key in keys)
+    return f"--out holds a study with another configuration ({changes}); give another --out, or the kept values"
+
+
+def redact(text: str, url: str | None = None) -> str:
+    """``text`` without the password of a URL in it.
+
+    Examples:
+        >>> redact("postgresql://me:secret@host/db")
+        'postgresql://me:***@host/db'
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    source = url or text
+    with contextlib.suppress(ArgumentError, ValueError):
+        parsed = make_url(source)
+        if parsed.password:
+            text = text.replace(source, parsed.render_as_string(hide_password=True))
+            text = text.replace(str(parsed.password), "***")
+    return text
+
+
+def owner(pid: int | None = None) -> str:
+    """A process of this host (default: this one), as processes on other hosts can name it."""
+    return f"{_HOST}:{pid or os.getpid()}"
+
+
+def alive(holder: str) -> bool:
+    """False if ``holder`` is a process of this host that does not run; others are judged by their heartbeat."""
+    host, _, pid = holder.rpartition(":")
+    if host != _HOST:
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _abandoned(trial: FrozenTrial) -> bool:
+    """Whether the trial's process is gone, or was gone before it could sign its claim."""
+    if "owner" in trial.user_attrs:
+        return not alive(trial.user_attrs["owner"])
+    started = trial.datetime_start
+    return started is not None and (datetime.now() - started).total_seconds() > GRACE_SECONDS
+
+
+def _slot(trial: FrozenTrial) -> Slot:
+    return Slot(**trial.user_attrs["slot"])
+
+
+def _ended(trial: FrozenTrial) -> bool:
+    return "result" in trial.user_attrs
+
+
+def _result(trial: FrozenTrial) -> TrialResult:
+    return TrialResult.from_dict(json.loads(trial.user_attrs["result"]))
+
+
+def _rank(trial: FrozenTrial) -> tuple[int, int]:
+    """Order of trials of one slot: a result first, then a live one, a dead one last; among equals the oldest."""
+    if _ended(trial):
+        return 0, trial.number
+    return (2 if trial.state.is_finished() else 1), trial.number

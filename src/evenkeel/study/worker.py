@@ -1,0 +1,125 @@
+"""Workers: processes that claim slots of a study, train, and record, until nothing is left.
+
+Trials run with one torch thread each, so that a result depends on its key alone and not on how many run side by side.
+"""
+
+import multiprocessing as mp
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evenkeel.study.data import Data
+from evenkeel.study.errors import StudyError
+from evenkeel.study.plan import Slot, StudyConfig, slots
+from evenkeel.study.records import TrialResult
+from evenkeel.study.store import Store, owner
+from evenkeel.study.trial import load, run_trial
+
+POLL_SECONDS = 0.3
+MAX_IDLE_DEATHS = 3
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study's trials are kept: what a worker process needs to open it."""
+
+    url: str
+    name: str
+    lock: Path | None
+
+    def store(self) -> Store:
+        """Open the storage."""
+        return Store(self.url, self.name, self.lock)
+
+
+def work(store: Store, config: StudyConfig, data: Data) -> None:
+    """Claim, train and record until every slot of the plan has ended."""
+    planned = len(slots(config))
+    while True:
+        claim = store.claim()
+        if claim is not None:
+            with store.heartbeat(claim):
+                result = run_trial(config, claim.key, data)
+            store.record(claim, result)
+        elif len(store.results()) >= planned:
+            return
+        else:  # what is left runs elsewhere, or waits for a search that does
+            time.sleep(POLL_SECONDS)
+            store.free_dead()
+
+
+def run_workers(
+    place: Place,
+    config: StudyConfig,
+    count: int,
+    watch: Callable[[list[TrialResult], list[Slot]], None],
+) -> None:
+    """Run ``count`` worker processes to the end of the study, telling ``watch`` about results and running slots.
+
+    A worker that dies (killed for memory, say) closes its trial as failed and is replaced.
+    """
+    context = mp.get_context("spawn")
+    store = place.store()
+    store.open(config)
+    store.free_dead()
+    planned = len(slots(config))
+
+    def start() -> mp.process.BaseProcess:
+        process = context.Process(target=_worker_main, args=(place, config), daemon=True)
+        process.start()
+        return process
+
+    workers: list[mp.process.BaseProcess] = []
+    idle_deaths = 0
+    try:
+        while len(results := store.results()) < planned:
+            watch(results, store.running())
+            gone = [w for w in workers if w.exitcode not in (None, 0)]
+            died = ""
+            for worker in gone:
+                holder = owner(worker.pid)
+                died = f"the worker process ended with exit code {worker.exitcode}"
+                if worker.exitcode == -signal.SIGKILL:
+                    died += " (killed: out of memory?)"
+                idle_deaths = 0 if store.free_dead([holder], error=died) else idle_deaths + 1
+            if idle_deaths > MAX_IDLE_DEATHS:
+                raise StudyError(f"workers end before their first trial; the last: {died}")
+            workers = [w for w in workers if w.exitcode is None]
+            waiting = planned - len(results)
+            while len(workers) < min(count, waiting):
+                workers.append(start())
+            time.sleep(POLL_SECONDS)
+        watch(store.results(), [])
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join()
+
+
+def _worker_main(place: Place, config: StudyConfig) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    _end_with_parent()
+    torch.set_num_threads(1)
+    store = place.store()
+    store.config = config
+    work(store, config, load(config))
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, however it went."""
+    parent = mp.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,109 @@
+"""The plan: what is fair by construction, and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from evenkeel.study.errors import StudyError
+from evenkeel.study.plan import (
+    SEARCH_SEED,
+    Slot,
+    StudyConfig,
+    choose_lr,
+    learning_rates,
+    resolve,
+    slots,
+    validate,
+)
+from evenkeel.study.records import TrialKey, TrialResult
+
+CONFIG = StudyConfig(methods=("batch", "group"), batch_sizes=(8, 64), seeds=3, lr_points=4)
+
+
+def searched(lr, accuracy, *, state="finished", seed=SEARCH_SEED, loss=1.0, error=None):
+    key = TrialKey("search", "batch", 64, lr, seed)
+    return TrialResult(key, state, validation_accuracy=accuracy, validation_loss=loss, error=error)
+
+
+def test_every_method_gets_the_same_number_of_rates_and_seeds():
+    plan = slots(CONFIG)
+    counts = {
+        (phase, method, size): sum((s.phase, s.method, s.batch_size) == (phase, method, size) for s in plan)
+        for phase in ("search", "final")
+        for method in CONFIG.methods
+        for size in CONFIG.batch_sizes
+    }
+    assert {n for (phase, *_), n in counts.items() if phase == "search"} == {4}
+    assert {n for (phase, *_), n in counts.items() if phase == "final"} == {3}
+    assert len(plan) == len(set(plan)) == 2 * 2 * (4 + 3)
+
+
+def test_search_and_final_seeds_never_meet():
+    plan = slots(dataclasses.replace(CONFIG, seeds=50, search_seeds=50))
+    assert not {s.seed for s in plan if s.phase == "search"} & {s.seed for s in plan if s.phase == "final"}
+
+
+def test_a_fixed_rate_needs_no_search():
+    plan = slots(dataclasses.replace(CONFIG, lr=0.1))
+    assert {s.phase for s in plan} == {"final"}
+    assert {s.lr for s in plan} == {0.1}
+
+
+def test_the_grid_is_a_factor_root_ten_apart_around_the_recipes_centre():
+    rates = learning_rates(CONFIG, "batch", 64)
+    assert [b / a for a, b in zip(rates, rates[1:], strict=False)] == pytest.approx([10**0.5] * 3, rel=1e-2)
+    assert (rates[1] * rates[2]) ** 0.5 == pytest.approx(0.1, rel=1e-2)
+
+
+def test_the_best_mean_accuracy_wins_then_the_lower_loss():
+    assert choose_lr([searched(0.1, 0.8), searched(0.3, 0.9)]) == 0.3
+    assert choose_lr([searched(0.1, 0.9, loss=0.2), searched(0.3, 0.9, loss=0.5)]) == 0.1
+
+
+def test_a_rate_with_a_diverged_seed_is_chosen_only_when_all_diverge():
+    diverged = searched(0.3, None, state="diverged", seed=SEARCH_SEED + 1)
+    assert choose_lr([searched(0.1, 0.5), searched(0.3, 0.9), diverged]) == 0.1
+    assert choose_lr([searched(0.3, None, state="diverged"), searched(1.0, None, state="diverged")]) == 0.3
+    assert choose_lr([searched(0.1, None, state="failed", error="no")]) is None
+
+
+def test_a_final_slot_waits_for_the_whole_search_of_its_cell():
+    final = Slot("final", "batch", 64, None, 0)
+    rates = learning_rates(CONFIG, "batch", 64)
+    results = [searched(lr, 0.5 + 0.01 * i) for i, lr in enumerate(rates)]
+    assert resolve(final, results[:-1], CONFIG) is None
+    assert resolve(final, results, CONFIG) == TrialKey("final", "batch", 64, rates[-1], 0)
+
+
+def test_a_cell_in_which_nothing_runs_says_why():
+    final = Slot("final", "batch", 64, None, 0)
+    results = [searched(lr, None, state="failed", error="one value per channel") for lr in learning_rates(CONFIG, "batch", 64)]
+    assert resolve(final, results, CONFIG) == "one value per channel"
+
+
+def test_a_configuration_survives_its_json():
+    assert StudyConfig.from_dict(CONFIG.to_dict()) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ()}, "--methods is empty"),
+        ({"methods": ("bach",)}, "unknown method 'bach'; did you mean 'batch'"),
+        ({"methods": ("batch", "batch")}, "batch given twice"),
+        ({"batch_sizes": ()}, "--batch-sizes is empty"),
+        ({"batch_sizes": (0,)}, "--batch-sizes: 0"),
+        ({"batch_sizes": (64, 5000)}, "larger than the budget"),
+        ({"seeds": 0}, "--seeds 0"),
+        ({"budget": 0, "batch_sizes": (1,)}, "budget of 0"),
+        ({"lr": 0.0}, "--lr 0.0"),
+        ({"lr": float("nan")}, "--lr nan"),
+        ({"lr_points": 0}, "--lr-points 0"),
+        ({"momentum": 1.0}, "--momentum 1.0"),
+        ({"weight_decay": -1.0}, "--weight-decay -1.0"),
+        ({"micro_batch": -1}, "--micro-batch -1"),
+    ],
+)
+def test_bad_input_names_the_argument_the_value_and_the_remedy(change, message):
+    with pytest.raises(StudyError, match=message):
+        validate(dataclasses.replace(CONFIG, **change))
