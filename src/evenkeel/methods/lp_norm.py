@@ -39,7 +39,7 @@ def lp_statistics(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return x.mean(dim=dims, dtype=dtype), norm / rows ** (1 / p)
 
 
-class _LpNorm(nn.Module):
+class LpNorm(nn.Module):
     r"""``y = (x - mean) / (N_p + eps) * weight + bias`` per channel, with ``N_p`` of the uncentred batch.
 
     See :func:`lp_statistics`. Evaluation uses running averages of the mean and of ``N_p``, as batch normalization does.
@@ -92,7 +92,7 @@ class _LpNorm(nn.Module):
         self.register_buffer("num_batches_tracked", counter)
 
     @classmethod
-    def from_batchnorm(cls, norm: _BatchNorm, p: float = 2) -> "_LpNorm":
+    def from_batchnorm(cls, norm: _BatchNorm, p: float = 2) -> "LpNorm":
         """A layer with the affine parameters of ``norm`` whose evaluation output is that of ``norm``.
 
         Batch normalization keeps a variance and this layer an l_p mean, so ``running_scale`` starts at the divisor that
@@ -170,19 +170,19 @@ class _LpNorm(nn.Module):
         return f"{self.num_features}, p={self.p}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"
 
 
-class LpNorm1d(_LpNorm):
+class LpNorm1d(LpNorm):
     """l_p normalization of ``(N, C)`` or ``(N, C, L)``."""
 
     dimensions = (2, 3)
 
 
-class LpNorm2d(_LpNorm):
+class LpNorm2d(LpNorm):
     """l_p normalization of ``(N, C, H, W)``."""
 
     dimensions = (4,)
 
 
-class LpNorm3d(_LpNorm):
+class LpNorm3d(LpNorm):
     """l_p normalization of ``(N, C, D, H, W)``."""
 
     dimensions = (5,)
