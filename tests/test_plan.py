@@ -77,7 +77,9 @@ def test_a_final_slot_waits_for_the_whole_search_of_its_cell():
 
 def test_a_cell_in_which_nothing_runs_says_why():
     final = Slot("final", "batch", 64, None, 0)
-    results = [searched(lr, None, state="failed", error="one value per channel") for lr in learning_rates(CONFIG, "batch", 64)]
+    results = [
+        searched(lr, None, state="failed", error="one value per channel") for lr in learning_rates(CONFIG, "batch", 64)
+    ]
     assert resolve(final, results, CONFIG) == "one value per channel"
 
 

@@ -75,6 +75,8 @@ def _converted(to: str) -> Callable[[Request], tuple[nn.Module, Optimizer]]:
     return build
 
 
+_HELPS = "Santurkar et al. 2018, arXiv 1805.11604"
+
 _RECIPES: tuple[Recipe, ...] = (
     Recipe("none", "Normalization layers removed, biases restored", "the baseline", 0.03, _converted("none")),
     Recipe("batch", "Batch normalization as the model has it", "Ioffe, Szegedy 2015, arXiv 1502.03167", 0.1, _batch),
@@ -86,6 +88,10 @@ _RECIPES: tuple[Recipe, ...] = (
         0.1,
         _converted("layer"),
     ),
+    Recipe("noisy-batch", "Batch normalization, then shifting noise: a probe", _HELPS, 0.1, _converted("noisy-batch")),
+    Recipe("l1", "Normalization by the mean magnitude", _HELPS, 0.1, _converted("l1")),
+    Recipe("l2", "Normalization by the root mean square", _HELPS, 0.1, _converted("l2")),
+    Recipe("linf", "Normalization by the largest magnitude", _HELPS, 0.1, _converted("linf")),
 )
 
 

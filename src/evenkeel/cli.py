@@ -182,9 +182,7 @@ def _parse(arguments: list[str]) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                COMMANDS[name], prog=f"evenkeel {name}", args=rest, config=(FlagCreatePairsOff,), **default
-            )
+            return tyro.cli(COMMANDS[name], prog=f"evenkeel {name}", args=rest, config=(FlagCreatePairsOff,), **default)
     except SystemExit as stop:
         if not stop.code:
             raise

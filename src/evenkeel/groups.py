@@ -7,16 +7,16 @@ number of dimensions: a ``(1, n)`` linear weight is a weight, a one-dimensional 
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
+
+from evenkeel.graph import is_norm
 
 Kind: TypeAlias = Literal["weights", "biases", "norm-scales", "norm-shifts", "other"]
 
 # A parameter shared by modules of different types takes the first kind of this list; only the last is decayed.
 KINDS: tuple[Kind, ...] = ("norm-scales", "norm-shifts", "biases", "other", "weights")
 
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _LINEAR_MAPS = (nn.Linear, nn.Bilinear, _ConvNd)
 
 _LR_FACTORS = "evenkeel_lr_factors"
@@ -52,7 +52,7 @@ def own_kinds(module: nn.Module) -> dict[str, Kind]:
     """
     own = [name for name, _ in module.named_parameters(recurse=False)]
     known: dict[str, Kind] = {}
-    if isinstance(module, _NORMS):
+    if is_norm(module):
         known = {"weight": "norm-scales", "bias": "norm-shifts"}
     elif isinstance(module, _LINEAR_MAPS):
         known = {"weight": "weights", "bias": "biases"}

@@ -21,6 +21,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from evenkeel.graph import PRODUCERS, is_norm, producers
+from evenkeel.methods.lp_norm import LpNorm, LpNorm1d, LpNorm2d, LpNorm3d
+from evenkeel.methods.noisy_norm import NoisyBatchNorm, NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
 
 Producer = nn.Linear | _ConvNd
 Where = Callable[[str, nn.Module], bool] | Iterable[str] | None
@@ -101,7 +103,8 @@ def convert(model: nn.Module, to: str, *, where: Where = None, optimizer: Optimi
     """Replace the normalization layers of ``model`` by those of another method.
 
     Targets: ``group`` (GroupNorm, see :func:`group_count`), ``layer`` (one group: LayerNorm over channels and space),
-    ``none`` (removed; the layer before gets its bias back, or a :class:`Bias` stands in), ``batch`` (BatchNorm).
+    ``none`` (removed; the layer before gets its bias back, or a :class:`Bias` stands in), ``batch`` (BatchNorm),
+    ``l1``, ``l2``, ``linf`` (l_p normalization), ``noisy-batch`` (BatchNorm with noise behind it).
 
     Args:
         model: Any module, changed in place.
@@ -385,6 +388,23 @@ def _to_bias(source: nn.Module, dims: Callable[[], int]) -> nn.Module:
     return new
 
 
+def _through_batch(layers: dict[int, type], **settings: float) -> Callable[[nn.Module, Callable[[], int]], nn.Module]:
+    """Build a layer by its ``from_batchnorm``, from a batch normalization that is there or one made for it."""
+
+    def build(source: nn.Module, dims: Callable[[], int]) -> nn.Module:
+        norm = source if isinstance(source, _BatchNorm) else _to_batch(source, dims)
+        return layers[dims()].from_batchnorm(norm, **settings)
+
+    return build
+
+
+def _lp(p: float) -> _Target:
+    layers: dict[int, type] = {1: LpNorm1d, 2: LpNorm2d, 3: LpNorm3d}
+    return _Target(_through_batch(layers, p=p), lambda m: isinstance(m, LpNorm) and m.p == p)
+
+
+_NOISY: dict[int, type] = {1: NoisyBatchNorm1d, 2: NoisyBatchNorm2d, 3: NoisyBatchNorm3d}
+
 _TARGETS: dict[str, _Target] = {
     "batch": _Target(_to_batch, lambda m: isinstance(m, _BatchNorm)),
     "group": _Target(
@@ -396,4 +416,8 @@ _TARGETS: dict[str, _Target] = {
         lambda m: isinstance(m, nn.LayerNorm) or (isinstance(m, nn.GroupNorm) and m.num_groups == 1),
     ),
     "none": _Target(_to_bias, lambda m: False),
+    "l1": _lp(1),
+    "l2": _lp(2),
+    "linf": _lp(math.inf),
+    "noisy-batch": _Target(_through_batch(_NOISY), lambda m: isinstance(m, NoisyBatchNorm)),
 }

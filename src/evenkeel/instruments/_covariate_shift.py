@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from evenkeel.graph import is_norm
 from evenkeel.instruments.guard import Objective, Probe, dot, norm, unwrap
-from evenkeel.instruments.layers import in_order, is_norm
+from evenkeel.instruments.layers import in_order
 from evenkeel.instruments.result import Result, axes, label
 
 if TYPE_CHECKING:
@@ -71,10 +72,11 @@ def covariate_shift(
 ) -> CovariateShift:
     r"""Compare each layer's gradient before and after the layers before it were updated.
 
-    For layer i and the same batch: ``G`` is the gradient at the old weights, ``G'`` the gradient when the layers that run
-    before layer i already have their new weights. Call it after ``optimizer.step()``: the model holds the new weights and
-    ``before`` the old ones, so it is the update that the optimizer really made. Scale and shift of a normalization are
-    updated with the layers before it, and are not reported themselves. It costs one forward and backward pass per layer.
+    For layer i and the same batch: ``G`` is the gradient at the old weights, ``G'`` the gradient when the layers that
+    run before layer i already have their new weights. Call it after ``optimizer.step()``: the model holds the new weights
+    and ``before`` the old ones, so it is the update that the optimizer really made. Scale and shift of a normalization
+    are updated with the layers before it, and are not reported themselves. It costs one forward and backward pass per
+    layer.
 
     Args:
         model: Any module, after the update.

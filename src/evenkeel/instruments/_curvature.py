@@ -1,7 +1,7 @@
 """Curvature of the loss: along the gradient, the largest eigenvalue and the trace of the Hessian.
 
-Products of the Hessian with a vector are central differences of gradients. They need no second derivative of any layer, so
-they work with batch normalization in train mode, custom backward passes and compiled models alike.
+Products of the Hessian with a vector are central differences of gradients. They need no second derivative of any layer,
+so they work with batch normalization in train mode, custom backward passes and compiled models alike.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class Curvature(Result):
         loss: Loss.
         gradient_norm: ``|g|``.
         directional: ``h = u^T H u`` with ``u = g/|g|``.
-        stability: ``lr h / 2``: above 1 a gradient step overshoots along its own direction. None without a learning rate.
+        stability: ``lr h / 2``: above 1 a gradient step overshoots along its own direction. None without ``lr``.
         whole: Spectrum of the whole Hessian.
         layers: Spectrum of each layer's diagonal block, when asked for.
     """
@@ -82,8 +82,8 @@ def curvature(
 ) -> Curvature:
     """Measure the curvature of the loss of one batch, in the modes the model is in.
 
-    Costs 3 forward and backward passes; 2 more for each power iteration and each trace sample, and these for every layer
-    when ``per_layer``.
+    Costs 3 forward and backward passes; 2 more for each power iteration and each trace sample, and these for every
+    layer when ``per_layer``.
 
     Args:
         model: Any module.
@@ -161,7 +161,7 @@ def _gaussian(parameters: Sequence[Tensor], generator: torch.Generator) -> list[
 
 
 def _largest(probe: Probe, parameters: Sequence[Tensor], vector: list[Tensor], iterations: int) -> dict[str, Any]:
-    """Power iteration; where the eigenvalue of largest magnitude is negative, again with the spectrum shifted above zero."""
+    """Power iteration; where it ends at a negative eigenvalue, again with the spectrum shifted above zero."""
     value, residual, shift = 0.0, 0.0, 0.0
     for _ in range(iterations):
         length = norm(vector) or 1.0

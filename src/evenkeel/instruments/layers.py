@@ -10,21 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from evenkeel.groups import own_kinds
 from evenkeel.instruments.guard import Probe
 from evenkeel.methods.lp_norm import LpNorm
 
 WEIGHTED = (nn.Linear, _ConvNd)
 Hook: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...], Any], None]
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a normalization layer."""
-    return (
-        isinstance(module, _BatchNorm | LpNorm)
-        or "norm-scales" in own_kinds(module).values()
-        or (isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm | nn.modules.instancenorm._InstanceNorm))
-    )
 
 
 def uses_batch_statistics(module: nn.Module) -> bool:

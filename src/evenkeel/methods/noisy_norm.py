@@ -38,14 +38,14 @@ class MomentNoise(nn.Module):
         return moment_noise(x) if self.training else x
 
 
-class _NoisyBatchNorm(_BatchNorm):
+class NoisyBatchNorm(_BatchNorm):
     """Batch normalization with :func:`moment_noise` after its affine map in train mode, plain in eval mode.
 
     Arguments and state-dict keys are those of :class:`torch.nn.BatchNorm2d`.
     """
 
     @classmethod
-    def from_batchnorm(cls, norm: _BatchNorm) -> "_NoisyBatchNorm":
+    def from_batchnorm(cls, norm: _BatchNorm) -> "NoisyBatchNorm":
         """A layer with all parameters, statistics and settings of ``norm``; it shares the parameter objects."""
         layer = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         layer.weight, layer.bias = norm.weight, norm.bias
@@ -59,13 +59,13 @@ class _NoisyBatchNorm(_BatchNorm):
         return moment_noise(output) if self.training else output
 
 
-class NoisyBatchNorm1d(_NoisyBatchNorm, nn.BatchNorm1d):
+class NoisyBatchNorm1d(NoisyBatchNorm, nn.BatchNorm1d):
     """Noisy batch normalization of ``(N, C)`` or ``(N, C, L)``; see :func:`moment_noise`."""
 
 
-class NoisyBatchNorm2d(_NoisyBatchNorm, nn.BatchNorm2d):
+class NoisyBatchNorm2d(NoisyBatchNorm, nn.BatchNorm2d):
     """Noisy batch normalization of ``(N, C, H, W)``; see :func:`moment_noise`."""
 
 
-class NoisyBatchNorm3d(_NoisyBatchNorm, nn.BatchNorm3d):
+class NoisyBatchNorm3d(NoisyBatchNorm, nn.BatchNorm3d):
     """Noisy batch normalization of ``(N, C, D, H, W)``; see :func:`moment_noise`."""

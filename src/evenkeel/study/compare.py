@@ -205,10 +205,17 @@ def report(folder: StudyFolder, store: Store, data: Data | None = None) -> Study
     config = folder.config
     if data is not None:
         store.note("environment", environment(config.device))
-        store.note("data", {"classes": data.classes, "note": data.note, "train": len(data.train), "test": len(data.test)})
+        store.note(
+            "data", {"classes": data.classes, "note": data.note, "train": len(data.train), "test": len(data.test)}
+        )
     facts = store.noted("data") or {}
     record = StudyRecord(
-        config={**config.to_dict(), "reference": config.reference, "classes": facts.get("classes"), "data_facts": facts},
+        config={
+            **config.to_dict(),
+            "reference": config.reference,
+            "classes": facts.get("classes"),
+            "data_facts": facts,
+        },
         environment=store.noted("environment") or {},
         command=folder.command,
         trials=tuple(store.results()),

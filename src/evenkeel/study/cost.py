@@ -27,9 +27,7 @@ def measure_costs(config: StudyConfig, data: Data) -> list[Cost]:
 
 
 def _costs(config: StudyConfig, data: Data, size: int) -> list[Cost]:
-    inputs, labels = next(
-        batches(data, data.train, batch_size=size, budget=size, seed=0, device=config.device)
-    )
+    inputs, labels = next(batches(data, data.train, batch_size=size, budget=size, seed=0, device=config.device))
     methods = [config.reference, *(m for m in config.methods if m != config.reference)]
     timers: dict[str, Timer] = {}
     memory: dict[str, int] = {}

@@ -22,9 +22,7 @@ def environment(device: str) -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found["device"] = (
-        torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else _processor()
-    )
+    found["device"] = torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else _processor()
     commit = _git("rev-parse", "--short=12", "HEAD")
     if commit:
         found["commit"] = commit + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")

@@ -105,7 +105,9 @@ def validate(config: StudyConfig) -> None:
         if size < 1:
             raise StudyError(f"--batch-sizes: {size} is not a batch size; give positive integers")
         if size > config.budget:
-            raise StudyError(f"--batch-sizes: {size} is larger than the budget of {config.budget} examples; raise --budget")
+            raise StudyError(
+                f"--batch-sizes: {size} is larger than the budget of {config.budget} examples; raise --budget"
+            )
     for flag, count in (
         ("--seeds", config.seeds),
         ("--budget", config.budget),
@@ -186,9 +188,7 @@ def resolve(slot: Slot, results: Sequence[TrialResult], config: StudyConfig) -> 
     """
     if slot.lr is not None:
         return TrialKey(slot.phase, slot.method, slot.batch_size, slot.lr, slot.seed)
-    searched = [
-        r for r in results if r.key.phase == "search" and (r.key.method, r.key.batch_size) == slot.cell
-    ]
+    searched = [r for r in results if r.key.phase == "search" and (r.key.method, r.key.batch_size) == slot.cell]
     if len(searched) < len(learning_rates(config, *slot.cell)) * config.search_seeds:
         return None
     lr = choose_lr(searched)

@@ -59,8 +59,10 @@ class Store:
                     url, engine_kwargs=options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS
                 )
         except Exception as error:
-            raise StudyError(f"--storage {redact(url)}: cannot be opened ({redact(str(error), url)}); check the URL, "
-                             "the server and the rights") from error
+            raise StudyError(
+                f"--storage {redact(url)}: cannot be opened ({redact(str(error), url)}); check the URL, "
+                "the server and the rights"
+            ) from error
         self.name = name
         self._lock = FileLock(lock) if lock is not None else contextlib.nullcontext()
 
