@@ -3,6 +3,8 @@
 from evenkeel import functional, moments
 from evenkeel._recipes import apply, recipes
 from evenkeel.groups import param_groups
+from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
+from evenkeel.methods.batchless_training import attach, initialize
 from evenkeel.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
 from evenkeel.methods.noisy_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
 from evenkeel.surgery import convert, revert
@@ -10,6 +12,9 @@ from evenkeel.surgery import convert, revert
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchlessNorm1d",
+    "BatchlessNorm2d",
+    "BatchlessNorm3d",
     "LpNorm1d",
     "LpNorm2d",
     "LpNorm3d",
@@ -17,8 +22,10 @@ __all__ = [
     "NoisyBatchNorm2d",
     "NoisyBatchNorm3d",
     "apply",
+    "attach",
     "convert",
     "functional",
+    "initialize",
     "moments",
     "param_groups",
     "recipes",

@@ -70,15 +70,18 @@ def observe(x: Tensor, feature_dim: int = -1, mask: Tensor | None = None) -> Mom
     """
     x = x.detach()
     dtype = statistics_dtype(x.dtype)
-    rows = x.movedim(feature_dim, -1)
+    features = x.shape[feature_dim]
     if mask is not None:
-        rows = rows[mask.expand(rows.shape[:-1])]
-    rows = rows.reshape(-1, rows.shape[-1]).to(dtype)
-    count = torch.tensor(float(rows.shape[0]), dtype=dtype, device=x.device)
-    if rows.shape[0] == 0:
-        return empty(rows.shape[-1], dtype=dtype, device=x.device)
-    m2, mean = torch.var_mean(rows, dim=0, correction=0)
-    return finite(Moments(count, mean, m2 * count))
+        rows = x.movedim(feature_dim, -1)
+        x = rows[mask.expand(rows.shape[:-1])]
+    elif feature_dim != 1:
+        x = x.movedim(feature_dim, -1).reshape(-1, features)
+    if x.numel() == 0:
+        return empty(features, dtype=dtype, device=x.device)
+    count = torch.tensor(float(x.numel() // features), dtype=dtype, device=x.device)
+    # The statistics kernel of batch normalization: two passes per channel, and many times faster than torch.var_mean.
+    mean, variance = torch.batch_norm_update_stats(x.to(dtype), None, None, 0.0)
+    return finite(Moments(count, mean, variance * count))
 
 
 def finite(moments: Moments) -> Moments:

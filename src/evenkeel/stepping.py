@@ -62,7 +62,7 @@ def before_step(
     def pre(
         opt: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        closure = args[0] if args else kwargs.get("closure")
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer itself
         if closure is None:
             prepare()
             return None
@@ -82,7 +82,9 @@ def before_step(
                 prepare()
             return loss
 
-        return ((wrapped, *args[1:]), kwargs) if args else (args, {**kwargs, "closure": wrapped})
+        if len(args) > 1:
+            return (args[0], wrapped, *args[2:]), kwargs
+        return args, {**kwargs, "closure": wrapped}
 
     undo: list[Callable[[], None]] = [optimizer.register_step_pre_hook(pre).remove]
     if after is not None:

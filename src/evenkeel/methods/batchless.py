@@ -1,0 +1,395 @@
+"""Batchless normalization: mean and standard deviation are parameters, fitted by the likelihood of a Gaussian.
+
+Berger, Uc Cetina. "Batchless Normalization: How to Normalize Activations Across Instances with Minimal Memory
+Requirements", arXiv 2212.14729.
+
+Per channel, ``n = (x - mu) / sigma`` and ``y = gamma n + beta``. The task loss trains x, gamma and beta and takes mu,
+sigma for constants; the negative log likelihood ``log sigma + n^2 / 2`` trains mu and sigma and takes x for a constant.
+That likelihood depends on the layer's input alone, so its gradient need not travel through the backward pass: the layer
+counts the moments of its input, and :func:`evenkeel.attach` turns them into the gradient of mu and sigma right before
+the optimizer's step. Nothing in it depends on how the rows were split into micro-batches or over ranks.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evenkeel.methods.batchless_projected import GradientControl, eager
+from evenkeel.moments import Moments, Tally, observe, observing, statistics_dtype
+
+Scale = Literal["log", "abs"]
+Gradient = Literal["natural", "plain"]
+_Self = TypeVar("_Self", bound="BatchlessNorm")
+
+LIMIT = 10.0  # bound of m2 - 1 in the natural gradient: from (0, 1), data of scale 100 would overshoot otherwise
+PATIENCE = 8  # backward passes after which a layer that nobody attached complains
+
+
+def gaussian_nll_gradients(
+    moments: Moments,
+    mean: Tensor,
+    sigma: Tensor,
+    *,
+    gradient: Gradient = "natural",
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of ``E[log sigma + n^2 / 2]``, ``n = (x - mu) / sigma``, with respect to mu and rho = log sigma.
+
+    With ``m1 = E n`` and ``m2 = E n^2`` over the rows:
+
+    - plain: ``d mu = -m1 / sigma``, ``d rho = 1 - m2``
+    - natural (plain divided by the Fisher information ``diag(1 / sigma^2, 2)``): ``d mu = -sigma m1``,
+      ``d rho = (1 - m2) / 2`` with ``m2 - 1`` at most 10; a step of rate eta moves mu like a running mean of weight eta
+      and sigma^2 by ``exp(eta (m2 - 1))``.
+
+    Args:
+        moments: Moments of the rows of x, ``(features,)`` each.
+        mean: mu, shape ``(features,)``.
+        sigma: Standard deviation, shape ``(features,)``.
+        gradient: ``natural`` or ``plain``.
+        eps: Added to the variance of x, so that the fit of a constant feature ends at sqrt(eps).
+
+    Returns:
+        ``(d mu, d rho)``, shape ``(features,)`` each.
+
+    Examples:
+        >>> from evenkeel.moments import observe
+        >>> rows = observe(torch.tensor([[1.0], [3.0]]))
+        >>> [g.item() for g in gaussian_nll_gradients(rows, torch.tensor([0.0]), torch.tensor([1.0]))]
+        [-2.0, -2.0]
+        >>> [g.item() for g in gaussian_nll_gradients(rows, torch.tensor([2.0]), torch.tensor([1.0]))]
+        [0.0, 0.0]
+    """
+    m1 = (moments.mean - mean) / sigma
+    excess = (moments.variance + eps) / sigma.square() + m1.square() - 1
+    if gradient == "plain":
+        return -m1 / sigma, -excess
+    return -sigma * m1, -excess.clamp(max=LIMIT) / 2
+
+
+class BatchlessNorm(nn.Module):
+    """Normalization by a learned Gaussian per channel: the same affine map in train and in eval mode.
+
+    Use :class:`BatchlessNorm1d`, ``2d`` or ``3d``. The layer starts at (mu, sigma) = (0, 1);
+    :func:`evenkeel.initialize` sets both from data. It learns only while :func:`evenkeel.attach` connects it with an
+    optimizer.
+
+    Attributes:
+        weight: gamma, or None.
+        bias: beta, or None.
+        mean: mu. Not touched by autograd (``requires_grad=False``), in fp32 or wider.
+        rho: ``log sigma`` (``scale="log"``) or sigma up to its sign (``"abs"``); like ``mean``.
+        mismatch: ``(E n^2 - 1) / 2`` of the last step, mean over the channels: the likelihood relative to a perfect
+            fit, which has 0. None before the first step.
+    """
+
+    dims: tuple[int, ...] = ()
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        affine: bool = True,
+        scale: Scale = "log",
+        gradient: Gradient = "natural",
+        projected: bool = False,
+        eps: float = 1e-5,
+        feature_dim: Literal[1, -1] = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Create the layer.
+
+        Args:
+            num_features: Number of channels.
+            affine: Whether gamma and beta are learned; without them the layer keeps no activation for the backward
+                pass.
+            scale: What is learned for sigma: its logarithm, or itself up to its sign.
+            gradient: ``natural`` or ``plain`` gradient of the likelihood, see :func:`gaussian_nll_gradients`.
+            projected: Give the layers before the projected gradient instead of the paper's pointwise one, see
+                :mod:`evenkeel.methods.batchless_projected`.
+            eps: Added to the variance that sigma is fitted to, like the eps of batch normalization.
+            feature_dim: Dimension of the channels: 1, or -1 for channels-last inputs such as tokens.
+            device: Device of the parameters.
+            dtype: Dtype of gamma and beta; mean and rho are in fp32 or wider.
+
+        Raises:
+            ValueError: ``scale``, ``gradient`` or ``feature_dim`` is none of the choices.
+        """
+        super().__init__()
+        if scale not in ("log", "abs"):
+            raise ValueError(f"scale={scale!r}: choose 'log' or 'abs'")
+        if gradient not in ("natural", "plain"):
+            raise ValueError(f"gradient={gradient!r}: choose 'natural' or 'plain'")
+        if feature_dim not in (1, -1):
+            raise ValueError(f"feature_dim={feature_dim!r}: choose 1 (channels first) or -1 (channels last)")
+        self.num_features, self.eps, self.feature_dim = num_features, eps, feature_dim
+        self.scale: Scale = scale
+        self.gradient: Gradient = gradient
+        dtype = dtype or torch.get_default_dtype()
+        if affine:
+            self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        wide = statistics_dtype(dtype)
+        self.mean = nn.Parameter(torch.zeros(num_features, device=device, dtype=wide), requires_grad=False)
+        self.rho = nn.Parameter(torch.zeros(num_features, device=device, dtype=wide), requires_grad=False)
+        self.control = GradientControl(num_features, device=device, dtype=wide) if projected else None
+        self.set_statistics(self.mean, torch.ones_like(self.rho))
+        self.mismatch: Tensor | None = None
+        self.tally = Tally()
+        self._collector: int | None = None
+        self._uncollected = 0
+
+    @property
+    def affine(self) -> bool:
+        """Whether gamma and beta are there."""
+        return self.weight is not None
+
+    @property
+    def projected(self) -> bool:
+        """Whether the layers before receive the projected gradient."""
+        return self.control is not None
+
+    @property
+    def sigma(self) -> Tensor:
+        """Standard deviation per channel, shape ``(num_features,)``."""
+        return self.rho.detach().exp() if self.scale == "log" else self.rho.detach().abs()
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, sigma: Tensor) -> None:
+        """Set mu and sigma."""
+        self.mean.copy_(mean)
+        self.rho.copy_(sigma.log() if self.scale == "log" else sigma)
+
+    def normalized_moments(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """``m1 = E n`` and ``m2 = E n^2`` of rows with ``moments``, ``(num_features,)`` each."""
+        m1 = (moments.mean - self.mean.detach()) / self.sigma
+        return m1, moments.variance / self.sigma.square() + m1.square()
+
+    def likelihood_gradients(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Gradient of the likelihood with respect to ``mean`` and ``rho``, by the layer's gradient and scale."""
+        sigma = self.sigma
+        d_mean, d_rho = gaussian_nll_gradients(moments, self.mean.detach(), sigma, gradient=self.gradient, eps=self.eps)
+        if self.scale == "abs":  # d sigma = d rho / sigma; the Fisher information of sigma itself is 2 / sigma^2
+            d_rho = d_rho * self.rho.detach().sign() * (1 / sigma if self.gradient == "plain" else sigma)
+        return d_mean, d_rho
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize ``x``.
+
+        Args:
+            x: Input with ``num_features`` channels in dimension ``feature_dim``.
+            mask: Boolean, broadcastable to ``x`` without its channels; rows where it is False (padding) are normalized
+                but not counted.
+
+        Returns:
+            ``(x - mu) / sigma * gamma + beta``, shape and dtype of ``x``.
+
+        Raises:
+            ValueError: ``x`` has the wrong number of dimensions or channels.
+        """
+        if x.dim() not in self.dims or x.shape[self.feature_dim] != self.num_features:
+            raise ValueError(
+                f"{self}: input {'x'.join(map(str, x.shape))} does not fit; expected "
+                f"{' or '.join(map(str, self.dims))} dimensions with {self.num_features} channels in dimension "
+                f"{self.feature_dim} (channels-last inputs need feature_dim=-1)"
+            )
+        last = self.feature_dim == -1 and x.dim() > 2
+        rows = x.reshape(-1, self.num_features) if last else x
+        learns = self.training and torch.is_grad_enabled()
+        if learns and self.control is not None:
+            y = self.control(rows, self.mean, self.sigma, self.weight, self.bias)
+        else:
+            y = affine_map(rows, self.mean, self.sigma, self.weight, self.bias)
+        y = y.view_as(x) if last else y
+        if learns and y.requires_grad and observing():
+            self._count(x, y, mask)
+        return y
+
+    @eager
+    def _count(self, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+        self.tally.offer(observe(x, self.feature_dim, mask), y)
+        if self.is_collected:
+            return
+        self._uncollected += 1
+        if self._uncollected == PATIENCE:
+            warnings.warn(
+                f"{type(self).__name__}: mean and sigma have not moved in {PATIENCE} training passes, for no optimizer "
+                "collects them; call evenkeel.attach(model, optimizer) after building the optimizer",
+                stacklevel=4,
+            )
+
+    @property
+    def is_collected(self) -> bool:
+        """Whether an optimizer collects what this very module observes (a copy of it has to be attached anew)."""
+        return self._collector == id(self)
+
+    def set_collected(self, yes: bool) -> None:
+        """Note that an optimizer collects from now on, or no longer."""
+        self._collector = id(self) if yes else None
+        self._uncollected = 0
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what was observed since the last step."""
+        self.tally.take()
+        if self.control is not None:
+            self.control.sums = None
+
+    @classmethod
+    def from_batchnorm(cls: type[_Self], bn: nn.Module, **options: Any) -> _Self:
+        """A layer that computes what ``bn`` computes in eval mode.
+
+        mu is the running mean, ``rho = log(running_var + eps) / 2``; gamma and beta are copied. Without running
+        statistics the layer starts at (0, 1).
+
+        Args:
+            bn: A batch normalization layer whose channels are known.
+            **options: Further arguments of the layer (``projected``, ``gradient``, ...).
+
+        Returns:
+            The new layer, on the device and in the mode of ``bn``.
+
+        Raises:
+            TypeError: ``bn`` is no batch normalization, or a lazy one that has seen no input.
+        """
+        if not isinstance(bn, nn.modules.batchnorm._BatchNorm) or isinstance(bn.weight, nn.UninitializedParameter):
+            raise TypeError(f"from_batchnorm: expected a BatchNorm layer with known channels, got {bn}")
+        sample = next((t for t in (bn.weight, bn.running_mean) if t is not None), torch.empty(0))
+        layer = cls(
+            bn.num_features,
+            **{"affine": bn.affine, "eps": bn.eps, "device": sample.device, "dtype": sample.dtype, **options},
+        )
+        if bn.affine and layer.weight is not None:
+            layer.weight.data.copy_(bn.weight)
+            layer.bias.data.copy_(bn.bias)
+            layer.weight.requires_grad_(bn.weight.requires_grad)
+            layer.bias.requires_grad_(bn.bias.requires_grad)
+        if bn.running_mean is not None and bn.running_var is not None:
+            wide = layer.rho.dtype
+            layer.set_statistics(bn.running_mean.to(wide), (bn.running_var.to(wide) + bn.eps).sqrt())
+        return layer.train(bn.training)
+
+    def to_batchnorm(self) -> nn.modules.batchnorm._BatchNorm:
+        """The batch normalization layer that computes the same in eval mode.
+
+        Its eps is the layer's, or the smallest variance where that is smaller (``running_var = sigma^2 - eps`` must not
+        be negative).
+        """
+        kind = {(2, 3): nn.BatchNorm1d, (4,): nn.BatchNorm2d, (5,): nn.BatchNorm3d}[self.dims]
+        variance = self.sigma.square()
+        eps = min(self.eps, variance.min().item())
+        dtype = self.mean.dtype if self.weight is None else self.weight.dtype
+        bn = kind(self.num_features, eps=eps, affine=self.affine, device=self.mean.device, dtype=dtype)
+        if self.weight is not None:
+            bn.weight.data.copy_(self.weight)
+            bn.bias.data.copy_(self.bias)
+            bn.weight.requires_grad_(self.weight.requires_grad)
+            bn.bias.requires_grad_(self.bias.requires_grad)
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        bn.running_mean.copy_(self.mean)
+        bn.running_var.copy_(variance - eps)
+        return bn.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = {name: getattr(self, name).data for name in ("mean", "rho")}
+        super()._apply(fn, recurse)
+        for (
+            name,
+            old,
+        ) in before.items():  # .half() and .bfloat16() leave the statistics wide: small steps would round away
+            new = getattr(self, name)
+            if new.dtype.itemsize < 4:
+                new.data = old.to(new.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        mean, var = state_dict.pop(prefix + "running_mean", None), state_dict.pop(prefix + "running_var", None)
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        if mean is not None and var is not None:  # the state of the batch normalization that stood here
+            sigma = (var.to(self.rho.dtype) + self.eps).sqrt()
+            state_dict[prefix + "mean"] = mean
+            state_dict[prefix + "rho"] = sigma.log() if self.scale == "log" else sigma
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from the defaults."""
+        given = {
+            "affine": (self.affine, True),
+            "scale": (self.scale, "log"),
+            "gradient": (self.gradient, "natural"),
+            "projected": (self.projected, False),
+            "feature_dim": (self.feature_dim, 1),
+        }
+        return ", ".join([f"{self.num_features}", *(f"{k}={v!r}" for k, (v, default) in given.items() if v != default)])
+
+
+def affine_map(x: Tensor, mean: Tensor, sigma: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``(x - mu) / sigma * gamma + beta`` with channels in dimension 1; saves ``x`` only if gamma is there.
+
+    Args:
+        x: ``(N, C, ...)``.
+        mean: mu, ``(C,)``.
+        sigma: Standard deviation, ``(C,)``.
+        weight: gamma ``(C,)`` or None.
+        bias: beta ``(C,)`` or None.
+
+    Returns:
+        Shape and dtype of ``x``.
+    """
+    if weight is not None and bias is not None:
+        if weight.dtype != mean.dtype:
+            weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
+        if x.dtype.itemsize > mean.dtype.itemsize:
+            mean, sigma, weight, bias = (t.to(x.dtype) for t in (mean, sigma, weight, bias))
+        return F.batch_norm(x, mean, sigma.square(), weight, bias, training=False, eps=0.0)
+    shape = (-1, *[1] * (x.dim() - 2))
+    scale = 1 / sigma
+    return torch.addcmul((-mean * scale).view(shape), x, scale.view(shape)).to(x.dtype)
+
+
+class BatchlessNorm1d(BatchlessNorm):
+    """:class:`BatchlessNorm` of ``(N, C)`` or ``(N, C, L)`` inputs (``(N, L, C)`` with ``feature_dim=-1``).
+
+    Examples:
+        >>> BatchlessNorm1d(2, affine=False)(torch.tensor([[1.0, 2.0]])).tolist()
+        [[1.0, 2.0]]
+    """
+
+    dims = (2, 3)
+
+
+class BatchlessNorm2d(BatchlessNorm):
+    """:class:`BatchlessNorm` of ``(N, C, H, W)`` inputs."""
+
+    dims = (4,)
+
+
+class BatchlessNorm3d(BatchlessNorm):
+    """:class:`BatchlessNorm` of ``(N, C, D, H, W)`` inputs."""
+
+    dims = (5,)
+
+
+def batchless_layers(model: nn.Module) -> list[BatchlessNorm]:
+    """All batchless layers of ``model``, each once."""
+    return [module for module in model.modules() if isinstance(module, BatchlessNorm)]

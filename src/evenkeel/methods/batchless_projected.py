@@ -1,0 +1,158 @@
+"""The projected gradient of batchless normalization: batch normalization's backward pass, from earlier steps.
+
+Our own addition to Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729; the derivation and the measurements
+are in docs/batchless.md.
+
+With ``n' = dL/dn``, batch normalization passes on ``dL/dx = (n' - A - B n) / sigma``, where ``A = mean(n')`` and
+``B = mean(n' n)`` make the result orthogonal to 1 and n over the rows of the batch: no step can be spent on merely
+shifting or scaling what the next normalization undoes. The pointwise gradient of the paper lacks both terms. Here A and
+B come from the earlier steps, so the backward pass stays per instance, and all that is added over micro-batches and
+ranks are sums.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.moments import Moments, observing
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+GAIN = 0.5
+
+
+def eager(function: _Function) -> _Function:
+    """Keep ``function``, which has effects beside its result, out of compiled graphs."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
+
+
+def projected_gradient(grad_n: Tensor, n: Tensor, shift: Tensor, slope: Tensor) -> Tensor:
+    """``n' - A - B n``: what remains of ``n' = dL/dn`` orthogonal to 1 and n, when A and B are its regression on them.
+
+    Args:
+        grad_n: dL/dn, ``(rows, features)``.
+        n: Normalized activations, ``(rows, features)``.
+        shift: A, ``(features,)``.
+        slope: B, ``(features,)``.
+
+    Returns:
+        ``(rows, features)``.
+
+    Examples:
+        >>> n = torch.tensor([[-1.0], [1.0]])
+        >>> projected_gradient(3 + 2 * n, n, torch.tensor([3.0]), torch.tensor([2.0])).tolist()
+        [[0.0], [0.0]]
+    """
+    return grad_n - shift - slope * n
+
+
+def regression(sum_grad: Tensor, sum_grad_n: Tensor, m1: Tensor, m2: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of the least-squares fit ``n' ~ A + B n`` over the rows of a step.
+
+    ``B = (mean(n' n) - mean(n') m1) / (m2 - m1^2)``, ``A = mean(n') - B m1``; with m1 = 0 and m2 = 1 these are batch
+    normalization's mean(n') and mean(n' n). Sums over the rows give A and B times the number of rows.
+
+    Args:
+        sum_grad: Sum of n' (or mean), ``(features,)``.
+        sum_grad_n: Sum of n' n (or mean), ``(features,)``.
+        m1: Mean of n, ``(features,)``.
+        m2: Mean of n^2, ``(features,)``.
+
+    Returns:
+        A and B, ``(features,)`` each.
+    """
+    variance = (m2 - m1.square()).clamp(min=1e-2)
+    slope = (sum_grad_n - sum_grad * m1) / variance
+    return sum_grad - slope * m1, slope
+
+
+class GradientControl(nn.Module):
+    """A and B of one layer, learned from the steps so far.
+
+    They are kept as sums over the rows of a step, the scale on which a mean loss does not depend on the number of rows.
+    """
+
+    shift: Tensor
+    slope: Tensor
+    rows: Tensor
+
+    def __init__(
+        self, features: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Start with A = B = 0, the paper's gradient."""
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(features, device=device, dtype=dtype))
+        self.register_buffer("slope", torch.zeros(features, device=device, dtype=dtype))
+        self.register_buffer("rows", torch.ones(2, device=device, dtype=dtype))
+        self.sums: Tensor | None = None
+
+    def forward(self, x: Tensor, mean: Tensor, sigma: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The affine map of the layer with the projected gradient."""
+        rows = self.rows.max()
+        add = self._add if observing() else None
+        return _projected_affine(x, weight, bias, mean.detach(), sigma, self.shift / rows, self.slope / rows, add)
+
+    def _add(self, sums: Tensor) -> None:
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def take(self, count: Tensor) -> Moments:
+        """The mean over ``count`` rows of (n', n' n) since the last call, as moments that reduce like any others."""
+        sums, self.sums = self.sums, None
+        mean = self.shift.new_zeros(2 * self.shift.numel()) if sums is None else sums.flatten() / count.clamp(min=1)
+        return Moments(count, mean, torch.zeros_like(mean))
+
+    @torch.no_grad()
+    def update(self, products: Moments, m1: Tensor, m2: Tensor, ranks: int) -> None:
+        """Move A and B towards the regression over the rows of this step."""
+        rows = products.count / ranks
+        sum_grad, sum_grad_n = (products.mean * rows).chunk(2)
+        shift, slope = regression(sum_grad, sum_grad_n, m1, m2)
+        self.shift.lerp_(shift, GAIN)
+        self.slope.lerp_(slope, GAIN)
+        self.rows.copy_(torch.stack([rows, self.rows[0]]))
+
+
+class _ProjectedAffine(torch.autograd.Function):
+    """``(x - mu) / sigma * gamma + beta`` whose gradient for ``x`` is projected; channels in dimension 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        sigma: Tensor,
+        shift: Tensor,
+        slope: Tensor,
+        add: Callable[[Tensor], None] | None,
+    ) -> Tensor:
+        from evenkeel.methods.batchless import affine_map
+
+        ctx.save_for_backward(x, weight, mean, sigma, shift, slope)
+        ctx.add, ctx.first = add, True
+        return affine_map(x, mean, sigma, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dy,) = grads
+        x, weight, mean, sigma, shift, slope = ctx.saved_tensors
+        gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+        dx, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(
+            dy, x, gamma, mean, sigma.square(), None, None, False, 0.0, [True, True, True]
+        )
+        if ctx.add is not None:
+            ctx.add(torch.stack([gamma * d_beta, gamma * d_gamma]).detach())
+        if ctx.first:
+            ctx.first = False
+            shape = (-1, *[1] * (x.dim() - 2))
+            dx = dx - ((shift - slope * mean / sigma) / sigma).view(shape).to(dx.dtype)
+            dx = torch.addcmul(dx, x, (slope / sigma.square()).view(shape).to(dx.dtype), value=-1)
+        if weight is None:
+            d_gamma = d_beta = None
+        return dx, d_gamma, d_beta, None, None, None, None, None
+
+
+_projected_affine = eager(_ProjectedAffine.apply)  # its backward pass adds to a sum outside of it
