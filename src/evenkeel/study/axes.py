@@ -1,0 +1,85 @@
+"""Where things go in a chart: scales, round tick values, labels that do not overlap."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a chart.
+
+    Attributes:
+        title: What it shows, with the unit.
+        low: Value at the left or bottom end (larger than ``high`` on an axis that runs backwards).
+        high: Value at the right or top end.
+        ticks: Values with a label.
+        show: Text of a value.
+        scale: Monotone function that is drawn linearly (``math.log2`` for a logarithmic axis).
+    """
+
+    title: str
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    show: Callable[[float], str] = "{:g}".format
+    scale: Callable[[float], float] = float
+
+    def place(self, value: float, start: float, end: float) -> float:
+        """Position of a value on the stretch from ``start`` to ``end``; the middle where the axis has no length."""
+        low, high = self.scale(self.low), self.scale(self.high)
+        share = 0.5 if low == high else (self.scale(value) - low) / (high - low)
+        return start + share * (end - start)
+
+
+def nice_ticks(low: float, high: float, wanted: int = 5) -> tuple[float, ...]:
+    """Round values that cover [low, high], at most about ``wanted`` steps apart.
+
+    >>> nice_ticks(0.0, 1.0)
+    (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    """
+    if not high > low:
+        high = low + 1.0
+    raw = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return tuple(round(k * step, 12) for k in range(first, last + 1))
+
+
+def log_ticks(low: float, high: float) -> tuple[float, ...]:
+    """Powers of ten within [low, high], with 2 and 5 between them where there are fewer than three.
+
+    >>> log_ticks(0.01, 1.0)
+    (0.01, 0.1, 1.0)
+    """
+    powers = range(math.floor(math.log10(low) - 1e-9), math.ceil(math.log10(high) + 1e-9) + 1)
+    within = [
+        [round(f * 10.0**k, 12) for k in powers for f in factors if low * 0.999 <= f * 10.0**k <= high * 1.001]
+        for factors in ((1,), (1, 2, 5))
+    ]
+    return tuple(within[0] if len(within[0]) > 2 else within[1])
+
+
+def spread(wanted: Sequence[float], low: float, high: float, gap: float) -> list[float]:
+    """Positions closest to the wanted ones that are ``gap`` apart and, as far as there is room, within [low, high].
+
+    Closest in least squares: with ``q[k] = p[k] - k * gap`` this is isotonic regression, solved by pooling neighbours.
+
+    >>> spread([10.0, 11.0, 50.0], 0.0, 100.0, gap=10.0)
+    [5.5, 15.5, 50.0]
+    """
+    order = sorted(range(len(wanted)), key=wanted.__getitem__)
+    pools: list[tuple[float, int]] = []  # (mean, size)
+    for rank, index in enumerate(order):
+        mean, size = wanted[index] - rank * gap, 1
+        while pools and pools[-1][0] > mean:
+            other, count = pools.pop()
+            mean, size = (mean * size + other * count) / (size + count), size + count
+        pools.append((mean, size))
+    flat = [mean for mean, size in pools for _ in range(size)]
+    room = max(low, high - (len(wanted) - 1) * gap)
+    positions = [0.0] * len(wanted)
+    for rank, index in enumerate(order):
+        positions[index] = min(max(flat[rank], low), room) + rank * gap
+    return positions

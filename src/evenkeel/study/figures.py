@@ -1,0 +1,147 @@
+"""The three figures of a report: accuracy against batch size, training curves, accuracy against learning rate."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from evenkeel.study.axes import Axis, log_ticks, nice_ticks
+from evenkeel.study.records import StudyRecord, TrialResult
+from evenkeel.study.statistics import finite, plan_axes, summarize
+from evenkeel.study.svg import Series, line_chart
+from evenkeel.study.verdict import percent
+
+WIDE, NARROW, PANEL = (860, 400), (370, 340), (370, 260)
+_LOSS_HEADROOM = 1.5  # losses above 1.5 times that of guessing are cut off, or one bad start hides everything else
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart of a row of small multiples."""
+
+    title: str
+    chart: Markup
+
+
+def series_index(record: StudyRecord) -> dict[str, int]:
+    """Colour and marker of each method; 0 is the reference's."""
+    methods, _ = plan_axes(record)
+    others = [method for method in methods if method != record.config["reference"]]
+    return {record.config["reference"]: 0, **{method: 1 + k for k, method in enumerate(others)}}
+
+
+def by_batch_size(record: StudyRecord) -> list[Markup]:
+    """Test accuracy against batch size, one line per method, for wide and narrow screens; empty without a final run."""
+    summaries = [s for s in summarize(record) if s.accuracies or s.diverged]
+    if not summaries:
+        return []
+    series, told = [], []
+    for method, index in series_index(record).items():
+        mine = sorted((s for s in summaries if s.method == method), key=lambda s: -s.batch_size)
+        if not mine:
+            continue
+        series.append(
+            Series(
+                method,
+                index,
+                points=tuple((s.batch_size, s.mean) for s in mine if s.mean is not None),
+                dots=tuple((s.batch_size, accuracy) for s in mine for accuracy in s.accuracies),
+                crosses=tuple(s.batch_size for s in mine if s.diverged),
+            )
+        )
+        words = [f"{percent(s.mean) if s.mean is not None else 'no accuracy'} at {s.batch_size}" for s in mine]
+        told.append(f"{method}: {', '.join(words)}")
+    sizes = sorted({s.batch_size for s in summaries}, reverse=True)
+    x = Axis("batch size (log scale, small to the right)", sizes[0], sizes[-1], tuple(sizes), scale=math.log2)
+    y = _accuracy_axis("test accuracy, %", [value for s in series for _, value in (*s.points, *s.dots)])
+    alt = f"Test accuracy against batch size. {'. '.join(told)}."
+    return [line_chart(series, x, y, size=size, alt=alt, css=css) for size, css in ((WIDE, "wide"), (NARROW, "narrow"))]
+
+
+def training_curves(record: StudyRecord) -> list[Panel]:
+    """Training loss of the final runs, one panel per batch size: mean over seeds, band from lowest to highest."""
+    chance_loss = math.log(record.config["classes"])
+    panels = []
+    for size in plan_axes(record)[1]:
+        series = []
+        for method, index in series_index(record).items():
+            trials = [t for t in _of(record, "final", method, size) if t.curve]
+            band = _band([t for t in trials if t.state == "finished"])
+            crosses = tuple(t.curve[-1].examples for t in trials if t.state == "diverged")
+            if band or crosses:
+                points = tuple((at, mean) for at, mean, _, _ in band)
+                edges = tuple((at, low, high) for at, _, low, high in band)
+                series.append(Series(method, index, points, edges, crosses=crosses, markers=False))
+        if not series:
+            continue
+        seen = [value for s in series for value in (*(at for at, _ in s.points), *s.crosses)]
+        losses = [value for s in series for _, low, high in s.band for value in (low, high)] or [0.0, chance_loss]
+        top = min(max(losses), max(_LOSS_HEADROOM * chance_loss, *(s.points[-1][1] for s in series if s.points), 0.0))
+        ticks = nice_ticks(min(0.0, *losses), top, 4)
+        end = max(*seen, record.config["budget"])
+        shown = tuple(tick for tick in nice_ticks(0, end, 4) if tick <= end)
+        x = Axis("training examples seen", 0, end, shown, "{:,.0f}".format)
+        y = Axis("training loss, nats", ticks[0], ticks[-1], ticks)
+        ends = [f"{s.label} {f'ends at {s.points[-1][1]:.2f}' if s.points else 'diverged'}" for s in series]
+        alt = f"Training loss against examples seen at batch size {size}. {', '.join(ends)}."
+        panels.append(Panel(f"Batch size {size}", line_chart(series, x, y, size=PANEL, alt=alt)))
+    return panels
+
+
+def by_learning_rate(record: StudyRecord) -> list[Panel]:
+    """Validation accuracy of the search runs against learning rate, per batch size; the chosen rate is ringed."""
+    chosen = {(s.method, s.batch_size): s.lr for s in summarize(record)}
+    panels = []
+    for size in plan_axes(record)[1]:
+        series = []
+        for method, index in series_index(record).items():
+            trials = _of(record, "search", method, size)
+            rates = sorted({trial.key.lr for trial in trials})
+            scores = [(lr, finite(t.validation_accuracy for t in trials if t.key.lr == lr)) for lr in rates]
+            if all(trial.state == "failed" for trial in trials):
+                continue
+            series.append(
+                Series(
+                    method,
+                    index,
+                    points=tuple((lr, float(np.mean(values))) for lr, values in scores if values),
+                    crosses=tuple(lr for lr in rates if any(t.key.lr == lr and t.state == "diverged" for t in trials)),
+                    ring=chosen.get((method, size)),
+                )
+            )
+        rates = [value for s in series for value in (*(lr for lr, _ in s.points), *s.crosses)]
+        if not rates:
+            continue
+        x = Axis(
+            "learning rate (log scale)", min(rates), max(rates), log_ticks(min(rates), max(rates)), scale=math.log10
+        )
+        y = _accuracy_axis("validation accuracy, %", [value for s in series for _, value in s.points])
+        tops = [max(s.points, key=lambda point: point[1]) for s in series if s.points]
+        told = [
+            f"{s.label} is best at {best[0]:g} with {percent(best[1])}"
+            for s, best in zip([s for s in series if s.points], tops, strict=True)
+        ]
+        alt = f"Validation accuracy against learning rate at batch size {size}. {', '.join(told)}."
+        panels.append(Panel(f"Batch size {size}", line_chart(series, x, y, size=PANEL, alt=alt)))
+    return panels
+
+
+def _of(record: StudyRecord, phase: str, method: str, size: int) -> list[TrialResult]:
+    wanted = (phase, method, size)
+    return [t for t in record.trials if (t.key.phase, t.key.method, t.key.batch_size) == wanted]
+
+
+def _band(trials: Sequence[TrialResult]) -> list[tuple[float, float, float, float]]:
+    """(examples, mean, lowest, highest loss) at each number of examples that every run has."""
+    losses = [{point.examples: point.train_loss for point in trial.curve} for trial in trials]
+    shared = sorted(set.intersection(*(set(loss) for loss in losses))) if losses else []
+    rows = [(at, finite(loss[at] for loss in losses)) for at in shared]
+    return [(at, float(np.mean(values)), min(values), max(values)) for at, values in rows if values]
+
+
+def _accuracy_axis(title: str, values: Sequence[float]) -> Axis:
+    ticks = nice_ticks(min(values, default=0.0), max(values, default=1.0))
+    ticks = tuple(tick for tick in ticks if tick <= 1.0 + 1e-9)
+    return Axis(title, ticks[0], max(ticks[-1], *values, ticks[0] + 0.01), ticks, lambda value: f"{100 * value:g}")

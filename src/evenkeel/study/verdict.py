@@ -1,0 +1,192 @@
+"""The verdict: one sentence a person would say about a study, and the caveats that belong to it.
+
+Method names stand in backticks, so that each kind of report can set them in its own way.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evenkeel.study.records import StudyRecord
+from evenkeel.study.statistics import PAIRS_FOR_A_CLAIM, Summary, summarize, unfinished
+
+SIGNIFICANT = 0.05
+_NEAR_CHANCE = 1.5  # accuracy below 1.5 times chance level is told as such
+_FELL = 0.1  # lost against the reference's own best batch size, as a fraction
+_NAMED = 3  # longer lists of methods are counted, not read out
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a study says.
+
+    Attributes:
+        sentence: The finding, in one sentence.
+        caveats: Sentences that limit it: how many seeds, what diverged, failed or is missing.
+    """
+
+    sentence: str
+    caveats: tuple[str, ...] = ()
+
+
+def percent(fraction: float) -> str:
+    """A fraction as people write it.
+
+    >>> percent(0.9123)
+    '91.2 %'
+    """
+    return f"{100 * fraction:.1f} %"
+
+
+def listing(items: Sequence[object]) -> str:
+    """Items as an enumeration.
+
+    >>> listing([64, 8, 1])
+    '64, 8 and 1'
+    """
+    words = [str(item) for item in items]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> count(1, "seed"), count(3, "seed")
+    ('1 seed', '3 seeds')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def direction(summary: Summary) -> int:
+    """1 where the method is ahead of the reference beyond noise, -1 where behind, 0 where neither can be said.
+
+    From five pairs up the corrected p-value decides; with fewer the 95 % interval, told as a measurement, not claimed.
+    """
+    paired = summary.paired
+    if paired is None or paired.low is None or paired.high is None:
+        return 0
+    beyond = paired.low > 0 or paired.high < 0 if paired.p_holm is None else paired.p_holm < SIGNIFICANT
+    return (1 if paired.difference > 0 else -1) if beyond else 0
+
+
+def judge(record: StudyRecord) -> Verdict:
+    """Say what the study found.
+
+    Args:
+        record: A study, finished or not.
+    """
+    summaries = summarize(record)
+    ran = [summary for summary in summaries if summary.runs]
+    if not ran:
+        return Verdict("No final run has ended yet, so there is nothing to compare.", _progress(record))
+    caveats = (*_strength(record, ran), *_lost(ran), *_progress(record))
+    if not any(summary.accuracies for summary in ran):
+        return Verdict("No final run finished: every one diverged or failed.", caveats)
+    sentence = _alone(ran) if len({s.method for s in ran}) == 1 else _compared(record, ran)
+    return Verdict(sentence[0].upper() + sentence[1:] + ".", caveats)
+
+
+def _name(summary: Summary, *, with_mean: bool = False) -> str:
+    return f"`{summary.method}`" + (f" ({percent(summary.mean)})" if with_mean and summary.mean is not None else "")
+
+
+def _alone(ran: Sequence[Summary]) -> str:
+    reached = [f"{percent(s.mean)} at batch size {s.batch_size}" for s in ran if s.mean is not None]
+    return f"{_name(ran[0])} reached {listing(reached)}, with no other method to compare it to"
+
+
+def _compared(record: StudyRecord, ran: Sequence[Summary]) -> str:
+    """A clause per batch size where something differs, the largest difference first; then where nothing does."""
+    reference, chance = record.config["reference"], 1 / record.config["classes"]
+    best = max((s.mean for s in ran if s.method == reference and s.mean is not None), default=0.0)
+    one_sided = record.config.get("alternative") == "greater"
+    level = f"no method {'is shown to be better than' if one_sided else 'differs from'} `{reference}` beyond the noise"
+    told: list[tuple[float, str]] = []
+    untold: dict[str, list[int]] = {}
+    for size in dict.fromkeys(summary.batch_size for summary in ran):
+        here = sorted((s for s in ran if s.batch_size == size), key=lambda s: -(s.mean or 0.0))
+        base = next((s for s in here if s.method == reference), None)
+        others = [s for s in here if s is not base and s.mean is not None]
+        clause = _clause(others, base, best, chance) if others and base else None
+        if clause:
+            told.append((clause[0], f"at batch size {size} {clause[1]}"))
+        elif any(s.paired is not None and s.paired.low is not None for s in here):
+            untold.setdefault(level, []).append(size)
+        else:
+            seen = [_name(s, with_mean=True) for s in here if s.mean is not None]
+            text = f"{listing(seen)} cannot be told apart" if len(seen) > 1 else "there is nothing to compare"
+            untold.setdefault(text, []).append(size)
+    clauses = [text for _, text in sorted(told, key=lambda clause: -clause[0])]
+    clauses += [f"at batch {'size' if len(at) == 1 else 'sizes'} {listing(at)} {text}" for text, at in untold.items()]
+    return "; ".join(clauses)
+
+
+def _clause(others: Sequence[Summary], base: Summary, best: float, chance: float) -> tuple[float, str] | None:
+    """What happened at one batch size and how much it weighs; None where no difference stands out.
+
+    Args:
+        others: Methods with a mean, best first.
+        base: The reference.
+        best: The reference's best mean over all batch sizes.
+        chance: Accuracy of guessing.
+    """
+    top = others[0].mean or 0.0
+    if base.mean is None:
+        how = "diverged" if not base.failed else "failed" if not base.diverged else "diverged or failed"
+        return top, f"{_name(others[0])} reached {percent(top)}, while every run of {_name(base)} {how}"
+    ahead = [s for s in others if direction(s) > 0]
+    if ahead:
+        fate = f"against {percent(base.mean)} with {_name(base)}"
+        if base.mean < _NEAR_CHANCE * chance:
+            fate = f"where {_name(base)} stayed near chance at {percent(base.mean)}"
+        elif best - base.mean > _FELL:
+            fate = f"where {_name(base)} fell to {percent(base.mean)}"
+        more = ahead[1:]
+        who = listing([_name(s) for s in more]) if 0 < len(more) <= _NAMED else f"{len(more)} more methods"
+        lead = ahead[0].mean or 0.0
+        return (
+            lead - base.mean,
+            f"{_name(ahead[0])} reached {percent(lead)}, {fate}{f' ({who} did better too)' if more else ''}",
+        )
+    behind = [s for s in reversed(others) if direction(s) < 0]
+    if behind:
+        who = listing([_name(s, with_mean=True) for s in behind])
+        if len(behind) > _NAMED:
+            who = f"{len(behind)} methods (lowest {_name(behind[0], with_mean=True)})"
+        text = f"nothing did better than {_name(base, with_mean=True)}, and {who} did worse"
+        return base.mean - (behind[0].mean or 0.0), text
+    return None
+
+
+def _strength(record: StudyRecord, ran: Sequence[Summary]) -> tuple[str, ...]:
+    pairs = max((s.paired.pairs for s in ran if s.paired is not None), default=0)
+    if not pairs or unfinished(record):
+        return ()
+    if pairs == 1:
+        return ("One seed gives no measure of the noise: nothing is claimed.",)
+    if pairs < PAIRS_FOR_A_CLAIM:
+        return (f"Measured with {pairs} seeds, too few for a claim: there are 95 % intervals but no p-values.",)
+    return (
+        f"Differences are claimed at the {100 * SIGNIFICANT:.0f} % level, "
+        "Holm-corrected over the methods at each batch size.",
+    )
+
+
+def _lost(ran: Sequence[Summary]) -> tuple[str, ...]:
+    """Runs without an accuracy; they are named, since the means leave them out."""
+    lost = []
+    for verb, field in (("Diverged", "diverged"), ("Failed", "failed")):
+        cells = [
+            f"{_name(s)} in {getattr(s, field)} of {count(s.runs, 'run')} at batch size {s.batch_size}"
+            for s in ran
+            if getattr(s, field)
+        ]
+        if cells:
+            lost.append(f"{verb}, and left out of the means: {listing(cells)}.")
+    return tuple(lost)
+
+
+def _progress(record: StudyRecord) -> tuple[str, ...]:
+    if not unfinished(record):
+        return ()
+    done = f"{len(record.trials)} of {record.planned} trials"
+    return (f"The study is not finished ({done}): numbers will change and nothing is claimed.",)

@@ -1,0 +1,172 @@
+import csv
+import dataclasses
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from evenkeel.study.records import CurvePoint
+from evenkeel.study.report import CSV_COLUMNS, read_results, render_html, render_markdown, write_report
+from fake_study import METHODS, realistic, record, result
+
+HOSTILE = "<script>alert(1)</script>\"'`|&{{ 7 * 7 }}"
+
+
+class Tags(HTMLParser):
+    """Collects tags, attributes and text, and fails on tags that are not closed in order."""
+
+    void = frozenset({"meta", "link", "br", "hr", "img"})
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(page)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open, f"closes {tag} that is not open"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def only(phase, trials):
+    return tuple(t for t in trials if t.key.phase == phase)
+
+
+def all_diverged():
+    return record([
+        result(method=m, size=s, seed=k, state="diverged") for m in METHODS for s in (8, 1) for k in range(2)
+    ])
+
+
+def hostile():
+    whole = realistic(methods=("batch", HOSTILE), sizes=(8, 1), data=HOSTILE, model=HOSTILE, data_summary=HOSTILE)
+    failed = result("final", HOSTILE, 8, 0.02, 99, state="failed", error=f"boom {HOSTILE}")
+    return dataclasses.replace(
+        whole,
+        trials=(*whole.trials, failed),
+        command=f"evenkeel compare --model {HOSTILE}",
+        environment={HOSTILE: HOSTILE},
+        recipes={HOSTILE: {"summary": HOSTILE, "paper": HOSTILE}},
+        planned=len(whole.trials) + 1,
+    )
+
+
+PARTIAL = {
+    "whole": realistic,
+    "five seeds": lambda: realistic(seeds=5),
+    "one-sided": lambda: realistic(seeds=5, alternative="greater"),
+    "no trials": lambda: record([], planned=60),
+    "search only": lambda: dataclasses.replace(realistic(), trials=only("search", realistic().trials)),
+    "finals only": lambda: dataclasses.replace(realistic(), trials=only("final", realistic().trials)),
+    "half way": lambda: dataclasses.replace(realistic(), trials=realistic().trials[:40]),
+    "no costs": lambda: dataclasses.replace(realistic(), costs=()),
+    "one method": lambda: realistic(methods=("group",)),
+    "one batch size": lambda: realistic(sizes=(1,)),
+    "one seed": lambda: realistic(seeds=1),
+    "one trial": lambda: record([result()], ["batch"], [64], seeds=1),
+    "all diverged": all_diverged,
+    "all failed": lambda: record([result(state="failed", error="out of memory")], ["batch"], [64]),
+    "reference diverged": lambda: record(
+        [result(method="batch", state="diverged"), result(method="group", accuracy=0.9)], ["batch", "group"], [64]
+    ),
+    "twenty methods": lambda: realistic(methods=("batch", *(f"method-{k}" for k in range(19)))),
+    "non-finite loss": lambda: record([result(curve=(CurvePoint(10, float("nan")), CurvePoint(20, float("inf"))))]),
+    "hostile": hostile,
+}
+
+
+@pytest.mark.parametrize("study", PARTIAL.values(), ids=PARTIAL.keys())
+def test_every_stage_of_a_study_makes_a_well_formed_report(study, tmp_path):
+    files = write_report(study(), tmp_path / "new" / "folder")
+    assert [path.name for path in files] == ["report.html", "report.md", "results.json", "trials.csv"]
+    page = Tags(files[0].read_text(encoding="utf-8"))
+    assert page.tags.count("h1") == 1
+    assert "script" not in page.tags
+    assert "nan" not in " ".join(value or "" for name, value in page.attributes if name in {"d", "transform"})
+    json.loads(files[2].read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+def test_same_record_gives_the_same_bytes(tmp_path):
+    first, second = write_report(realistic(), tmp_path / "a"), write_report(realistic(), tmp_path / "b")
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+
+def test_page_refers_to_nothing_outside():
+    page = Tags(render_html(realistic()))
+    links = [value for name, value in page.attributes if name in {"href", "src", "srcset", "xlink:href", "action"}]
+    assert links == ["data:,"]
+    assert "url(" not in render_html(realistic())
+    assert "@import" not in render_html(realistic())
+
+
+def test_figures_have_a_text_that_tells_their_numbers():
+    labels = [value for name, value in Tags(render_html(realistic())).attributes if name == "aria-label"]
+    assert any("Test accuracy against batch size" in label and "batch: 95.8 % at 64" in label for label in labels)
+    assert any("Training loss" in label for label in labels)
+    assert any("Validation accuracy against learning rate" in label for label in labels)
+
+
+def test_hostile_names_are_text_everywhere():
+    page = Tags(render_html(hostile()))
+    text = "".join(page.text)
+    assert "script" not in page.tags
+    assert text.count("<script>alert(1)</script>") >= 10
+    assert "{{ 7 * 7 }}" in text
+
+
+def test_hostile_names_keep_markdown_tables_whole():
+    lines = [line for line in render_markdown(hostile()).splitlines() if line.startswith("| `<script>")]
+    header = next(line for line in render_markdown(hostile()).splitlines() if line.startswith("| method"))
+    assert lines
+    assert {line.replace("\\|", "").count("|") for line in lines} == {header.replace("\\|", "").count("|")}
+
+
+def test_results_give_the_record_back(tmp_path):
+    for name in ("whole", "hostile", "all diverged"):
+        study = PARTIAL[name]()
+        assert read_results(write_report(study, tmp_path)[2]) == study
+
+
+def test_csv_has_one_line_per_trial_with_these_columns(tmp_path):
+    study = hostile()
+    path = write_report(study, tmp_path)[3]
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == CSV_COLUMNS
+    assert len(rows) == len(study.trials)
+    for row, trial in zip(rows, study.trials, strict=True):
+        assert row["method"] == trial.key.method
+        assert float(row["lr"]) == pytest.approx(trial.key.lr)
+        assert row["test_accuracy"] == ("" if trial.test_accuracy is None else str(trial.test_accuracy))
+
+
+def test_p_column_appears_from_five_seeds_up():
+    assert "Holm" not in render_markdown(realistic(seeds=4))
+    assert "p, Holm" in render_markdown(realistic(seeds=5))
+
+
+def test_columns_without_a_value_are_left_out():
+    assert "memory" in render_markdown(realistic())
+    assert "memory" not in render_markdown(dataclasses.replace(realistic(), costs=()))
+
+
+def test_diverged_runs_are_told_in_verdict_table_figure_and_list():
+    page = render_html(realistic())
+    assert "Diverged, and left out of the means: <code>batch-renorm</code> in 1 of 3 runs at batch size 1." in page
+    assert "diverged 1 of 3" in page
+    assert 'class="cross' in page
+    assert "loss became non-finite at example 512" in page
