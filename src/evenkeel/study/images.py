@@ -115,8 +115,8 @@ def _load_failed(name: str, error: Exception, local: bool) -> str:
         remedy = f"choose one as {name}@CONFIGURATION"
     else:
         remedy = (
-            "no such folder here; as a name of the Hugging Face hub it needs a network connection once (or HF_ENDPOINT),"
-            " or give the path of a local copy"
+            "no such folder here; a name of the Hugging Face hub needs a network connection once (or HF_ENDPOINT), "
+            "or give the path of a local copy"
         )
     return f"data {name!r} could not be loaded ({reason}); {remedy}"
 

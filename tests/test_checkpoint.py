@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from evenkeel.study.checkpoint import CheckpointFile
+
+
+@pytest.fixture
+def file(tmp_path):
+    return CheckpointFile(tmp_path / "checkpoints", "trial")
+
+
+def test_what_is_saved_comes_back(file):
+    state = {"tensor": torch.arange(5.0, dtype=torch.float64), "step": 3, "nested": {"list": [1, 2.5, None]}}
+    file.save(state)
+    loaded = file.load()
+    assert torch.equal(loaded["tensor"], state["tensor"])
+    assert {k: v for k, v in loaded.items() if k != "tensor"} == {k: v for k, v in state.items() if k != "tensor"}
+
+
+def test_without_a_checkpoint_there_is_none(file):
+    assert file.load() is None
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "remove", "garbage"])
+def test_of_a_damaged_checkpoint_the_previous_one_is_used(file, damage):
+    file.save({"step": 1, "weights": torch.randn(1000)})
+    file.save({"step": 2, "weights": torch.randn(1000)})
+    raw = bytearray(file.latest.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    content = {"truncate": bytes(raw[: len(raw) // 2]), "flip": bytes(raw), "empty": b"", "garbage": b"x" * 4000}
+    if damage == "remove":
+        file.latest.unlink()
+    else:
+        file.latest.write_bytes(content[damage])
+    assert file.load()["step"] == 1
+
+
+def test_when_both_are_damaged_the_trial_starts_anew(file):
+    file.save({"step": 1})
+    file.save({"step": 2})
+    file.latest.write_bytes(b"no")
+    file.previous.write_bytes(b"no")
+    assert file.load() is None
+
+
+def test_a_kill_while_writing_leaves_the_last_complete_one(file, monkeypatch):
+    file.save({"step": 1})
+
+    def killed(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        file.save({"step": 2})
+    assert file.load()["step"] == 1
+
+
+def test_an_ended_trial_leaves_no_checkpoint(file):
+    file.save({"step": 1})
+    file.save({"step": 2})
+    file.remove()
+    assert list(file.latest.parent.iterdir()) == []
+    file.remove()
