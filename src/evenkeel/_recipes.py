@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from evenkeel.surgery import convert
 
@@ -23,6 +23,7 @@ class Request:
         momentum: Momentum of SGD-like optimizers.
         weight_decay: Weight decay of the weights.
         batches: Batches for methods that start from data, or None.
+        optimizer: ``sgd``, ``nesterov``, ``adam`` or ``adamw``, for methods that do not bring their own.
     """
 
     model: nn.Module
@@ -30,6 +31,7 @@ class Request:
     momentum: float = 0.9
     weight_decay: float = 0.0
     batches: Iterable[Any] | None = None
+    optimizer: str = "sgd"
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,19 @@ class Recipe:
     lr_exponent: float = 0.5
 
 
-def sgd(request: Request, model: nn.Module) -> SGD:
-    """The optimizer most recipes use."""
-    return SGD(model.parameters(), lr=request.lr, momentum=request.momentum, weight_decay=request.weight_decay)
+def sgd(request: Request, model: nn.Module) -> Optimizer:
+    """The optimizer most recipes use: SGD, unless the request names another."""
+    if request.optimizer == "adam":
+        return adam(request, model)
+    if request.optimizer == "adamw":
+        return AdamW(model.parameters(), lr=request.lr, weight_decay=request.weight_decay)
+    return SGD(
+        model.parameters(),
+        lr=request.lr,
+        momentum=request.momentum,
+        weight_decay=request.weight_decay,
+        nesterov=request.optimizer == "nesterov",
+    )
 
 
 def adam(request: Request, model: nn.Module) -> Adam:
@@ -95,6 +107,9 @@ _RECIPES: tuple[Recipe, ...] = (
 )
 
 
+_OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
+
+
 def recipes() -> dict[str, Recipe]:
     """All methods by name, in the order in which they are shown."""
     return {recipe.name: recipe for recipe in _RECIPES}
@@ -108,6 +123,7 @@ def apply(
     batches: Iterable[Any] | None = None,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
+    optimizer: str = "sgd",
 ) -> tuple[nn.Module, Optimizer]:
     """Make ``model`` use the method ``name`` and build its optimizer; the training loop does not change.
 
@@ -118,14 +134,17 @@ def apply(
         batches: Batches for methods that start from data.
         momentum: Momentum of SGD-like optimizers.
         weight_decay: Weight decay.
+        optimizer: ``sgd``, ``nesterov``, ``adam`` or ``adamw``; methods with an optimizer of their own keep it.
 
     Returns:
         The model to train and the optimizer to step.
 
     Raises:
-        ValueError: The method is unknown.
+        ValueError: The method or the optimizer is unknown.
     """
     table = recipes()
     if name not in table:
         raise ValueError(f"unknown method {name!r}; choose one of {', '.join(table)}")
-    return table[name].build(Request(model, lr, momentum, weight_decay, batches))
+    if optimizer not in _OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {optimizer!r}; choose one of {', '.join(_OPTIMIZERS)}")
+    return table[name].build(Request(model, lr, momentum, weight_decay, batches, optimizer))

@@ -5,7 +5,7 @@ import io
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,9 +14,10 @@ try:
 except ImportError as missing:
     raise SystemExit(f"error: {missing}; the command line needs an extra: pip install 'evenkeel[study]'") from missing
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from evenkeel._recipes import recipes
+from evenkeel.study.training import Training
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,17 @@ class Compare:
     """Grid points of the learning-rate search, a factor sqrt(10) apart."""
     search_seeds: int = 1
     """Runs per grid point."""
-    momentum: float = 0.9
-    """Momentum of SGD-like optimizers."""
-    weight_decay: float = 0.0
-    """Weight decay."""
-    micro_batch: int = 0
-    """Split each batch into pieces of this size whose gradients accumulate; 0: whole batches."""
+    training: OmitArgPrefixes[Training] = field(default_factory=Training)
+    image_column: str = ""
+    """Column with the images; empty: found by its type."""
+    label_column: str = ""
+    """Column with the classes; empty: found by its type."""
+    image_size: int = 0
+    """Bring images to this height and width; 0: as they are."""
+    limit: int = 0
+    """At most this many examples of each split; 0: all."""
+    prune: bool = False
+    """Give up search runs that are below the median of the other learning rates at the same point."""
     alternative: Literal["two-sided", "greater"] = "two-sided"
     """Alternative hypothesis of the paired test."""
     device: str = "cpu"
@@ -80,9 +86,12 @@ class Compare:
             lr="auto" if self.lr == "auto" else _number(float, "--lr", self.lr),
             lr_points=self.lr_points,
             search_seeds=self.search_seeds,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            micro_batch=self.micro_batch or None,
+            **asdict(self.training),
+            image_column=self.image_column or None,
+            label_column=self.label_column or None,
+            image_size=self.image_size or None,
+            limit=self.limit or None,
+            prune=self.prune,
             alternative=self.alternative,
             device=self.device,
         )

@@ -146,6 +146,7 @@ def batches(
     device: torch.device | str = "cpu",
     augmentation: Augmentation | None = None,
     start: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Training batches, augmented and normalised on ``device``, until ``budget`` examples were seen.
 
@@ -158,11 +159,14 @@ def batches(
         device: Training device; uint8 goes there, and becomes fp32 there.
         augmentation: What to do to images, or None.
         start: Examples already seen.
+        share: Rank and number of ranks that share each batch.
 
     Yields:
-        (inputs, labels) on ``device``.
+        (inputs, labels) of this rank's share, on ``device``.
     """
-    for indices, draws in _picks(len(split), budget, batch_size, seed, start):
+    rank, ranks = share
+    for picked in _picks(len(split), budget, batch_size, seed, start):
+        indices, draws = (part.tensor_split(ranks)[rank] for part in picked)
         at = indices.to(split.labels.device)
         inputs, labels = split.inputs[at].to(device), split.labels[at].to(device)
         if augmentation:

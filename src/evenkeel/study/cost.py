@@ -13,9 +13,10 @@ from torch.utils.benchmark import Timer
 
 from evenkeel.study.batches import batches
 from evenkeel.study.data import Data
+from evenkeel.study.loop import prepare, training_step
 from evenkeel.study.plan import StudyConfig, learning_rates
 from evenkeel.study.records import Cost, TrialKey
-from evenkeel.study.trial import make, training_step
+from evenkeel.study.trial import make
 
 ROUNDS = 9
 ROUND_SECONDS = 0.04
@@ -39,14 +40,14 @@ def _costs(config: StudyConfig, data: Data, size: int) -> list[Cost]:
             model.train()
             memory[method] = _memory(model, optimizer, inputs, labels, config)
             timers[method] = Timer(
-                "step(model, optimizer, inputs, labels, micro)",
+                "step(network, optimizer, inputs, labels, config)",
                 globals={
                     "step": training_step,
-                    "model": model,
+                    "network": prepare(config, model),
                     "optimizer": optimizer,
                     "inputs": inputs,
                     "labels": labels,
-                    "micro": config.micro_batch or size,
+                    "config": config,
                 },
                 num_threads=1,
             )
@@ -87,12 +88,12 @@ def _memory(
     model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor, config: StudyConfig
 ) -> int:
     """Peak bytes of a step on a GPU; on a CPU, bytes saved for backward (parameters and the batch not counted)."""
-    micro = config.micro_batch or len(labels)
     if inputs.is_cuda:
-        training_step(model, optimizer, inputs, labels, micro)  # optimizer state is there from the first step on
+        training_step(model, optimizer, inputs, labels, config)  # optimizer state is there from the first step on
         torch.cuda.reset_peak_memory_stats(inputs.device)
-        training_step(model, optimizer, inputs, labels, micro)
+        training_step(model, optimizer, inputs, labels, config)
         return torch.cuda.max_memory_allocated(inputs.device)
+    micro = config.micro_batch or len(labels)
     return saved_bytes(model, inputs[:micro], labels[:micro])
 
 

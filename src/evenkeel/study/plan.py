@@ -12,14 +12,16 @@ from typing import Any, Literal
 from evenkeel._recipes import recipes
 from evenkeel.study.errors import StudyError, nearest
 from evenkeel.study.records import Phase, TrialKey, TrialResult
+from evenkeel.study.training import Training
 
 SEARCH_SEED = 1_000_000  # search seeds count from here, final seeds from 0: they never meet
 GRID_STEP = math.sqrt(10.0)
+ADAM_FACTOR = 0.01  # of a rate for SGD with momentum: 1e-3 where SGD has 0.1
 
 
 @dataclass(frozen=True)
-class StudyConfig:
-    """What is compared, and how; two studies with equal configurations are the same study.
+class StudyConfig(Training):
+    """What is compared, and how (see also :class:`Training`); studies with equal configurations are the same study.
 
     Attributes:
         data: Name of a data set, see :func:`evenkeel.study.data.load_data`.
@@ -31,11 +33,13 @@ class StudyConfig:
         lr: ``"auto"``, or one learning rate for all.
         lr_points: Grid points of the search, each a factor sqrt(10) apart.
         search_seeds: Runs per grid point.
-        momentum: Momentum of SGD-like optimizers.
-        weight_decay: Weight decay.
         alternative: Alternative hypothesis of the test: ``two-sided`` or ``greater``.
         device: ``cpu`` or a CUDA device.
-        micro_batch: Split each batch into pieces of this size whose gradients accumulate.
+        image_column: Column with the images, for data that has columns.
+        label_column: Column with the classes.
+        image_size: Height and width that images are brought to.
+        limit: At most this many examples of each split.
+        prune: Give up search runs that are below the median of their peers.
     """
 
     data: str = "digits"
@@ -47,11 +51,13 @@ class StudyConfig:
     lr: float | Literal["auto"] = "auto"
     lr_points: int = 4
     search_seeds: int = 1
-    momentum: float = 0.9
-    weight_decay: float = 0.0
     alternative: Literal["two-sided", "greater"] = "two-sided"
     device: str = "cpu"
-    micro_batch: int | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    image_size: int | None = None
+    limit: int | None = None
+    prune: bool = False
 
     @property
     def reference(self) -> str:
@@ -113,27 +119,23 @@ def validate(config: StudyConfig) -> None:
         ("--budget", config.budget),
         ("--lr-points", config.lr_points),
         ("--search-seeds", config.search_seeds),
-        ("--micro-batch", config.micro_batch or 1),
     ):
         if count < 1:
             raise StudyError(f"{flag} {count}: give at least 1")
     if config.lr != "auto" and not (config.lr > 0 and math.isfinite(config.lr)):
         raise StudyError(f"--lr {config.lr}: a learning rate is a positive number, or 'auto'")
-    if not 0 <= config.momentum < 1:
-        raise StudyError(f"--momentum {config.momentum}: give a number in [0, 1)")
-    if not config.weight_decay >= 0:
-        raise StudyError(f"--weight-decay {config.weight_decay}: give a number that is not negative")
+    config.validate()
 
 
 def learning_rates(config: StudyConfig, method: str, batch_size: int) -> list[float]:
     """The grid of a method at a batch size: ``lr_points`` values a factor sqrt(10) apart around the recipe's centre.
 
-    A recipe's centre is for batch size 64 and moves with ``(batch_size / 64) ** recipe.lr_exponent``.
+    A recipe's centre is for SGD at batch size 64 and moves with ``(batch_size / 64) ** recipe.lr_exponent``.
     """
     if config.lr != "auto":
         return [config.lr]
     recipe = recipes()[method]
-    centre = recipe.lr * (batch_size / 64) ** recipe.lr_exponent
+    centre = recipe.lr * (ADAM_FACTOR if config.optimizer.startswith("adam") else 1) * (batch_size / 64) ** recipe.lr_exponent
     offset = (config.lr_points - 1) / 2
     return [float(f"{centre * GRID_STEP ** (i - offset):.3g}") for i in range(config.lr_points)]
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Phase = Literal["search", "final"]
-State = Literal["finished", "diverged", "failed"]
+State = Literal["finished", "diverged", "failed", "pruned"]
 
 
 @dataclass(frozen=True, order=True)
@@ -42,7 +42,8 @@ class TrialResult:
 
     Attributes:
         key: Which run.
-        state: ``finished``; ``diverged`` (the loss became non-finite: drawn, not hidden); ``failed`` (see ``error``).
+        state: ``finished``; ``diverged`` (the loss became non-finite: drawn, not hidden); ``failed`` (see ``error``);
+            ``pruned`` (given up early, only in a search).
         error: One line that says what went wrong, for ``failed`` and ``diverged``.
         validation_accuracy: Fraction in [0, 1] at the end of training; chance level is not filled in for diverged runs (None).
         validation_loss: Mean cross-entropy in nats.

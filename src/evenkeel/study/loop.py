@@ -1,0 +1,239 @@
+"""The training loop: one for all methods, interruptible anywhere, the same on one process and on several ranks."""
+
+import math
+import time
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from evenkeel.study.averaging import WeightAverage
+from evenkeel.study.batches import batches, evaluation_batches
+from evenkeel.study.checkpoint import CheckpointFile
+from evenkeel.study.data import Data, Split
+from evenkeel.study.plan import StudyConfig
+from evenkeel.study.records import CurvePoint, TrialKey
+from evenkeel.study.schedules import lr_factor
+from evenkeel.study.training import Training
+
+LOSS_POINTS = 24  # points of the training curve
+ACCURACY_POINTS = 8  # of them with validation accuracy
+CHECKPOINT_SECONDS = 60.0
+
+
+class Diverged(ArithmeticError):
+    """The training loss became non-finite."""
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of ranks of a data-parallel trial; (0, 1) without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def precision(training: Training, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 where the study asks for it."""
+    return torch.autocast(device.type, torch.bfloat16) if training.amp else nullcontext()
+
+
+def prepare(training: Training, model: nn.Module) -> nn.Module:
+    """The module whose forward trains ``model``: its memory layout changed in place, compiled, data-parallel under ranks."""
+    if training.channels_last:
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    network = torch.compile(model) if training.compile else model
+    assert isinstance(network, nn.Module)
+    if ranks()[1] > 1:
+        return DistributedDataParallel(network)
+    return network
+
+
+def training_step(
+    network: nn.Module,
+    optimizer: Optimizer,
+    inputs: Tensor,
+    labels: Tensor,
+    training: Training,
+    examples: int | None = None,
+) -> Tensor:
+    """One optimizer step on one batch, in micro-batches whose gradients accumulate.
+
+    Args:
+        network: What :func:`prepare` returned.
+        optimizer: The optimizer.
+        inputs: This rank's share of the batch.
+        labels: Its classes.
+        training: How to train.
+        examples: Size of the whole batch over all ranks, default that of ``labels``. Data parallelism averages gradients
+            over ranks, so the weight of an example is ranks / examples: shares may be of different sizes.
+
+    Returns:
+        The mean loss over this rank's share, no longer attached to the graph.
+    """
+    optimizer.zero_grad()
+    weight = ranks()[1] / (examples or len(labels))
+    total = torch.zeros((), device=inputs.device)
+    size = training.micro_batch or len(labels)
+    for start in range(0, len(labels), size):
+        x, y = inputs[start : start + size], labels[start : start + size]
+        if training.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with _synchronised(network, start + size >= len(labels)):
+            with precision(training, x.device):
+                loss = cross_entropy(network(x), y, reduction="sum", label_smoothing=training.label_smoothing)
+            (loss * weight).backward()
+        total += loss.detach()
+    optimizer.step()
+    return total / len(labels)
+
+
+def _synchronised(network: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Ranks exchange gradients once per step, with the last micro-batch."""
+    if isinstance(network, DistributedDataParallel) and not last:
+        return network.no_sync()
+    return nullcontext()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, split: Split, training: Training | None = None) -> tuple[float, float]:
+    """Accuracy (fraction) and mean cross-entropy (nats) on a split, in eval mode; the mode is restored."""
+    was_training = model.training
+    model.eval()
+    correct, loss = 0, 0.0
+    device = next(model.parameters()).device
+    for inputs, labels in evaluation_batches(data, split, device=device):
+        with precision(training or Training(), device):
+            logits = model(inputs).float()
+        correct += int((logits.argmax(1) == labels).sum())
+        loss += float(cross_entropy(logits, labels, reduction="sum"))
+    model.train(was_training)
+    return correct / len(split), loss / len(split)
+
+
+class Loop:
+    """One training run. ``points()`` trains; between any two steps ``state_dict()`` is all that is needed to go on exactly.
+
+    Args:
+        config: The study.
+        key: Which run.
+        data: Its data, with a validation split.
+        model: The model, as the method left it.
+        optimizer: The method's optimizer.
+
+    Attributes:
+        curve: Points of the training curve so far.
+        seen: Examples seen so far.
+        seconds: Wall time spent so far, earlier sessions of an interrupted run included.
+    """
+
+    def __init__(self, config: StudyConfig, key: TrialKey, data: Data, model: nn.Module, optimizer: Optimizer) -> None:
+        self.config, self.key, self.data, self.model, self.optimizer = config, key, data, model, optimizer
+        self.network = prepare(config, model)
+        self.average = WeightAverage(model, config.ema) if config.ema else None
+        self.steps = math.ceil(config.budget / key.batch_size)
+        self.schedule = LambdaLR(optimizer, lambda step: lr_factor(config.schedule, step, self.steps, config.warm_up))
+        self.curve: list[CurvePoint] = []
+        self.seen, self.seconds = 0, 0.0
+        self._total, self._count = torch.zeros((), device=config.device), 0
+        torch.manual_seed(key.seed)  # dropout and noise: alike for every method, however its model was built
+
+    def points(self, checkpoint: CheckpointFile | None = None) -> Iterator[CurvePoint]:
+        """Train to the end of the budget.
+
+        Args:
+            checkpoint: Where to keep the state, about once a minute, or None.
+
+        Yields:
+            The points of the training curve.
+
+        Raises:
+            Diverged: The loss became non-finite.
+        """
+        config, size = self.config, self.key.batch_size
+        rank, world = ranks()
+        stream = batches(
+            self.data,
+            self.data.train,
+            batch_size=size,
+            budget=config.budget,
+            seed=self.key.seed,
+            device=config.device,
+            augmentation=config.augmentation,
+            start=self.seen,
+            share=(rank, world),
+        )
+        loss_every = max(1, self.steps // LOSS_POINTS)
+        accuracy_every = loss_every * max(1, LOSS_POINTS // ACCURACY_POINTS)
+        self.network.train()
+        started = saved = time.perf_counter()
+        earlier = self.seconds
+        for step, (inputs, labels) in enumerate(stream, start=self.seen // size + 1):
+            examples = min(size, config.budget - self.seen)
+            self._total += training_step(self.network, self.optimizer, inputs, labels, config, examples)
+            self.schedule.step()
+            if self.average is not None:
+                self.average.update()
+            self._count, self.seen = self._count + 1, self.seen + examples
+            now = time.perf_counter()
+            self.seconds = earlier + now - started
+            if step % loss_every == 0 or step == self.steps:
+                yield self._point(step % accuracy_every == 0 or step == self.steps)
+            if checkpoint is not None and rank == 0 and now - saved >= CHECKPOINT_SECONDS:
+                checkpoint.save(self.state_dict())
+                saved = time.perf_counter()
+
+    def _point(self, with_accuracy: bool) -> CurvePoint:
+        if ranks()[1] > 1:
+            dist.all_reduce(self._total)  # shares are equal but for the last batch: the mean of means is close enough
+            self._total /= ranks()[1]
+        mean = float(self._total) / self._count
+        self._total, self._count = torch.zeros_like(self._total), 0
+        if not math.isfinite(mean):
+            raise Diverged(f"the training loss was not finite after {self.seen} examples")
+        accuracy = None
+        if with_accuracy and self.data.validation is not None:
+            with self.evaluated():
+                accuracy, _ = evaluate(self.model, self.data, self.data.validation, self.config)
+        self.curve.append(CurvePoint(self.seen, mean, accuracy))
+        return self.curve[-1]
+
+    @contextmanager
+    def evaluated(self) -> Generator[None, None, None]:
+        """Within the block the model has the weights that are judged: the average, where there is one."""
+        with self.average.in_place() if self.average is not None else nullcontext():
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, random number generators included."""
+        cuda = torch.cuda.get_rng_state() if self.config.device.startswith("cuda") else None
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "random": (torch.get_rng_state(), cuda),
+            "progress": (self.seen, self.seconds, self._total, self._count),
+            "curve": [asdict(point) for point in self.curve],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        cpu, cuda = state["random"]
+        torch.set_rng_state(cpu.cpu())
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda.cpu())
+        self.seen, self.seconds, self._total, self._count = state["progress"]
+        self.curve = [CurvePoint(**point) for point in state["curve"]]

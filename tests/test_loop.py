@@ -1,0 +1,230 @@
+"""The training loop: every option does what it says, and an interrupted run goes on exactly."""
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import log_softmax
+
+import evenkeel
+from evenkeel.study import loop as loop_module
+from evenkeel.study.batches import batches
+from evenkeel.study.checkpoint import CheckpointFile
+from evenkeel.study.loop import Loop, evaluate, training_step
+from evenkeel.study.plan import StudyConfig
+from evenkeel.study.records import TrialKey
+from evenkeel.study.trial import load, make, run_trial
+
+CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(16,), budget=200)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load(CONFIG)
+
+
+def key(method="batch", *, size=16, lr=0.01, seed=0, phase="final"):
+    return TrialKey(phase, method, size, lr, seed)
+
+
+def without_time(result):
+    return dataclasses.replace(result, seconds=0.0)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in a trial catches it."""
+
+
+def killed_after(points):
+    def watch(_):
+        nonlocal points
+        points -= 1
+        if points < 0:
+            raise Killed
+        return False
+
+    return watch
+
+
+@pytest.fixture
+def always_checkpoint(monkeypatch):
+    monkeypatch.setattr(loop_module, "CHECKPOINT_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("method", evenkeel.recipes())
+def test_a_killed_run_of_every_method_goes_on_to_the_same_result_bit_for_bit(data, method, tmp_path, always_checkpoint):
+    config = dataclasses.replace(CONFIG, crop=1, ema=0.9, schedule="one-cycle", weight_decay=1e-4)
+    whole = run_trial(config, key(method), data)
+    assert whole.state == "finished"
+    for points in (1, 6):
+        with pytest.raises(Killed):
+            run_trial(config, key(method), data, folder=tmp_path, watch=killed_after(points))
+    assert len(list(tmp_path.glob("*.ckpt"))) == 2
+    torch.manual_seed(99)
+    again = run_trial(config, key(method), data, folder=tmp_path)
+    assert without_time(again) == without_time(whole)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("optimizer", ["nesterov", "adam", "adamw"])
+def test_a_killed_run_with_dropout_goes_on_exactly(data, optimizer, tmp_path, always_checkpoint, monkeypatch):
+    def with_dropout(config, key, data):
+        model, made = make(config, key, data)
+        for module in model.modules():
+            if isinstance(module, nn.ReLU):
+                module.register_forward_hook(lambda m, _, out: torch.dropout(out, 0.2, m.training))
+        return model, made
+
+    monkeypatch.setattr("evenkeel.study.trial.make", with_dropout)
+    config = dataclasses.replace(CONFIG, optimizer=optimizer)
+    whole = run_trial(config, key(lr=1e-3), data)
+    with pytest.raises(Killed):
+        run_trial(config, key(lr=1e-3), data, folder=tmp_path, watch=killed_after(4))
+    assert without_time(run_trial(config, key(lr=1e-3), data, folder=tmp_path)) == without_time(whole)
+
+
+def test_after_a_damaged_checkpoint_the_previous_one_gives_the_same_result(data, tmp_path, always_checkpoint):
+    whole = run_trial(CONFIG, key(), data)
+    with pytest.raises(Killed):
+        run_trial(CONFIG, key(), data, folder=tmp_path, watch=killed_after(5))
+    (latest,) = (p for p in tmp_path.glob("*.ckpt") if "previous" not in p.name)
+    latest.write_bytes(latest.read_bytes()[:-100])
+    seen = []
+    again = run_trial(CONFIG, key(), data, folder=tmp_path, watch=lambda p: bool(seen.append(p)))
+    assert without_time(again) == without_time(whole)
+    assert 0 < len(seen) < len(whole.curve)  # it did not start from the beginning
+
+
+def test_two_studies_in_one_folder_never_meet(data, tmp_path, always_checkpoint):
+    other = dataclasses.replace(CONFIG, weight_decay=0.1)
+    expected = [without_time(run_trial(c, key(), data)) for c in (CONFIG, other)]
+    for config in (CONFIG, other):
+        with pytest.raises(Killed):
+            run_trial(config, key(), data, folder=tmp_path, watch=killed_after(3))
+    assert [without_time(run_trial(c, key(), data, folder=tmp_path)) for c in (CONFIG, other)] == expected
+    assert expected[0] != expected[1]
+
+
+def test_time_spent_before_a_kill_counts(data, tmp_path, always_checkpoint):
+    with pytest.raises(Killed):
+        run_trial(CONFIG, key(), data, folder=tmp_path, watch=killed_after(6))
+    file = next(p for p in tmp_path.glob("*.ckpt") if "previous" not in p.name)
+    state = CheckpointFile(tmp_path, file.stem).load()
+    earlier = state["progress"][1]
+    assert earlier > 0
+    assert run_trial(CONFIG, key(), data, folder=tmp_path).seconds > earlier
+
+
+def test_a_pruned_run_says_so_and_is_not_tested(data):
+    result = run_trial(CONFIG, key(), data, watch=lambda point: point.examples >= 100)
+    assert (result.state, result.test_accuracy) == ("pruned", None)
+    assert 100 <= result.curve[-1].examples < 200
+
+
+def one_step(data, config, method="none", lr=0.1, dtype=torch.float64):
+    inputs, labels = next(batches(data, data.train, batch_size=12, budget=12, seed=0))
+    model, optimizer = make(config, key(method, lr=lr), data)
+    model.to(dtype)
+    before = [p.detach().clone() for p in model.parameters()]
+    network = loop_module.prepare(config, model)
+    loss = training_step(network, optimizer, inputs.to(dtype), labels, config)
+    return model, before, loss, inputs.to(dtype), labels
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 12, 100])
+def test_micro_batches_make_the_step_of_the_whole_batch(data, micro_batch):
+    whole, *_ = one_step(data, CONFIG)
+    parts, *_ = one_step(data, dataclasses.replace(CONFIG, micro_batch=micro_batch))
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_label_smoothing_is_cross_entropy_with_spread_labels(data):
+    smoothing = 0.1
+    _, _, loss, inputs, labels = one_step(data, dataclasses.replace(CONFIG, label_smoothing=smoothing))
+    fresh, _ = make(CONFIG, key("none"), data)
+    log_p = log_softmax(fresh.double()(inputs), dim=1)
+    target = (1 - smoothing) * nn.functional.one_hot(labels, 10) + smoothing / 10
+    assert loss.item() == pytest.approx(-(target * log_p).sum(1).mean().item(), rel=1e-6)
+
+
+def test_weight_averages_are_what_is_judged(data):
+    config = dataclasses.replace(CONFIG, ema=0.99, budget=96)
+    model, optimizer = make(config, key(), data)
+    loop = Loop(config, key(), data, model, optimizer)
+    *_, last = loop.points()
+    with loop.evaluated():
+        averaged = evaluate(model, data, data.validation)
+    assert averaged[0] == last.validation_accuracy
+    assert averaged != evaluate(model, data, data.validation)
+    assert run_trial(config, key(), data).validation_loss == averaged[1]
+
+
+def test_amp_computes_in_bfloat16_and_keeps_fp32_weights(data):
+    config = dataclasses.replace(CONFIG, amp=True, micro_batch=5)
+    model, optimizer = make(config, key(), data)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+    inputs, labels = next(batches(data, data.train, batch_size=12, budget=12, seed=0))
+    training_step(model, optimizer, inputs, labels, config)
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert run_trial(config, key(), data).state == "finished"
+
+
+def test_channels_last_changes_the_layout_and_not_the_step(data):
+    plain, *_ = one_step(data, CONFIG)
+    config = dataclasses.replace(CONFIG, channels_last=True)
+    other, *_ = one_step(data, config)
+    convolutions = [m for m in other.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 1]
+    assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convolutions)
+    for a, b in zip(plain.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_compile_trains_the_same_model(data, monkeypatch):
+    compiled = []
+
+    def compile_(module):
+        compiled.append(module)
+        return real(module)
+
+    real = partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compile_)
+    result = run_trial(dataclasses.replace(CONFIG, compile=True, budget=64), key(), data)
+    expected = run_trial(dataclasses.replace(CONFIG, budget=64), key(), data)
+    assert len(compiled) == 1
+    assert result.validation_loss == pytest.approx(expected.validation_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind", "nesterov"),
+    [("sgd", "SGD", False), ("nesterov", "SGD", True), ("adam", "Adam", None), ("adamw", "AdamW", None)],
+)
+def test_the_optimizer_is_the_one_asked_for(data, optimizer, kind, nesterov):
+    _, made = make(dataclasses.replace(CONFIG, optimizer=optimizer, weight_decay=0.01), key(), data)
+    assert type(made).__name__ == kind
+    assert made.defaults.get("nesterov") == nesterov
+    assert made.defaults["weight_decay"] == 0.01
+
+
+def test_the_schedule_reaches_the_optimizer(data):
+    config = dataclasses.replace(CONFIG, schedule="step", warm_up=0.0)
+    model, optimizer = make(config, key(lr=0.1), data)
+    for _ in Loop(config, key(lr=0.1), data, model, optimizer).points():
+        pass
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.2**3)
+
+
+def test_a_run_sees_augmented_images_at_training_only(data, monkeypatch):
+    seen = []
+    real = loop_module.batches
+    monkeypatch.setattr(loop_module, "batches", lambda *a, **k: seen.append(k["augmentation"]) or real(*a, **k))
+    plain = run_trial(CONFIG, key(), data)
+    flipped = run_trial(dataclasses.replace(CONFIG, flip=True), key(), data)
+    assert [bool(a) for a in seen] == [False, True]
+    assert plain.curve != flipped.curve
