@@ -71,7 +71,8 @@ class StudyConfig(Training):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "StudyConfig":
         """Inverse of :meth:`to_dict`."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        return cls(**values)
 
 
 @dataclass(frozen=True)
