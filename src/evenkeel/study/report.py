@@ -88,7 +88,7 @@ def prose(text: str) -> Markup:
     >>> str(prose("`a<b` won"))
     '<code>a&lt;b</code> won'
     """
-    pieces = enumerate(text.split("`"))
+    pieces = enumerate(text.replace(" %", "\N{NO-BREAK SPACE}%").split("`"))
     return Markup("").join(Markup("<code>{}</code>").format(piece) if k % 2 else escape(piece) for k, piece in pieces)
 
 

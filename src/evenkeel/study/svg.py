@@ -12,7 +12,7 @@ from evenkeel.study.axes import Axis, spread
 
 COLOURS = 8  # series beyond repeat the colours, dashed
 _LABEL_HEIGHT = 14.0
-_CHARACTER = 6.7  # width of a label's character at 12 px, generous
+_CHARACTER = 7.4  # width of a label's character at 12 px, generous
 _MARKERS = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",
     "M-3.6 -3.6h7.2v7.2h-7.2Z",
@@ -113,7 +113,7 @@ def line_chart(series: Sequence[Series], x: Axis, y: Axis, *, size: tuple[int, i
     room = min(max((len(s.label) for s in series), default=0) * _CHARACTER + 26, 0.36 * width)
     floor = height - 38.0
     bottom = floor - 20 if any(s.crosses for s in series) else floor
-    plot = _Plot(x, y, 42.0, width - room, 28.0, bottom, floor)
+    plot = _Plot(x, y, 46.0, width - room, 28.0, bottom, floor)
     inside = (plot.left - 9, plot.top - 9, plot.right - plot.left + 18, plot.bottom - plot.top + 18)
     parts = [
         _frame(plot),
@@ -140,7 +140,7 @@ def _frame(plot: _Plot) -> Markup:
         parts.append(Markup('<path class="base" d="M{:.1f} {:.1f}v4"/>').format(at, plot.floor))
         parts.append(_text(at, plot.floor + 16, plot.x.show(tick), "tick mid"))
     if plot.floor != plot.bottom:
-        parts.append(_text(plot.left - 7, plot.floor - 4, "diverged", "tick end small"))
+        parts.append(_text(0, plot.floor - 5, "diverged", "small"))
     parts.append(_text((plot.left + plot.right) / 2, plot.floor + 33, plot.x.title, "axis mid"))
     return Markup("").join(parts)
 
