@@ -53,7 +53,13 @@ def all_diverged():
 
 
 def hostile():
-    whole = realistic(methods=("batch", HOSTILE), sizes=(8, 1), data=HOSTILE, model=HOSTILE, data_summary=HOSTILE)
+    whole = realistic(
+        methods=("batch", HOSTILE),
+        sizes=(8, 1),
+        data=HOSTILE,
+        model=HOSTILE,
+        data_facts={"train": 9, "test": 8, "note": HOSTILE},
+    )
     failed = result("final", HOSTILE, 8, 0.02, 99, state="failed", error=f"boom {HOSTILE}")
     return dataclasses.replace(
         whole,
@@ -166,7 +172,7 @@ def test_columns_without_a_value_are_left_out():
 
 def test_diverged_runs_are_told_in_verdict_table_figure_and_list():
     page = render_html(realistic())
-    assert "Diverged, and left out of the means: <code>batch-renorm</code> in 1 of 3 runs at batch size 1." in page
+    assert "Diverged, and left out of the means: <code>batch-renorm</code> at batch size 1 in 1 of 3 runs." in page
     assert "diverged 1 of 3" in page
     assert 'class="cross' in page
     assert "loss became non-finite at example 512" in page

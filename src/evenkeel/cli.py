@@ -209,7 +209,7 @@ def _one_line(framed: str) -> str:
 def _show(record: Any, folder: Path) -> None:
     from rich.console import Console
 
-    from evenkeel.study.report import render_terminal
+    from evenkeel.study.terminal import render_terminal
 
     Console().print(render_terminal(record))
     print(f"\nreport: {folder / 'report.html'}")

@@ -194,7 +194,8 @@ def compare(
     store = place.store()
     store.open(config)
     count = workers or (1 if config.device.startswith("cuda") else available_cores())
-    with display or Display({}, quiet=True) as shown:
+    with display or Display(quiet=True) as shown:
+        shown.plan(slots(config))
         run_workers(place, config, count, shown.update)
         if store.noted("costs") is None:
             shown.message("measuring time and memory per step")

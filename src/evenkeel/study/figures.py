@@ -62,7 +62,7 @@ def by_batch_size(record: StudyRecord) -> list[Markup]:
 
 def training_curves(record: StudyRecord) -> list[Panel]:
     """Training loss of the final runs, one panel per batch size: mean over seeds, band from lowest to highest."""
-    chance_loss = math.log(record.config["classes"])
+    chance_loss = math.log(record.config["classes"] or math.e)
     panels = []
     for size in plan_axes(record)[1]:
         series = []
