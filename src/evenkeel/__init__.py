@@ -7,11 +7,14 @@ from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, Batchle
 from evenkeel.methods.batchless_training import attach, initialize
 from evenkeel.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
 from evenkeel.methods.noisy_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
+from evenkeel.methods.riemannian import SGDG, AdamG
 from evenkeel.surgery import convert, revert
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SGDG",
+    "AdamG",
     "BatchlessNorm1d",
     "BatchlessNorm2d",
     "BatchlessNorm3d",

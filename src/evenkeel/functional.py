@@ -2,8 +2,19 @@
 
 from evenkeel.methods.batchless import gaussian_nll_gradients
 from evenkeel.methods.batchless_projected import projected_gradient
+from evenkeel.methods.riemannian import adamg, sgdg
+from evenkeel.methods.row_optimizer import clip_rows, orthogonality_gradient
+from evenkeel.methods.sphere import exponential_map, logarithmic_map, parallel_transport, project
 
 __all__ = [
+    "adamg",
+    "clip_rows",
+    "exponential_map",
     "gaussian_nll_gradients",
+    "logarithmic_map",
+    "orthogonality_gradient",
+    "parallel_transport",
+    "project",
     "projected_gradient",
+    "sgdg",
 ]

@@ -1,0 +1,292 @@
+"""What SGD-G and Adam-G (arXiv 1709.09603) share: groups of weights on the unit sphere beside ordinary groups."""
+
+# pyright: reportPrivateImportUsage=false
+# (torch's optimizers are written with the same _foreach functions)
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from evenkeel.methods.rows import Filters, advance, local, memory_order, rotate, rows, tangent, wide
+from evenkeel.methods.sphere import norm, project
+from evenkeel.moments import statistics_dtype
+
+Rate: TypeAlias = float | Tensor
+
+
+def clip_rows(h: Tensor, max_norm: float) -> Tensor:
+    """Rows no longer than ``max_norm``: ``h min(1, max_norm / |h|)``, each filter on its own.
+
+    Examples:
+        >>> clip_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 1.0).tolist()
+        [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    return h * (max_norm / norm(h)).clamp(max=1)
+
+
+def orthogonality_gradient(y: Tensor, alpha: float, others: Tensor | None = None) -> Tensor:
+    """Gradient ``2 alpha (W W^T - I) W`` of the penalty ``(alpha / 2) |W W^T - I|_F^2`` on the filters ``W``.
+
+    Args:
+        y: Filters whose gradient is wanted, unit rows of shape ``(rows, n)``.
+        alpha: Strength.
+        others: All filters of the weight, shape ``(C_out, n)``, when ``y`` is a shard of them.
+
+    Returns:
+        The gradient, shape ``(rows, n)``.
+
+    Examples:
+        >>> orthogonality_gradient(torch.eye(2, 3), alpha=0.1).abs().max().item()
+        0.0
+    """
+    others = y if others is None else others
+    return torch.addmm(y, y @ others.T, others, beta=-2 * alpha, alpha=2 * alpha)
+
+
+class RowOptimizer(Optimizer):
+    """Base of the two optimizers: checks groups, puts weights on the sphere, keeps state, walks over weights."""
+
+    tau = "momentum_buffer"
+    """Name of the momentum in the state."""
+
+    _normalize_added = True
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        self._normalize_added = False  # all groups are checked before the first weight is touched
+        super().__init__(params, defaults)
+        del self._normalize_added
+        for group in self.param_groups:
+            _normalize(group)
+        if not any(group["manifold"] for group in self.param_groups):
+            warnings.warn(
+                f"{type(self).__name__}: no group has manifold=True, so no weight is on the sphere; build the groups "
+                "with evenkeel.param_groups(model, lr=..., manifold_lr=...), or set manifold=True on a group yourself",
+                stacklevel=3,
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; the filters of a manifold group are brought to length 1, in place.
+
+        Args:
+            param_group: ``params`` and any of the options of the class.
+
+        Raises:
+            ValueError: An option is out of range, or a weight of a manifold group has no filters to put on the sphere.
+        """
+        super().add_param_group(param_group)
+        try:
+            _check(self.param_groups[-1], f"{type(self).__name__}, group {len(self.param_groups) - 1}")
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if self._normalize_added:
+            _normalize(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step for all groups.
+
+        Args:
+            closure: Evaluates the model again and gives the loss.
+
+        Returns:
+            What the closure gave, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            if not group["manifold"]:
+                self._step_euclidean(group, params)
+            elif group["foreach"]:
+                advance([self._filters(group, p) for p in params], self._update(group))
+            else:
+                for p in params:
+                    self._step_readable(group, self._filters(group, p))
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; what is float32 beside a half-precision weight stays so.
+
+        Args:
+            state_dict: What :meth:`state_dict` gave.
+        """
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved, params, strict=True):
+            # torch casts what it loads to the weight's dtype
+            for name, value in state_dict["state"].get(index, {}).items():
+                if torch.is_tensor(value) and value.ndim > 0 and value.dtype != self.state[p][name].dtype:
+                    self.state[p][name] = value.to(device=p.device, copy=True)
+
+    def _step_readable(self, group: dict[str, Any], one: Filters) -> None:
+        """The paper's step for one weight, as it is written."""
+        y = wide(rows(one.y))
+        y = y / norm(y)  # rounding, or weights loaded since, may have left the sphere
+        g, extra = one.gradient()
+        h = clip_rows(project(y, wide(g)), group["max_norm"])
+        if extra is not None:
+            h = h + extra
+        y, tau, v = self._move(group, one, y, h)
+        one.y.copy_(y.view(one.y.shape))
+        one.tau.copy_(tau.view(one.tau.shape))
+        if one.v is not None and v is not None:
+            one.v.copy_(v)
+
+    def _update(self, group: dict[str, Any]) -> Any:
+        """The same step in place, for rows of any weights."""
+
+        def update(one: Filters, y: Tensor, g: Tensor, extra: Tensor | None, tau: Tensor, v: Tensor | None) -> Tensor:
+            shrink = norm(y).reciprocal_()
+            h = tangent(y, g, shrink)
+            length = norm(h)
+            clip = (group["max_norm"] / length).clamp_(max=1)
+            if extra is not None:
+                h.mul_(clip).add_(extra)
+                length, clip = norm(h), torch.ones_like(clip)
+            return rotate(y, tau, self._push(group, one, h, clip, length.mul_(clip), tau, v), shrink)
+
+        return update
+
+    def _filters(self, group: dict[str, Any], p: Tensor) -> Filters:
+        state = self.state[p]
+        order = memory_order(local(p))
+        if not state:
+            self._start(group, p, state)
+        tau = local(state[self.tau]).permute(order)
+        v = local(state["exp_avg_sq"]).flatten(1) if "exp_avg_sq" in state else None
+        return Filters(
+            local(p).permute(order), lambda: self._gradient(group, p, order), tau, v, self._correction(group, state)
+        )
+
+    def _gradient(self, group: dict[str, Any], p: Tensor, order: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """Gradient rows, and the penalty's tangent gradient where that must not be clipped."""
+        assert p.grad is not None
+        g = rows(local(p.grad).permute(order))
+        alpha = group["orthogonality"]
+        if alpha == 0 or p.shape[0] >= math.prod(p.shape[1:]):
+            return g, None
+        y = wide(rows(local(p).permute(order)))
+        y = y / norm(y)
+        others = None
+        if hasattr(p, "full_tensor"):
+            others = wide(rows(p.full_tensor().permute(order)))  # pyright: ignore[reportAttributeAccessIssue]
+            others = others / norm(others)
+        penalty = orthogonality_gradient(y, alpha, others)
+        if group["clip_orthogonality"]:
+            return penalty.add_(g), None
+        return g, project(y, penalty)
+
+    def _start(self, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
+        """State of a weight on the sphere."""
+        state[self.tau] = torch.zeros_like(p, dtype=statistics_dtype(p.dtype), memory_format=torch.preserve_format)
+
+    def _correction(self, group: dict[str, Any], state: dict[str, Any]) -> Rate:
+        """Bias correction of the learning rate at this step."""
+        return 1.0
+
+    def _move(self, group: dict[str, Any], one: Filters, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The rule for unit rows: new ``y``, ``tau`` and ``v``."""
+        raise NotImplementedError
+
+    def _push(
+        self,
+        group: dict[str, Any],
+        one: Filters,
+        h: Tensor,
+        clip: Tensor,
+        length: Tensor,
+        tau: Tensor,
+        v: Tensor | None,
+    ) -> Tensor | None:
+        """The rule's momentum in place, from ``clip h`` of length ``length``; gives the step in units of it."""
+        raise NotImplementedError
+
+    def _step_euclidean(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """SGD with Nesterov momentum and decoupled decay; the gradients are only read."""
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
+        nesterov_(
+            params, grads, buffers, lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"]
+        )
+
+
+def nesterov_(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], *, lr: Rate, momentum: float, weight_decay: float
+) -> None:
+    """``b <- momentum b + g``, ``p <- (1 - lr weight_decay) p - lr (g + momentum b)``, in place; ``g`` is only read."""
+    if weight_decay != 0:
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_mul_(buffers, momentum)
+    torch._foreach_add_(buffers, grads)
+    updates = torch._foreach_mul(buffers, momentum)
+    torch._foreach_add_(updates, grads)
+    torch._foreach_mul_(updates, -lr)  # a product and no alpha: lr may be a tensor on the device
+    torch._foreach_add_(params, updates)
+
+
+def _check(group: dict[str, Any], where: str) -> None:
+    """Say what is wrong with a group before anything is changed.
+
+    Args:
+        group: The group, defaults filled in.
+        where: What to call it.
+
+    Raises:
+        ValueError: An option is out of range, or a weight of a manifold group has no filters to put on the sphere.
+    """
+    for option, low, high in (
+        ("lr", 0, math.inf),
+        ("momentum", 0, 1),
+        ("max_norm", 0, math.inf),
+        ("orthogonality", 0, math.inf),
+        ("weight_decay", 0, math.inf),
+        ("eps", 0, math.inf),
+    ):
+        if not low <= group.get(option, low) <= high:
+            raise ValueError(f"{where}: {option}={group[option]} must be between {low} and {high}")
+    if group["max_norm"] == 0:
+        raise ValueError(f"{where}: max_norm=0 would stop all filters; use math.inf for no bound")
+    if not all(0 <= beta < 1 for beta in group.get("betas", ())):
+        raise ValueError(f"{where}: betas={group['betas']} must be at least 0 and below 1")
+    for index, p in enumerate(group["params"] if group["manifold"] else ()):
+        what = f"{where}, parameter {group['param_names'][index] if 'param_names' in group else index}"
+        if p.ndim < 2 or not p.is_floating_point():
+            raise ValueError(
+                f"{what}: shape {tuple(p.shape)}, {p.dtype} has no real filters to put on the sphere; put it in a "
+                "group with manifold=False (FSDP version 1 flattens weights: use fully_shard, which keeps filters)"
+            )
+        if any(getattr(placement, "dim", 0) != 0 for placement in getattr(p, "placements", ())):
+            raise ValueError(
+                f"{what}: placements {p.placements} cut through filters; shard dimension 0, or manifold=False"
+            )
+        lengths = torch.linalg.vector_norm(
+            local(p.detach()), dim=tuple(range(1, p.ndim)), dtype=statistics_dtype(p.dtype)
+        )
+        bad = (~(lengths.isfinite() & (lengths > 0))).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"{what}: filter {bad[0]} ({len(bad)} in all) has length {lengths[bad[0]].item()} and so no direction; "
+                "initialise it, or put the weight in a group with manifold=False"
+            )
+
+
+@torch.no_grad()
+def _normalize(group: dict[str, Any]) -> None:
+    """Bring the filters of a manifold group to length 1."""
+    for p in group["params"] if group["manifold"] else ():
+        y = wide(local(p))
+        local(p).copy_(y / torch.linalg.vector_norm(y, dim=tuple(range(1, p.ndim)), keepdim=True))
