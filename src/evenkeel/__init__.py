@@ -5,8 +5,10 @@ from evenkeel._recipes import apply, recipes
 from evenkeel.groups import param_groups
 from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
 from evenkeel.methods.batchless_training import attach, initialize
+from evenkeel.methods.input_norm import InputNorm
 from evenkeel.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
 from evenkeel.methods.noisy_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
+from evenkeel.methods.revisited import revisit
 from evenkeel.methods.riemannian import SGDG, AdamG
 from evenkeel.surgery import convert, revert
 
@@ -18,6 +20,7 @@ __all__ = [
     "BatchlessNorm1d",
     "BatchlessNorm2d",
     "BatchlessNorm3d",
+    "InputNorm",
     "LpNorm1d",
     "LpNorm2d",
     "LpNorm3d",
@@ -33,4 +36,5 @@ __all__ = [
     "param_groups",
     "recipes",
     "revert",
+    "revisit",
 ]

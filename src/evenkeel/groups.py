@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from evenkeel.graph import is_norm
+from evenkeel.methods.input_norm import InputNorm
 
 Kind: TypeAlias = Literal["weights", "biases", "norm-scales", "norm-shifts", "other"]
 
@@ -43,7 +44,7 @@ def own_kinds(module: nn.Module) -> dict[str, Kind]:
     """The kind of each parameter that ``module`` itself (not its children) declares.
 
     Weights of linear and convolution layers, recurrent layers and attention projections are ``weights``; their biases
-    ``biases``; scale and shift of torch's normalization layers ``norm-scales`` and ``norm-shifts``. All else is
+    ``biases``; scale and shift of torch's and our normalization layers ``norm-scales`` and ``norm-shifts``. All else is
     ``other``: embeddings, PReLU, class tokens, layer scales, every parameter of a module whose type is unknown.
 
     Examples:
@@ -52,7 +53,7 @@ def own_kinds(module: nn.Module) -> dict[str, Kind]:
     """
     own = [name for name, _ in module.named_parameters(recurse=False)]
     known: dict[str, Kind] = {}
-    if is_norm(module):
+    if is_norm(module) or isinstance(module, InputNorm):
         known = {"weight": "norm-scales", "bias": "norm-shifts"}
     elif isinstance(module, _LINEAR_MAPS):
         known = {"weight": "weights", "bias": "biases"}
