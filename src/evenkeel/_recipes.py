@@ -10,6 +10,10 @@ from typing import Any
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from evenkeel.groups import param_groups
+from evenkeel.methods.input_norm import with_input_norm
+from evenkeel.methods.revisited import Arm, revisit
+from evenkeel.methods.zero_gamma import zero_gamma
 from evenkeel.surgery import convert
 
 
@@ -55,14 +59,16 @@ class Recipe:
     lr_exponent: float = 0.5
 
 
-def sgd(request: Request, model: nn.Module) -> Optimizer:
-    """The optimizer most recipes use: SGD, unless the request names another."""
+def sgd(request: Request, model: nn.Module, *, typed: bool = False) -> Optimizer:
+    """The optimizer most recipes use: SGD, unless the request names another; ``typed`` groups decay weights alone."""
+    groups = param_groups(model, lr=request.lr, weight_decay=request.weight_decay)
+    params = groups if typed else model.parameters()
     if request.optimizer == "adam":
-        return adam(request, model)
+        return Adam(params, lr=request.lr, weight_decay=request.weight_decay)
     if request.optimizer == "adamw":
-        return AdamW(model.parameters(), lr=request.lr, weight_decay=request.weight_decay)
+        return AdamW(params, lr=request.lr, weight_decay=request.weight_decay)
     return SGD(
-        model.parameters(),
+        params,
         lr=request.lr,
         momentum=request.momentum,
         weight_decay=request.weight_decay,
@@ -87,6 +93,24 @@ def _converted(to: str) -> Callable[[Request], tuple[nn.Module, Optimizer]]:
     return build
 
 
+def _typed(request: Request) -> tuple[nn.Module, Optimizer]:
+    return request.model, sgd(request, request.model, typed=True)
+
+
+def _revisited(arm: Arm = "paper", *, input_norm: bool = False) -> Callable[[Request], tuple[nn.Module, Optimizer]]:
+    def build(request: Request) -> tuple[nn.Module, Optimizer]:
+        model = with_input_norm(request.model, request.batches) if input_norm else request.model
+        revisit(model, arm=arm)
+        return model, sgd(request, model, typed=True)
+
+    return build
+
+
+def _zero_gamma(request: Request) -> tuple[nn.Module, Optimizer]:
+    return zero_gamma(request.model), sgd(request, request.model)
+
+
+_REVISITED = "Davis, Frank 2022, arXiv 2110.13989"
 _HELPS = "Santurkar et al. 2018, arXiv 1805.11604"
 
 _RECIPES: tuple[Recipe, ...] = (
@@ -104,6 +128,20 @@ _RECIPES: tuple[Recipe, ...] = (
     Recipe("l1", "Normalization by the mean magnitude", _HELPS, 0.1, _converted("l1")),
     Recipe("l2", "Normalization by the root mean square", _HELPS, 0.1, _converted("l2")),
     Recipe("linf", "Normalization by the largest magnitude", _HELPS, 0.1, _converted("linf")),
+    Recipe("revisited", "Batch normalization from scale 0.1, its rate / 100", _REVISITED, 0.1, _revisited()),
+    Recipe(
+        "revisited+input",
+        "The same, and the inputs normalized online",
+        _REVISITED,
+        0.1,
+        _revisited(input_norm=True),
+    ),
+    Recipe("revisited-logit-scale", "Its piece: features x 0.1", _REVISITED, 0.1, _revisited("logit_scale")),
+    Recipe("revisited-shift-lr", "Its piece: learning rate of beta x 100", _REVISITED, 0.1, _revisited("shift_lr")),
+    Recipe("revisited-both", "Its pieces: features x 0.1, beta's rate x 100", _REVISITED, 0.1, _revisited("both")),
+    Recipe("revisited-scale-lr", "Its piece: learning rate of gamma / 100", _REVISITED, 0.1, _revisited("scale_lr")),
+    Recipe("revisited-decay", "Its piece: no decay of norms and biases", _REVISITED, 0.1, _typed),
+    Recipe("zero-gamma", "Residual blocks start as identity", "Goyal et al. 2017, arXiv 1706.02677", 0.1, _zero_gamma),
 )
 
 

@@ -3,10 +3,16 @@
 Revisiting Batch Normalization, Jim Davis, Logan Frank, arXiv 2110.13989 (version 1).
 """
 
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
+from evenkeel.graph import PRODUCERS, dataflow
 from evenkeel.moments import Moments, merge, observe, statistics_dtype
 
 INPUT_SCALE = 0.58
@@ -99,3 +105,36 @@ class InputNorm(nn.Module):
     def extra_repr(self) -> str:
         """Arguments of the layer."""
         return f"{self.channels}, eps={self.eps}, channel_dim={self.channel_dim}"
+
+
+def with_input_norm(model: nn.Module, batches: Iterable[Any] | None = None) -> nn.Module:
+    """The model behind an :class:`InputNorm` on its device: a Sequential of ``input_norm`` and ``model``.
+
+    Args:
+        model: Any module that takes one floating-point tensor.
+        batches: Batches of inputs ``(N, C, ...)``, of which the first is looked at for the number of channels; without
+            them it is that of the first linear or convolutional layer.
+
+    Returns:
+        The new model.
+
+    Raises:
+        ValueError: There is no batch, and no layer to tell the number of channels from.
+    """
+    first = next(iter(batches), None) if batches is not None else None
+    channels = first.shape[1] if isinstance(first, Tensor) and first.ndim > 1 else _input_channels(model)
+    like = next(model.parameters())
+    norm = InputNorm(channels, device=like.device, dtype=like.dtype if like.is_floating_point() else None)
+    return nn.Sequential(OrderedDict(input_norm=norm, model=model)).train(model.training)
+
+
+def _input_channels(model: nn.Module) -> int:
+    modules = dict(model.named_modules())
+    layers = [modules[step.path] for step in dataflow(model).steps if step.name == "module" and step.path in modules]
+    layer = next((layer for layer in layers if isinstance(layer, PRODUCERS)), None)
+    if layer is None:
+        raise ValueError(
+            "the model shows no linear or convolutional layer to tell the number of input channels from; give batches, "
+            "or put evenkeel.InputNorm(channels) in front of the model"
+        )
+    return layer.in_channels if isinstance(layer, _ConvNd) else layer.in_features

@@ -1,0 +1,72 @@
+"""The recipes of the revisited scale do what the functions do, and the training loop does not change."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import evenkeel
+from evenkeel.methods.revisited import revision_of
+from evenkeel.study.models import build_model
+
+NAMES = [name for name in evenkeel.recipes() if name.startswith("revisited") or name == "zero-gamma"]
+
+
+def resnet():
+    torch.manual_seed(0)
+    return build_model("resnet20", input_shape=(3, 8, 8), classes=4)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_trains_with_an_unchanged_loop(name, optimizer):
+    model, opt = evenkeel.apply(name, resnet(), lr=0.01, weight_decay=1e-4, optimizer=optimizer)
+    x, y = torch.rand(8, 3, 8, 8), torch.arange(8) % 4
+    for _ in range(2):
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        opt.step()
+    assert loss.isfinite()
+    assert {p for group in opt.param_groups for p in group["params"]} == set(model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "arm"),
+    [
+        ("revisited", "paper"),
+        ("revisited+input", "paper"),
+        ("revisited-logit-scale", "logit_scale"),
+        ("revisited-shift-lr", "shift_lr"),
+        ("revisited-both", "both"),
+        ("revisited-scale-lr", "scale_lr"),
+    ],
+)
+def test_recipe_is_its_arm_and_decays_weights_alone(name, arm):
+    model, optimizer = evenkeel.apply(name, resnet(), lr=0.1, weight_decay=1e-4)
+    assert revision_of(model).arm == arm
+    assert {g["name"].split()[0]: g["weight_decay"] for g in optimizer.param_groups} == {
+        "weights": 1e-4,
+        "biases": 0.0,
+        "norm-scales": 0.0,
+        "norm-shifts": 0.0,
+    }
+
+
+def test_input_recipe_takes_the_channels_from_batches_or_from_the_first_layer():
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4))
+    model, _ = evenkeel.apply("revisited+input", flat, lr=0.1, batches=[torch.rand(5, 3, 2, 2)])
+    assert model.input_norm.channels == 3
+    model, _ = evenkeel.apply("revisited+input", resnet(), lr=0.1)
+    assert model.input_norm.channels == 3
+    assert torch.allclose(model.input_norm.weight, torch.tensor(0.058))
+    with pytest.raises(ValueError, match="no linear or convolutional layer"):
+        evenkeel.apply("revisited+input", nn.Sequential(nn.BatchNorm1d(3)), lr=0.1)
+
+
+def test_zero_gamma_recipe_changes_the_last_scales_and_nothing_else():
+    plain = resnet().state_dict()
+    model, _ = evenkeel.apply("zero-gamma", resnet(), lr=0.1)
+    changed = [key for key, value in model.state_dict().items() if not torch.equal(plain[key], value)]
+    assert len(changed) == 9
+    assert all(key.endswith("norm2.weight") for key in changed)
