@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from evenkeel.groups import own_kinds, param_groups, scale_lr
+from evenkeel.groups import own_kinds, param_groups
+from evenkeel.methods.revisited import revisit
 
 
 class NamesThatMislead(nn.Module):
@@ -115,7 +116,7 @@ def test_parametrized_weight_stays_a_weight_and_weight_norm_is_not_decayed():
 
 def test_learning_rate_factors_survive_deepcopy_and_pickle_and_follow_a_scheduler():
     model = NamesThatMislead()
-    scale_lr(model.weighty, weight=0.01)
+    revisit(model)
     for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         optimizer = torch.optim.SGD(param_groups(twin, lr=0.1), lr=0.1, momentum=0.9)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)

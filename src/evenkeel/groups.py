@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from evenkeel.graph import is_norm
 from evenkeel.methods.input_norm import InputNorm
+from evenkeel.methods.revisited import lr_factors
 
 Kind: TypeAlias = Literal["weights", "biases", "norm-scales", "norm-shifts", "other"]
 
@@ -19,25 +20,6 @@ Kind: TypeAlias = Literal["weights", "biases", "norm-scales", "norm-shifts", "ot
 KINDS: tuple[Kind, ...] = ("norm-scales", "norm-shifts", "biases", "other", "weights")
 
 _LINEAR_MAPS = (nn.Linear, nn.Bilinear, _ConvNd)
-
-_LR_FACTORS = "evenkeel_lr_factors"
-
-
-def scale_lr(module: nn.Module, **factors: float) -> None:
-    """Ask :func:`param_groups` to multiply the learning rate of parameters of ``module``.
-
-    The factors are a plain attribute of the module, so they survive ``deepcopy``, pickling and DDP.
-
-    Args:
-        module: Owner of the parameters.
-        **factors: Factor per parameter of the module, e.g. ``weight=0.01``.
-    """
-    setattr(module, _LR_FACTORS, {**lr_factors(module), **factors})
-
-
-def lr_factors(module: nn.Module) -> dict[str, float]:
-    """The learning-rate factors of the module's own parameters that differ from 1."""
-    return getattr(module, _LR_FACTORS, {})
 
 
 def own_kinds(module: nn.Module) -> dict[str, Kind]:

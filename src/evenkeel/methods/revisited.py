@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from evenkeel.groups import scale_lr
 from evenkeel.methods.input_norm import InputNorm
 
 Arm: TypeAlias = Literal["paper", "logit_scale", "shift_lr", "both", "scale_lr"]
@@ -82,6 +81,12 @@ def revision_of(model: nn.Module) -> Revision | None:
     return next((m for module in model.modules() if (m := vars(module).get(_MARK)) is not None), None)
 
 
+def lr_factors(module: nn.Module) -> dict[str, float]:
+    """Factors on the learning rates of the module's own ``weight`` and ``bias``; empty where nothing was revisited."""
+    change = vars(module).get(_MARK)
+    return {} if change is None else {"weight": change.scale_lr, "bias": change.shift_lr}
+
+
 @torch.no_grad()
 def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 100.0, arm: Arm = "paper") -> nn.Module:
     """Give every BatchNorm of a built model the initial scale of the paper, and gamma its smaller learning rate.
@@ -121,9 +126,7 @@ def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 1
     change = revision(arm, scale, scale_lr_divisor)
     if change.logit_scale != 1:
         if classifier is None:
-            raise ValueError(
-                f"revisit: arm {arm!r} scales the input of the classifier, and the model has no linear layer"
-            )
+            raise ValueError(f"revisit: arm {arm!r} scales the input of the classifier; the model has no linear layer")
         classifier.register_forward_pre_hook(FeatureScale(change.logit_scale))
     for norm in norms:
         if isinstance(norm, InputNorm):
@@ -131,7 +134,6 @@ def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 1
         else:
             norm.weight.fill_(change.scale)
             norm.bias.zero_()
-        scale_lr(norm, weight=change.scale_lr, bias=change.shift_lr)
         setattr(norm, _MARK, change)
     return model
 
