@@ -1,6 +1,6 @@
 """evenkeel keeps neural-network training on an even keel."""
 
-from evenkeel import functional, moments
+from evenkeel import functional, instruments, moments
 from evenkeel._recipes import apply, recipes
 from evenkeel.groups import param_groups
 from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
@@ -32,6 +32,7 @@ __all__ = [
     "convert",
     "functional",
     "initialize",
+    "instruments",
     "moments",
     "param_groups",
     "recipes",

@@ -4,6 +4,34 @@ Every instrument leaves weights, buffers, gradients, random states and train/eva
 also when the objective raises (see :mod:`evenkeel.instruments.guard`).
 """
 
+from evenkeel.instruments._activations import Activations, activations
+from evenkeel.instruments._angular import Angular, angular
+from evenkeel.instruments._channels import Channels, channels
+from evenkeel.instruments._conditioning import Conditioning, conditioning
+from evenkeel.instruments._covariate_shift import CovariateShift, covariate_shift, snapshot
+from evenkeel.instruments._curvature import Curvature, curvature
+from evenkeel.instruments._discrepancy import Discrepancy, discrepancy
+from evenkeel.instruments._gradient_removed import GradientRemoved, gradient_removed
 from evenkeel.instruments._landscape import Landscape, landscape
 
-__all__ = ["Landscape", "landscape"]
+__all__ = [
+    "Activations",
+    "Angular",
+    "Channels",
+    "Conditioning",
+    "CovariateShift",
+    "Curvature",
+    "Discrepancy",
+    "GradientRemoved",
+    "Landscape",
+    "activations",
+    "angular",
+    "channels",
+    "conditioning",
+    "covariate_shift",
+    "curvature",
+    "discrepancy",
+    "gradient_removed",
+    "landscape",
+    "snapshot",
+]

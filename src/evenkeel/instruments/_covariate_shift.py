@@ -73,10 +73,10 @@ def covariate_shift(
     r"""Compare each layer's gradient before and after the layers before it were updated.
 
     For layer i and the same batch: ``G`` is the gradient at the old weights, ``G'`` the gradient when the layers that
-    run before layer i already have their new weights. Call it after ``optimizer.step()``: the model holds the new weights
-    and ``before`` the old ones, so it is the update that the optimizer really made. Scale and shift of a normalization
-    are updated with the layers before it, and are not reported themselves. It costs one forward and backward pass per
-    layer.
+    run before layer i have their new weights already. Call it after ``optimizer.step()``: then the model holds the new
+    weights and ``before`` the old ones, and it is the update that the optimizer really made. Scale and shift of a
+    normalization are updated with the layers before it, and are not reported themselves. It costs one forward and
+    backward pass per layer.
 
     Args:
         model: Any module, after the update.

@@ -76,10 +76,11 @@ class Probe:
 
     def __enter__(self) -> "Probe":
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
             self._save(stack)
             stack.enter_context(moments.paused())
-            stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code passes over new hooks
-            stack.enter_context(torch.inference_mode(False))
+            if "torch._dynamo" in sys.modules:  # compiled code passes over new hooks
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.callback(torch.clear_autocast_cache)
             self._stack = stack.pop_all()
         return self
@@ -155,15 +156,18 @@ class Probe:
             The loss, and one gradient per parameter: zeros where the loss does not depend on it.
 
         Raises:
+            ValueError: There is nothing to differentiate.
             RuntimeError: Whatever autograd says.
         """
         wanted = list(self.parameters if parameters is None else parameters)
+        if not wanted:
+            raise ValueError("the model has no trainable parameters (requires_grad=True), so there is no gradient")
         with torch.enable_grad():
             loss = self.loss()
             try:
                 found = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
             except RuntimeError as error:
-                if "Checkpointing is not compatible with .grad()" not in str(error):
+                if "heckpoint" not in str(error) or ".grad()" not in str(error):
                     raise
                 loss = self.loss()  # reentrant activation checkpointing knows .backward() only
                 loss.backward()

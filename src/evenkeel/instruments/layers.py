@@ -1,20 +1,30 @@
-"""Which layers a model has and in which order they run."""
+"""Which layers a model has, in which order they run, and with which statistics they normalize."""
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from evenkeel import moments
+from evenkeel.graph import dataflow, is_norm
 from evenkeel.instruments.guard import Probe
-from evenkeel.methods.lp_norm import LpNorm
+from evenkeel.methods.lp_norm import LpNorm, lp_statistics
 
 WEIGHTED = (nn.Linear, _ConvNd)
-Hook: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...], Any], None]
+Hook: TypeAlias = Callable[[str, nn.Module, Any, Any], None]
+_RECTIFIERS = {"relu", "relu6", "threshold"}
+
+
+class Statistics(NamedTuple):
+    """Mean and variance per channel, the variance with the layer's eps in it: its root is what the layer divides by."""
+
+    mean: Tensor
+    variance: Tensor
 
 
 def uses_batch_statistics(module: nn.Module) -> bool:
@@ -22,13 +32,50 @@ def uses_batch_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm | LpNorm) and (module.training or module.running_mean is None)
 
 
-def running_statistics(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Running mean and variance (the square of what it divides by) with which a layer evaluates, or None."""
+def running_statistics(module: nn.Module) -> Statistics | None:
+    """A copy of the statistics with which a layer evaluates, or None where it has none of its own."""
     if isinstance(module, LpNorm) and module.running_mean is not None and module.running_scale is not None:
-        return module.running_mean, module.running_scale.square()
+        return Statistics(module.running_mean.clone(), (module.running_scale + module.eps).square())
     if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
-        return module.running_mean, module.running_var
+        return Statistics(module.running_mean.clone(), module.running_var + module.eps)
     return None
+
+
+def batch_statistics(module: nn.Module, x: Tensor) -> tuple[Statistics, Tensor]:
+    """The statistics with which a layer would normalize ``x``, and the share of eps in its divisor, per channel."""
+    eps: float = module.eps  # pyright: ignore[reportAssignmentType]
+    if isinstance(module, LpNorm):
+        mean, scale = lp_statistics(x.detach(), module.p)
+        return Statistics(mean, (scale + eps).square()), eps / (scale + eps)
+    seen = moments.observe(x, feature_dim(module))
+    return Statistics(seen.mean, seen.variance + eps), eps / (seen.variance + eps)
+
+
+def feature_dim(module: nn.Module) -> int:
+    """The dimension of a layer's output that holds its features."""
+    return -1 if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm) else getattr(module, "feature_dim", 1)
+
+
+def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Normalization, linear and convolution layers with their paths."""
+    return [(name, m) for name, m in model.named_modules() if is_norm(m) or isinstance(m, WEIGHTED)]
+
+
+def rectified(model: nn.Module) -> frozenset[str]:
+    """Paths of the layers whose output goes through a ReLU and nowhere else, as far as the model traces."""
+    flow, modules = dataflow(model), dict(model.named_modules())
+
+    def rectifies(index: int) -> bool:
+        step = flow.steps[index]
+        if step.name == "module" and step.path is not None:
+            return isinstance(modules[step.path], nn.ReLU | nn.ReLU6)
+        return step.name in _RECTIFIERS
+
+    def ends_in_relu(index: int) -> bool:
+        consumers = flow.consumers(index)
+        return len(consumers) == 1 and rectifies(consumers[0])
+
+    return frozenset(n for n, _ in layers(model) if flow.calls(n) and all(map(ends_in_relu, flow.calls(n))))
 
 
 def tensor_in(value: Any) -> Tensor | None:
@@ -43,12 +90,26 @@ def tensor_in(value: Any) -> Tensor | None:
 
 
 @contextmanager
-def watched(layers: Iterable[tuple[str, nn.Module]], hook: Hook) -> Generator[None, None, None]:
-    """Call ``hook(name, module, inputs, output)`` after every forward of the given layers."""
+def watched(
+    layers: Iterable[tuple[str, nn.Module]], after: Hook | None = None, *, before: Hook | None = None
+) -> Generator[None, None, None]:
+    """Call ``after(name, module, inputs, output)`` and ``before(name, module, inputs, None)`` at every forward."""
+
+    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        assert before is not None
+        before(name, module, (args, kwargs), None)
+
+    def leave(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        assert after is not None
+        after(name, module, (args, kwargs), output)
+
     handles = []
     try:
         for name, module in layers:
-            handles.append(module.register_forward_hook(partial(hook, name)))
+            if before is not None:
+                handles.append(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
+            if after is not None:
+                handles.append(module.register_forward_hook(partial(leave, name), with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -57,15 +118,12 @@ def watched(layers: Iterable[tuple[str, nn.Module]], hook: Hook) -> Generator[No
 
 def in_order(probe: Probe) -> list[tuple[str, nn.Module]]:
     """Modules that own parameters themselves, in the order in which one forward pass first reaches them."""
-    owners = {n: m for n, m in probe.model.named_modules() if next(m.parameters(recurse=False), None) is not None}
+    owners = [(n, m) for n, m in probe.model.named_modules() if next(m.parameters(recurse=False), None) is not None]
     seen: dict[str, nn.Module] = {}
-    handles = []
-    try:
-        for name, module in owners.items():
-            handles.append(module.register_forward_pre_hook(lambda m, _, name=name: seen.update({name: m})))
-        with torch.no_grad():
-            probe.loss()
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def enter(name: str, module: nn.Module, _: Any, __: Any) -> None:
+        seen.setdefault(name, module)
+
+    with watched(owners, before=enter), torch.no_grad():
+        probe.loss()
     return list(seen.items())
