@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import evenkeel
-from evenkeel.surgery import Bias, convert, revert
+from evenkeel.surgery import convert, revert
+from evenkeel.targets import Bias
 
 
 def small_net():

@@ -3,6 +3,7 @@
 from evenkeel import functional, instruments, moments
 from evenkeel._recipes import apply, recipes
 from evenkeel.groups import param_groups
+from evenkeel.methods.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
 from evenkeel.methods.batchless_training import attach, initialize
 from evenkeel.methods.input_norm import InputNorm
@@ -10,13 +11,16 @@ from evenkeel.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
 from evenkeel.methods.noisy_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
 from evenkeel.methods.revisited import revisit
 from evenkeel.methods.riemannian import SGDG, AdamG
-from evenkeel.surgery import convert, revert
+from evenkeel.surgery import convert, describe, revert
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SGDG",
     "AdamG",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
     "BatchlessNorm1d",
     "BatchlessNorm2d",
     "BatchlessNorm3d",
@@ -30,6 +34,7 @@ __all__ = [
     "apply",
     "attach",
     "convert",
+    "describe",
     "functional",
     "initialize",
     "instruments",

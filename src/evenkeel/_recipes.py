@@ -85,9 +85,9 @@ def _batch(request: Request) -> tuple[nn.Module, Optimizer]:
     return request.model, sgd(request, request.model)
 
 
-def _converted(to: str) -> Callable[[Request], tuple[nn.Module, Optimizer]]:
+def _converted(to: str, **settings: Any) -> Callable[[Request], tuple[nn.Module, Optimizer]]:
     def build(request: Request) -> tuple[nn.Module, Optimizer]:
-        model = convert(request.model, to)
+        model = convert(request.model, to, **settings)
         return model, sgd(request, model)
 
     return build
@@ -123,6 +123,13 @@ _RECIPES: tuple[Recipe, ...] = (
         "Ba et al. 2016, arXiv 1607.06450",
         0.1,
         _converted("layer"),
+    ),
+    Recipe(
+        "batch-renorm",
+        "Batch normalization corrected towards its running statistics",
+        "Ioffe 2017, arXiv 1702.03275",
+        0.1,
+        _converted("batch-renorm", warmup=100, r_steps=800, d_steps=500),  # a fiftieth of the paper's schedule
     ),
     Recipe("noisy-batch", "Batch normalization, then shifting noise: a probe", _HELPS, 0.1, _converted("noisy-batch")),
     Recipe("l1", "Normalization by the mean magnitude", _HELPS, 0.1, _converted("l1")),

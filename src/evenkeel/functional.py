@@ -1,5 +1,6 @@
 """The pure functions of the methods, without state."""
 
+from evenkeel.methods.batch_renorm import renorm_correction
 from evenkeel.methods.batchless import gaussian_nll_gradients
 from evenkeel.methods.batchless_projected import projected_gradient
 from evenkeel.methods.riemannian import adamg, sgdg
@@ -16,5 +17,6 @@ __all__ = [
     "parallel_transport",
     "project",
     "projected_gradient",
+    "renorm_correction",
     "sgdg",
 ]

@@ -1,16 +1,17 @@
 """Replace normalization layers in any model, and put them back.
 
-Every replacement is planned first and carried out last, so that a model is as it was when something raises. A
-replaced layer lends its parameters, buffers and hooks to the layer that stands in for it: tied parameters stay
-tied, an optimizer goes on, handles still remove their hooks, and state dicts of either form load into the other
-wherever both have the same tensors.
+Every replacement is planned first and carried out last, so that a model is as it was when something raises. A replaced
+layer lends its parameters, hooks and buffers to the layer that stands in for it: tied parameters stay tied, an
+optimizer goes on, handles still remove their hooks, and state dicts of the one form load into the other where that
+has a meaning.
 """
 
+import copy
 import difflib
-import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from evenkeel.graph import PRODUCERS, is_norm, producers
-from evenkeel.methods.lp_norm import LpNorm, LpNorm1d, LpNorm2d, LpNorm3d
-from evenkeel.methods.noisy_norm import NoisyBatchNorm, NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
+from evenkeel.regroup import check_optimizer, regroup
+from evenkeel.targets import TARGETS, Bias, features_of, spatial_dims
 
 Producer = nn.Linear | _ConvNd
 Where = Callable[[str, nn.Module], bool] | Iterable[str] | None
@@ -39,105 +41,88 @@ _HOOKS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Origin:
     """What stood where a converted layer stands now.
 
     Attributes:
         module: The replaced layer.
         to: The target it was converted to.
+        settings: Settings of the layer that stands in for it.
         biased: The layer before it that got a bias in exchange, if one did.
     """
 
     module: nn.Module
     to: str
+    settings: dict[str, Any] = field(default_factory=dict)
     biased: Producer | None = None
+    _bias_hook: RemovableHandle | None = None
 
 
 @dataclass(frozen=True)
 class _Swap:
+    """One replacement: ``old`` by ``new``; what ``old`` was converted from takes the tensors of ``restored`` first."""
+
     old: nn.Module
     new: nn.Module
-    bias_for: Producer | None = None
-    unbias: Producer | None = None
+    restored: nn.Module | None = None
 
 
-class Bias(nn.Module):
-    """Adds a trainable bias per channel: what is left of a removed normalization that no layer's bias can replace.
-
-    Args:
-        features: Number of channels.
-        channel_dim: 1 for feature maps, -1 for tokens.
-    """
-
-    def __init__(self, features: int, channel_dim: int = 1) -> None:
-        super().__init__()
-        self.features, self.channel_dim = features, channel_dim
-        self.bias = nn.Parameter(torch.zeros(features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` plus the bias of its channel."""
-        if self.channel_dim == -1:
-            return x + self.bias
-        return x + self.bias.reshape(-1, *([1] * (x.ndim - 2)))
-
-    def extra_repr(self) -> str:
-        """Arguments of the layer."""
-        return f"{self.features}, channel_dim={self.channel_dim}"
-
-
-def group_count(features: int) -> int:
-    """Number of groups GroupNorm gets: the largest divisor of ``features`` up to 32 that leaves four channels each.
-
-    32 is the literature's choice from 128 channels on; narrower layers keep at least four channels per group, since
-    a group of one channel at one position would be normalised to zero.
-
-    Examples:
-        >>> [group_count(c) for c in (3, 16, 24, 64, 128, 512)]
-        [1, 4, 6, 16, 32, 32]
-    """
-    return max(g for g in range(1, max(1, min(32, features // 4)) + 1) if features % g == 0)
-
-
-def convert(model: nn.Module, to: str, *, where: Where = None, optimizer: Optimizer | None = None) -> nn.Module:
+def convert(
+    model: nn.Module, to: str, *, where: Where = None, optimizer: Optimizer | None = None, **settings: Any
+) -> nn.Module:
     """Replace the normalization layers of ``model`` by those of another method.
 
-    Targets: ``group`` (GroupNorm, see :func:`group_count`), ``layer`` (one group: LayerNorm over channels and space),
-    ``none`` (removed; the layer before gets its bias back, or a :class:`Bias` stands in), ``batch`` (BatchNorm),
-    ``l1``, ``l2``, ``linf`` (l_p normalization), ``noisy-batch`` (BatchNorm with noise behind it).
+    Targets: ``group`` (GroupNorm, see :func:`evenkeel.targets.group_count`), ``layer`` (GroupNorm with one group:
+    LayerNorm over channels and space), ``none`` (removed; the layer before gets its bias back, or a
+    :class:`evenkeel.targets.Bias` stands in), ``batch``, ``batch-renorm``, ``batchless``, ``batchless-projected``,
+    ``l1``, ``l2``, ``linf``, ``noisy-batch``. A layer that was converted before is treated as if it were reverted
+    first. LayerNorm and RMSNorm, which normalise the last dimensions, are left as they are unless the target can do
+    so too.
 
     Args:
         model: Any module, changed in place.
         to: The target.
         where: Which layers: a predicate ``(path, layer) -> bool``, or paths of layers or of modules that hold them.
         optimizer: An optimizer over the model's parameters, repaired when parameters come or go.
+        settings: Arguments of the new layers, where the target is one of this package's.
 
     Returns:
         The model; the returned one counts when the model itself is a normalization layer.
 
     Raises:
-        ValueError: The target, or a path in ``where``, is unknown, or the model is wrapped in DistributedDataParallel.
+        ValueError: The target, or a path in ``where``, is unknown; the target has no settings; the model is wrapped
+            in DistributedDataParallel or scripted; a layer is lazy and not yet initialised; the optimizer holds no
+            parameter of the model.
 
     Examples:
-        >>> convert(nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16)), "group")[1]
-        GroupNorm(4, 16, eps=1e-05, affine=True, bias=True)
+        >>> convert(nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16)), "none")
+        Sequential(
+          (0): Conv2d(3, 16, kernel_size=(3, 3), stride=(1, 1))
+          (1): Identity()
+        )
     """
-    if to not in _TARGETS:
-        raise ValueError(f"convert: unknown target {to!r}; choose one of {', '.join(_TARGETS)}")
-    _check_unwrapped(model)
+    if to not in TARGETS:
+        raise ValueError(f"convert: unknown target {to!r}; choose one of {', '.join(TARGETS)}")
+    if settings and not TARGETS[to].configurable:
+        raise ValueError(f"convert: target {to!r} has no settings, got {', '.join(settings)}")
+    _check(model, optimizer)
     layers = _select(model, where)
     if not layers:
-        warnings.warn(
-            f"convert: the model has no normalization layer to convert to {to!r}; it is unchanged", stacklevel=2
-        )
+        warnings.warn(f"convert: no normalization layer to convert to {to!r}; the model is unchanged", stacklevel=2)
         return model
     fed_by = feeding(model)
-    swaps = [s for path, layer in layers.items() if (s := _plan(path, layer, to, fed_by.get(layer), model)) is not None]
-    return _carry_out(model, swaps, optimizer)
+    swaps = [_plan(model, path, layer, fed_by.get(layer), to, settings) for path, layer in layers.items()]
+    return _carry_out(model, [swap for swap in swaps if swap is not None], optimizer)
 
 
 def revert(model: nn.Module, *, where: Where = None, optimizer: Optimizer | None = None) -> nn.Module:
-    """Put back every layer that :func:`convert` replaced, with the parameters and statistics it would have now.
+    """Put back every layer that :func:`convert` replaced, with the parameters and statistics it has by now.
+
+    Right after a conversion that is the identity. Statistics of layers that keep other ones than batch
+    normalization are translated so that eval stays the same function; a bias given in exchange for a removed layer
+    goes into the running mean. Where the stand-in kept no statistics the old ones return:
+    :func:`evenkeel.recalibrate` brings them up to date.
 
     Args:
         model: A converted model, changed in place.
@@ -146,10 +131,60 @@ def revert(model: nn.Module, *, where: Where = None, optimizer: Optimizer | None
 
     Returns:
         The model; the returned one counts when the model itself is a normalization layer.
+
+    Raises:
+        ValueError: As in :func:`convert`.
     """
-    _check_unwrapped(model)
-    swaps = [_undo(layer) for layer in _select(model, where).values() if origin_of(layer) is not None]
-    return _carry_out(model, swaps, optimizer)
+    _check(model, optimizer)
+    converted = [(layer, origin) for layer in _select(model, where).values() if (origin := origin_of(layer))]
+    return _carry_out(model, [_Swap(layer, o.module, _restored(layer, o)) for layer, o in converted], optimizer)
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """One normalization layer, or what stands in for one.
+
+    Attributes:
+        path: Its path in the model.
+        kind: Class of the layer that is there.
+        features: Its number of features.
+        replaced: Class of the layer it replaced, or None.
+        lost: What the replaced layer did or kept that this one does not; empty if nothing, or if nothing was replaced.
+        biased: Path of the layer that got a bias in exchange, or None.
+    """
+
+    path: str
+    kind: str
+    features: int
+    replaced: str | None = None
+    lost: str = ""
+    biased: str | None = None
+
+    def __str__(self) -> str:
+        words = f"{self.path or '(the model)'}: {self.kind}({self.features})"
+        words += f" in place of {self.replaced}" if self.replaced else ""
+        words += f", {self.biased} has a bias instead" if self.biased else ""
+        return words + (f"; {self.lost}" if self.lost else "")
+
+
+def describe(model: nn.Module) -> list[LayerDescription]:
+    """What every normalization layer of ``model`` is, what it replaced and what was lost by it.
+
+    Examples:
+        >>> print(*describe(convert(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)), "group")))
+        1: GroupNorm(4) in place of BatchNorm1d; running statistics are kept but neither used nor updated
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    rows = []
+    for path, layer in _select(model, None).items():
+        origin = origin_of(layer)
+        if origin is None:
+            rows.append(LayerDescription(path, type(layer).__name__, features_of(layer)))
+            continue
+        biased = None if origin.biased is None else paths.get(origin.biased)
+        kind, replaced = type(layer).__name__, type(origin.module).__name__
+        rows.append(LayerDescription(path, kind, features_of(origin.module), replaced, TARGETS[origin.to].lost, biased))
+    return rows
 
 
 def origin_of(module: nn.Module) -> Origin | None:
@@ -157,13 +192,37 @@ def origin_of(module: nn.Module) -> Origin | None:
     return vars(module).get("evenkeel_origin")
 
 
-def _check_unwrapped(model: nn.Module) -> None:
+def feeding(model: nn.Module) -> dict[nn.Module, Producer]:
+    """:func:`evenkeel.graph.producers` as modules."""
+    modules = dict(model.named_modules())
+    pairs = ((modules[norm], modules[source]) for norm, source in producers(model).items())
+    return {norm: source for norm, source in pairs if isinstance(source, PRODUCERS)}
+
+
+def honours_bias(layer: nn.Module) -> bool:
+    """Whether the layer computes as torch's own does, so that a bias it is given takes effect."""
+    plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    names = ("forward", "_conv_forward")
+    return any(
+        isinstance(layer, cls) and all(getattr(type(layer), name, None) is getattr(cls, name, None) for name in names)
+        for cls in plain
+    )
+
+
+def _check(model: nn.Module, optimizer: Optimizer | None) -> None:
     for path, module in model.named_modules():
+        where = path or "the model"
         if isinstance(module, DistributedDataParallel):
             raise ValueError(
-                f"{path or 'the model'} is wrapped in DistributedDataParallel, which has registered the parameters of "
-                "the layers to replace; convert the bare model first, then wrap it (wrapped.module is the bare model)"
+                f"{where} is wrapped in DistributedDataParallel, which has registered the parameters of the layers to "
+                "replace; convert the bare model first, then wrap it (wrapped.module is the bare model)"
             )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{where} is a scripted module, whose layers are fixed; convert the model before scripting it"
+            )
+    if optimizer is not None:
+        check_optimizer(optimizer, model)
 
 
 def _select(model: nn.Module, where: Where) -> dict[str, nn.Module]:
@@ -189,58 +248,41 @@ def _select(model: nn.Module, where: Where) -> dict[str, nn.Module]:
     return {path: layer for path, layer in layers.items() if layer in chosen}
 
 
-def feeding(model: nn.Module) -> dict[nn.Module, Producer]:
-    """Each normalization layer's :func:`evenkeel.graph.producers`, as modules."""
-    modules = dict(model.named_modules())
-    pairs = ((modules[norm], modules[source]) for norm, source in producers(model).items())
-    return {norm: source for norm, source in pairs if isinstance(source, PRODUCERS)}
-
-
-def _honours_bias(layer: Producer) -> bool:
-    """Whether the layer's forward is torch's own, so that a bias it is given takes effect."""
-    known = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    return any(isinstance(layer, k) and type(layer).forward is k.forward for k in known)
-
-
-def _plan(path: str, layer: nn.Module, to: str, producer: Producer | None, model: nn.Module) -> _Swap | None:
-    """The swap that turns ``layer`` into the target, or None where it is one already.
+def _plan(
+    model: nn.Module, path: str, layer: nn.Module, producer: Producer | None, to: str, settings: dict[str, Any]
+) -> _Swap | None:
+    """The swap that turns ``layer`` into the target, or None where it is one already or cannot be.
 
     Raises:
         ValueError: The layer is lazy and not yet initialised.
     """
-    origin, target = origin_of(layer), _TARGETS[to]
-    if origin is not None and origin.to == to:
+    origin, target = origin_of(layer), TARGETS[to]
+    if origin is not None and (origin.to, origin.settings) == (to, settings):
         return None
-    if origin is None and target.is_native(layer):
+    if origin is None and target.is_native(layer) and not settings:
         return None
-    undo = _undo(layer) if origin is not None else None
-    source = layer if undo is None else undo.new
-    if undo is not None and target.is_native(source):
-        return undo
+    restored = None if origin is None else _restored(layer, origin)
+    if origin is not None and target.is_native(origin.module) and not settings:
+        return _Swap(layer, origin.module, restored)
+    source = layer if restored is None else restored
     if any(is_lazy(tensor) for tensor in (*source.parameters(), *source.buffers())):
         raise ValueError(
             f"{path}: {type(source).__name__} does not know its features yet; run one batch through the model first"
         )
-    if isinstance(source, (nn.LayerNorm, nn.RMSNorm)) and to != "none":
-        return None  # it normalises the last dimension, the others the second: no such layer can stand in for it
-    bias_for = None
-    if to == "none" and producer is not None and _honours_bias(producer):
-        new, bias_for = nn.Identity(), producer if producer.bias is None else None
+    if isinstance(source, (nn.LayerNorm, nn.RMSNorm)) and not target.takes_tokens:
+        return None
+    if isinstance(source, nn.RMSNorm) and to != "none":
+        return None
+    biased = None
+    if to == "none" and producer is not None and honours_bias(producer):
+        new, biased = nn.Identity(), producer if producer.bias is None else None
     else:
-        new = target.build(source, lambda: _dims(path, source, producer, model))
+        new = target.build(source, lambda: spatial_dims(path, source, producer, model), **settings)
     _lend(source, new)
-    vars(new)["evenkeel_origin"] = Origin(source, to, bias_for)
-    return _Swap(layer, new, bias_for, undo.unbias if undo is not None else None)
-
-
-def _undo(layer: nn.Module) -> _Swap:
-    origin = origin_of(layer)
-    assert origin is not None
-    for kind in ("_buffers",) if isinstance(layer, Bias) else ("_parameters", "_buffers"):
-        ours, theirs = vars(layer)[kind], vars(origin.module)[kind]
-        theirs.update({name: ours[name] for name in theirs if ours.get(name) is not None})
-    origin.module.train(layer.training)
-    return _Swap(layer, origin.module, None, origin.biased)
+    module = layer if origin is None else origin.module
+    vars(new)["evenkeel_origin"] = Origin(module, to, settings, biased)
+    new.register_load_state_dict_pre_hook(_translate)
+    return _Swap(layer, new, restored)
 
 
 def _lend(source: nn.Module, new: nn.Module) -> None:
@@ -248,20 +290,44 @@ def _lend(source: nn.Module, new: nn.Module) -> None:
     for name in _HOOKS:
         vars(new)[name] = vars(source)[name]
     new.train(source.training)
-    if isinstance(new, nn.Identity):
-        return
-    for name, buffer in source._buffers.items():
-        if name not in new._buffers and name not in new._parameters:
+    if isinstance(new, (nn.GroupNorm, Bias)):
+        for name, buffer in source._buffers.items():
             new.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
+
+
+def _restored(layer: nn.Module, origin: Origin) -> nn.Module:
+    """A copy of the layer that ``layer`` replaced, holding the tensors it would have now."""
+    module = _twin(origin.module)
+    parameters, buffers = module._parameters, module._buffers
+    if not isinstance(layer, Bias):
+        parameters.update({name: p for name, p in layer._parameters.items() if name in ("weight", "bias")})
+    buffers.update({name: b for name, b in layer._buffers.items() if name in buffers and b is not None})
+    if isinstance(module, _BatchNorm) and hasattr(layer, "to_batchnorm") and not _untouched(layer, origin):
+        now: _BatchNorm = layer.to_batchnorm()  # pyright: ignore[reportCallIssue]
+        buffers.update({name: b for name, b in now._buffers.items() if name.startswith("running") and name in buffers})
+        module.eps = now.eps
+    bias = layer.bias if isinstance(layer, Bias) else origin.biased.bias if origin.biased is not None else None
+    mean = buffers.get("running_mean")
+    if mean is not None and bias is not None:
+        buffers["running_mean"] = mean.to(bias.device) - bias.detach().to(mean.dtype)
+    return module.train(layer.training)
+
+
+def _untouched(layer: nn.Module, origin: Origin) -> bool:
+    """Whether the statistics of ``layer`` are those that the conversion gave it, so the old ones are exact."""
+    then = _rebuilt(origin.module, layer, origin).state_dict()
+    now = layer.state_dict()
+    return all(
+        name in ("weight", "bias")
+        or (t.device == now[name].device and t.dtype == now[name].dtype and t.equal(now[name]))
+        for name, t in then.items()
+    )
 
 
 def _carry_out(model: nn.Module, swaps: list[_Swap], optimizer: Optimizer | None) -> nn.Module:
     before = dict(model.named_parameters())
     for swap in swaps:
-        if swap.unbias is not None:
-            _take_bias(swap.unbias, swap.new)
-        if swap.bias_for is not None:
-            _give_bias(swap.bias_for, swap.old)
+        _settle(swap, next(iter(before.values()), None))
     replaced = {swap.old: swap.new for swap in swaps}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -269,155 +335,64 @@ def _carry_out(model: nn.Module, swaps: list[_Swap], optimizer: Optimizer | None
                 parent._modules[name] = replaced[child]
     model = replaced.get(model, model)
     if optimizer is not None:
-        _repair(optimizer, before, dict(model.named_parameters()))
+        regroup(optimizer, before, dict(model.named_parameters()))
     return model
 
 
-def _give_bias(layer: Producer, norm: nn.Module) -> None:
-    beta = getattr(norm, "bias", None)
-    trainable = layer.weight.requires_grad if beta is None else beta.requires_grad
-    features = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
-    layer.bias = nn.Parameter(layer.weight.new_zeros(features), requires_grad=trainable)
+def _settle(swap: _Swap, somewhere: Tensor | None) -> None:
+    """Bring the replaced layer up to date, and take and give the biases of the layers before."""
+    origin, future = origin_of(swap.old), origin_of(swap.new)
+    if origin is not None and swap.restored is not None:
+        vars(origin.module).update(vars(swap.restored))
+        like = next(iter((*swap.old.parameters(), *swap.old.buffers())), somewhere)
+        if like is not None:
+            origin.module.to(device=like.device)
+        if origin.biased is not None:
+            origin.biased.register_parameter("bias", None)
+        if origin._bias_hook is not None:
+            origin._bias_hook.remove()
+    if future is not None and future.biased is not None:
+        layer, beta = future.biased, getattr(future.module, "bias", None)
+        features = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
+        trainable = layer.weight.requires_grad if beta is None else beta.requires_grad
+        layer.bias = nn.Parameter(layer.weight.new_zeros(features), requires_grad=trainable)
+        future._bias_hook = layer.register_load_state_dict_pre_hook(_default_bias)
 
 
-def _take_bias(layer: Producer, norm: nn.Module) -> None:
-    """Drop a bias that the layer was given; running statistics absorb it, so that eval stays the same function."""
-    mean = norm._buffers.get("running_mean")
-    if mean is not None and layer.bias is not None:
-        norm._buffers["running_mean"] = mean - layer.bias.detach().to(mean.dtype)
-    layer.register_parameter("bias", None)
+def _default_bias(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state dict from before a normalization was removed has no bias for the layer before it: it is 0."""
+    if prefix + "weight" in state and layer.bias is not None:
+        state.setdefault(prefix + "bias", torch.zeros_like(layer.bias))  # pyright: ignore[reportArgumentType]
 
 
-def _repair(optimizer: Optimizer, before: dict[str, nn.Parameter], now: dict[str, nn.Parameter]) -> None:
-    """Let ``optimizer`` hold the parameters the model has now; state stays with every parameter that lives on."""
-    known, alive = set(before.values()), set(now.values())
-    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
-    newcomers = [(name, p) for name, p in now.items() if p not in known and p.requires_grad]
-    homes = [_home(name, before, now, group_of) for name, _ in newcomers]
-    for group in optimizer.param_groups:
-        keep = [i for i, p in enumerate(group["params"]) if p in alive or p not in known]
-        for p in known - alive:
-            optimizer.state.pop(p, None)
-        for key in {"params", "param_names"} & group.keys():
-            group[key][:] = [group[key][i] for i in keep]
-    for (name, parameter), group in zip(newcomers, homes, strict=True):
-        group["params"].append(parameter)
-        if "param_names" in group:
-            group["param_names"].append(name)
+def _translate(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a converted layer load a state dict of the layer it replaced, or of one that was its kind from the start."""
+    origin = origin_of(layer)
+    if origin is None:
+        return
+    given = {key[len(prefix) :] for key in state if key.startswith(prefix)}
+    own, old = layer.state_dict(), set(origin.module.state_dict())
+    if given == old and given != set(own):
+        twin = _twin(origin.module)
+        for tensors in (twin._parameters, twin._buffers):
+            tensors.update({name: nn.Parameter(state[prefix + name], False) for name in tensors.keys() & old})
+        for name in old:
+            del state[prefix + name]
+        if not isinstance(layer, nn.Identity):
+            state.update({prefix + name: tensor for name, tensor in _rebuilt(twin, layer, origin).state_dict().items()})
+    elif given and given < set(own):
+        state.update({prefix + name: own[name] for name in layer._buffers.keys() & own.keys() - given})
 
 
-def _home(
-    name: str, before: dict[str, nn.Parameter], now: dict[str, nn.Parameter], group_of: dict[nn.Parameter, dict]
-) -> dict:
-    """The group of a parameter of the same layer (as it is or was), else of the nearest one in the model."""
-    layer, order = name.rpartition(".")[0], list(now)
-    at = order.index(name)
-    siblings = [p for names in (now, before) for n, p in names.items() if n.rpartition(".")[0] == layer]
-    nearest = [now[n] for n in sorted(order, key=lambda n: abs(order.index(n) - at))]
-    return next(group_of[p] for p in siblings + nearest if p in group_of)
-
-
-@dataclass(frozen=True)
-class _Target:
-    """One thing to convert to: how it is built from a normalization layer, and which layers are it already."""
-
-    build: Callable[[nn.Module, Callable[[], int]], nn.Module]
-    is_native: Callable[[nn.Module], bool]
-
-
-def features_of(norm: nn.Module) -> int:
-    """Number of features of a normalization layer."""
-    if isinstance(norm, nn.GroupNorm):
-        return norm.num_channels
-    if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
-        return math.prod(norm.normalized_shape)
-    return int(norm.num_features)  # pyright: ignore[reportArgumentType]
-
-
-def _to_groups(source: nn.Module, groups: int) -> nn.Module:
-    new = nn.GroupNorm(groups, features_of(source), eps=source.eps, affine=False)  # pyright: ignore[reportArgumentType]
-    new.register_parameter("weight", source._parameters.get("weight"))
-    new.register_parameter("bias", source._parameters.get("bias"))
-    new.affine = new.weight is not None
+def _rebuilt(source: nn.Module, layer: nn.Module, origin: Origin) -> nn.Module:
+    """What the conversion that made ``layer`` makes of ``source``."""
+    new = TARGETS[origin.to].build(source, lambda: spatial_dims("", layer, None, layer), **origin.settings)
+    _lend(source, new)
     return new
 
 
-def _dims(path: str, source: nn.Module, producer: Producer | None, model: nn.Module) -> int:
-    """Dimensions that a normalization layer sees, from itself, the layer before it or the model's convolutions.
-
-    Raises:
-        ValueError: They cannot be told.
-    """
-    for dims in (1, 2, 3):
-        if isinstance(source, _BY_DIMS[dims]):
-            return dims
-    if isinstance(producer, nn.Linear):
-        return 1
-    layers = [producer] if isinstance(producer, _ConvNd) else [m for m in model.modules() if isinstance(m, _ConvNd)]
-    found = {len(layer.kernel_size) for layer in layers}
-    if len(found) != 1:
-        raise ValueError(
-            f"{path}: cannot tell whether this {type(source).__name__} sees sequences, images or volumes; convert it "
-            "by hand, or leave it out with `where`"
-        )
-    return found.pop()
-
-
-_BY_DIMS = {
-    1: (nn.BatchNorm1d, nn.InstanceNorm1d),
-    2: (nn.BatchNorm2d, nn.InstanceNorm2d),
-    3: (nn.BatchNorm3d, nn.InstanceNorm3d),
-}
-
-
-def _to_batch(source: nn.Module, dims: Callable[[], int]) -> nn.Module:
-    like = next(source.parameters(), next(source.buffers(), torch.empty(0)))
-    new = _BY_DIMS[dims()][0](features_of(source), eps=source.eps, device=like.device, dtype=like.dtype)
-    for name in ("weight", "bias"):
-        new.register_parameter(name, source._parameters.get(name))
-    new.affine = new.weight is not None
-    return new
-
-
-def _to_bias(source: nn.Module, dims: Callable[[], int]) -> nn.Module:
-    beta = source._parameters.get("bias")
-    if beta is None:
-        return nn.Identity()
-    new = Bias(features_of(source), -1 if isinstance(source, nn.LayerNorm) else 1)
-    new.bias = nn.Parameter(torch.zeros_like(beta), requires_grad=beta.requires_grad)
-    return new
-
-
-def _through_batch(layers: dict[int, type], **settings: float) -> Callable[[nn.Module, Callable[[], int]], nn.Module]:
-    """Build a layer by its ``from_batchnorm``, from a batch normalization that is there or one made for it."""
-
-    def build(source: nn.Module, dims: Callable[[], int]) -> nn.Module:
-        norm = source if isinstance(source, _BatchNorm) else _to_batch(source, dims)
-        return layers[dims()].from_batchnorm(norm, **settings)
-
-    return build
-
-
-def _lp(p: float) -> _Target:
-    layers: dict[int, type] = {1: LpNorm1d, 2: LpNorm2d, 3: LpNorm3d}
-    return _Target(_through_batch(layers, p=p), lambda m: isinstance(m, LpNorm) and m.p == p)
-
-
-_NOISY: dict[int, type] = {1: NoisyBatchNorm1d, 2: NoisyBatchNorm2d, 3: NoisyBatchNorm3d}
-
-_TARGETS: dict[str, _Target] = {
-    "batch": _Target(_to_batch, lambda m: isinstance(m, _BatchNorm)),
-    "group": _Target(
-        lambda source, _: _to_groups(source, group_count(features_of(source))),
-        lambda m: isinstance(m, nn.GroupNorm) and (m.num_groups > 1 or group_count(m.num_channels) == 1),
-    ),
-    "layer": _Target(
-        lambda source, _: _to_groups(source, 1),
-        lambda m: isinstance(m, nn.LayerNorm) or (isinstance(m, nn.GroupNorm) and m.num_groups == 1),
-    ),
-    "none": _Target(_to_bias, lambda m: False),
-    "l1": _lp(1),
-    "l2": _lp(2),
-    "linf": _lp(math.inf),
-    "noisy-batch": _Target(_through_batch(_NOISY), lambda m: isinstance(m, NoisyBatchNorm)),
-}
+def _twin(module: nn.Module) -> nn.Module:
+    """A shallow copy whose tensors can be exchanged without changing ``module``."""
+    twin = copy.copy(module)
+    vars(twin).update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
+    return twin

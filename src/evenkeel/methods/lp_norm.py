@@ -123,6 +123,18 @@ class LpNorm(nn.Module):
             layer.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
         return layer.train(norm.training)  # pyright: ignore[reportReturnType]
 
+    def to_batchnorm(self) -> _BatchNorm:
+        """The batch normalization, with the same parameter objects, whose evaluation output is that of this layer."""
+        kind = {(2, 3): nn.BatchNorm1d, (4,): nn.BatchNorm2d, (5,): nn.BatchNorm3d}[self.dimensions]
+        tracks = self.running_mean is not None
+        norm = kind(self.num_features, self.eps, self.momentum, affine=False, track_running_stats=tracks)
+        norm.affine, norm.weight, norm.bias = self.affine, self.weight, self.bias  # pyright: ignore[reportAttributeAccessIssue]
+        if self.running_mean is not None and self.running_scale is not None:
+            norm.running_mean = self.running_mean.clone()
+            norm.running_var = ((self.running_scale + self.eps).square() - self.eps).clamp(min=0)
+            norm.num_batches_tracked = None if self.num_batches_tracked is None else self.num_batches_tracked.clone()
+        return norm.train(self.training)
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` of shape ``(N, C, ...)``.
 
