@@ -7,7 +7,7 @@ from torch import nn
 
 import evenkeel
 from evenkeel.surgery import convert, revert
-from evenkeel.targets import Bias
+from evenkeel.targets import Removed, is_batchnorm
 
 
 def small_net():
@@ -31,74 +31,364 @@ def trained_net():
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 
 
-@pytest.mark.parametrize("to", ["group", "layer", "none"])
+TARGETS = [
+    "none",
+    "group",
+    "layer",
+    "batch-renorm",
+    "batchless",
+    "batchless-projected",
+    "l1",
+    "l2",
+    "linf",
+    "noisy-batch",
+]
+SAME_IN_EVAL = ["batch-renorm", "batchless", "batchless-projected", "l1", "l2", "linf", "noisy-batch"]
+
+
+@pytest.mark.parametrize("to", TARGETS)
 def test_convert_then_revert_is_the_identity_in_eval(to):
     model = trained_net().eval()
-    expected, keys = model(X), list(model.state_dict())
+    expected, keys, layers = model(X), list(model.state_dict()), list(model)
     assert convert(model, to) is model
-    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    assert not torch.equal(model(X), expected)
+    assert not any(is_batchnorm(m) for m in model.modules())
+    if to in SAME_IN_EVAL:
+        torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-5)
+    else:
+        assert not torch.allclose(model(X), expected, atol=1e-2)
     assert revert(model) is model
     assert torch.equal(model(X), expected)
     assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model, layers, strict=True))
 
 
-@pytest.mark.parametrize("to", ["group", "layer"])
+@pytest.mark.parametrize("to", SAME_IN_EVAL)
+def test_after_training_revert_keeps_the_function_in_eval(to):
+    model = convert(trained_net(), to)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    if "batchless" in to:
+        evenkeel.attach(model, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+    expected = model.eval()(X)
+    torch.testing.assert_close(revert(model)(X), expected, rtol=1e-4, atol=1e-5)
+    assert type(model[1]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("to", ["group", "layer", "batch-renorm", "noisy-batch"])
 def test_state_dicts_load_both_ways(to):
     plain, converted = trained_net(), convert(small_net(), to)
     converted.load_state_dict(plain.state_dict())
-    plain.load_state_dict(converted.state_dict())
+    again = small_net()
+    again.load_state_dict(converted.state_dict())
+    assert torch.equal(again.eval()(X), plain.eval()(X))
     assert torch.equal(revert(converted).eval()(X), plain.eval()(X))
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_converted_model_loads_a_batch_norm_checkpoint_and_its_own(to):
+    plain = trained_net()
+    first, second = convert(small_net(), to), convert(small_net(), to)
+    first.load_state_dict(plain.state_dict())
+    expected = convert(plain, to).eval()(X)
+    torch.testing.assert_close(first.eval()(X), expected, rtol=1e-5, atol=1e-6)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.eval()(X), first(X))
+
+
+def test_a_converted_model_loads_a_checkpoint_of_a_model_built_with_the_target():
+    native = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16))
+    model = convert(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)), "group")
+    model.load_state_dict(native.state_dict())
+    assert torch.equal(model(X), native(X))
 
 
 def test_none_gives_the_layer_before_its_bias_back_or_leaves_a_bias_in_place():
     model = convert(small_net(), "none")
-    assert [type(model[i]) for i in (1, 4, 5, 9)] == [nn.Identity, nn.Identity, nn.Identity, nn.Identity]
+    assert [type(model[i]) for i in (1, 4, 5, 9)] == [Removed] * 4
     assert torch.equal(model[0].bias, torch.zeros(16))
     assert torch.equal(model[8].bias, torch.zeros(4))
-    assert isinstance(convert(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), "none")[1], Bias)
+    assert convert(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), "none")[1].bias.shape == (3,)
 
 
-def test_a_bias_trained_in_place_of_a_norm_is_absorbed_by_its_running_mean_on_revert():
-    model = trained_net().eval()
-    norm = copy.deepcopy(model[1])
+def test_none_does_not_give_a_bias_to_a_layer_whose_forward_may_ignore_it():
+    class Own(nn.Conv2d):
+        def forward(self, x):
+            return nn.functional.conv2d(x, self.weight)
+
+    model = convert(nn.Sequential(Own(3, 4, 1, bias=False), nn.BatchNorm2d(4)), "none")
+    assert model[0].bias is None
+    assert model[1].bias.shape == (4,)
+
+
+@pytest.mark.parametrize("stand_in", ["conv", "bias layer"])
+def test_a_bias_trained_in_place_of_a_norm_is_absorbed_by_its_running_mean_on_revert(stand_in):
+    model = trained_net()[:2].eval()
+    if stand_in == "bias layer":
+        model = nn.Sequential(model[0], nn.ReLU(), model[1])
+    norm, before = copy.deepcopy(model[-1]), model[:-1]
     convert(model, "none")
     with torch.no_grad():
-        model[0].bias.fill_(3.0)
-    with_bias = model[0](X)
-    revert(model)
+        (model[0] if stand_in == "conv" else model[-1]).bias.fill_(3.0)
+    with_bias = model(X)
+    for _ in range(2):
+        revert(model)
     assert model[0].bias is None
-    torch.testing.assert_close(model[1](model[0](X)), norm(with_bias))
+    torch.testing.assert_close(model[-1](before(X)), norm(with_bias))
 
 
 def test_the_parameters_stay_the_same_objects_and_convert_is_idempotent():
-    model = small_net()
-    weight = model[1].weight
-    convert(model, "group")
-    layers = list(model.modules())
-    assert model[1].weight is weight
-    assert list(convert(model, "group").modules()) == layers
-    assert (model[1].num_groups, model[9].num_groups) == (4, 1)
+    for to in TARGETS[1:]:
+        model = small_net()
+        parameters = list(model[1].parameters())
+        layers = list(convert(model, to).modules())
+        assert model[1].weight is parameters[0]
+        assert model[1].bias is parameters[1]
+        assert list(convert(model, to).modules()) == layers
 
 
 def test_converting_on_is_as_if_reverted_first():
     model = trained_net().eval()
     expected = model(X)
-    for to in ("none", "layer", "group", "none", "batch"):
+    for to in ("none", "l1", "layer", "batchless", "group", "none", "batch-renorm", "none", "batch"):
         convert(model, to)
-    assert torch.equal(model(X), expected)
+    torch.testing.assert_close(model(X), expected)
     assert type(model[1]) is nn.BatchNorm2d
+    assert model[0].bias is None
+
+
+def test_a_layer_converted_with_other_settings_is_made_anew():
+    model = convert(small_net(), "batchless")
+    assert convert(model, "batchless", gradient="plain")[1].gradient == "plain"
+    with pytest.raises(ValueError, match="'group' has no settings, got warmup"):
+        convert(model, "group", warmup=3)
 
 
 def test_one_layer_at_two_places_is_replaced_by_one_layer_at_both():
     norm = nn.BatchNorm2d(8)
-    model = convert(nn.Sequential(norm, nn.ReLU(), norm), "group")
+    model = nn.Sequential(norm, nn.ReLU(), norm)
+    model.again = nn.ModuleDict({"norm": norm})
+    convert(model, "group")
     assert isinstance(model[0], nn.GroupNorm)
-    assert model[0] is model[2]
+    assert model[0] is model[2] is model.again["norm"]
+    revert(model)
+    assert model[0] is model[2] is model.again["norm"] is norm
+
+
+def test_parameters_that_two_norms_share_stay_shared():
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.BatchNorm2d(8))
+    model[1].weight = model[0].weight
+    for to in TARGETS[1:]:
+        convert(model, to)
+        assert model[0].weight is model[1].weight
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_device_dtype_mode_and_requires_grad_are_kept(to):
+    model = small_net().double().eval()
+    model[1].weight.requires_grad_(False)
+    model[8].weight.requires_grad_(False)
+    model[9].bias.requires_grad_(False)
+    model[4].train()
+    convert(model, to)
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+    assert (model[1].training, model[4].training) == (False, True)
+    assert not (model[8] if to == "none" else model[9]).bias.requires_grad
+    assert to == "none" or (not model[1].weight.requires_grad and model[1].bias.requires_grad)
+    assert all(p.device.type == "meta" for p in convert(small_net().to("meta"), to).parameters())
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_model_that_moved_while_converted_is_whole_after_revert(to):
+    doubled = revert(convert(trained_net(), to).double()).eval()
+    assert doubled(X.double()).dtype == torch.float64
+    if "batchless" not in to:  # its way back looks at values
+        moved = revert(convert(small_net(), to).to("meta"))
+        assert {t.device.type for t in (*moved.parameters(), *moved.buffers())} == {"meta"}
+
+
+def test_hooks_move_along_and_their_handles_still_remove_them():
+    model, seen = small_net(), []
+    handle = model[1].register_forward_hook(lambda module, *_: seen.append(type(module)))
+    model[1].register_full_backward_hook(lambda module, *_: seen.append("backward"))
+    convert(model, "group")(X).sum().backward()
+    assert seen == [nn.GroupNorm, "backward"]
+    handle.remove()
+    revert(model)(X).sum().backward()
+    assert seen == [nn.GroupNorm, "backward", "backward"]
+
+
+@pytest.mark.parametrize("to", ["group", "none", "batchless"])
+def test_converted_models_survive_deepcopy_and_saving(to, tmp_path):
+    model = convert(trained_net(), to).eval()
+    torch.save(model, tmp_path / "model.pt")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(other(X), model(X))
+        plain = small_net()
+        plain.load_state_dict(revert(other).state_dict())
+        assert other[1].weight is not model[1]._parameters.get("weight")
+        assert is_batchnorm(other[1])
+        assert not is_batchnorm(model[1])
+
+
+def test_where_takes_a_predicate_or_paths_and_knows_near_misses():
+    model = nn.Sequential(small_net(), small_net())
+    convert(model, "group", where=lambda path, layer: path.startswith("0.") and layer.affine)
+    assert [type(model[i][j]).__name__ for i in (0, 1) for j in (1, 5)] == [
+        "GroupNorm", "BatchNorm2d", "BatchNorm2d", "BatchNorm2d",
+    ]  # fmt: skip
+    convert(model, "layer", where=["1"])
+    assert model[1][5].num_groups == model[1][1].num_groups == 1
+    revert(model, where="1.1")
+    assert is_batchnorm(model[1][1])
+    assert not is_batchnorm(model[1][4])
+    with pytest.raises(ValueError, match=r"no module '1\.44'; did you mean '1\.4'"):
+        convert(model, "group", where=["1.44"])
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.BatchNorm1d(8), (4, 8)),
+        (nn.BatchNorm1d(8), (4, 8, 3)),
+        (nn.BatchNorm3d(8), (4, 8, 3, 3, 3)),
+        (nn.SyncBatchNorm(8), (4, 8, 3, 3)),
+        (nn.InstanceNorm2d(8, affine=True), (4, 8, 3, 3)),
+        (nn.InstanceNorm2d(8, track_running_stats=True), (4, 8, 3, 3)),
+        (nn.GroupNorm(2, 8), (4, 8, 3, 3)),
+        (nn.BatchNorm2d(8, track_running_stats=False), (4, 8, 3, 3)),
+        (type("Own", (nn.BatchNorm2d,), {})(8), (4, 8, 3, 3)),
+    ],
+)
+@pytest.mark.parametrize("to", [*TARGETS, "batch"])
+def test_every_kind_of_channels_first_norm_converts_and_comes_back(layer, shape, to):
+    layer = copy.deepcopy(layer)
+    conv = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)](8, 8, *[1] * (len(shape) > 2))
+    model = nn.Sequential(conv, layer)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    convert(model, to)
+    model(torch.randn(shape))
+    model.eval()(torch.randn(shape))
+    assert revert(model)[1] is layer
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(model.state_dict()[name], state[name]) for name in state if "weight" in name)
+
+
+def test_layer_norms_stay_unless_the_target_can_normalise_the_last_dimension():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU(), nn.RMSNorm(4))
+    layers = list(model)
+    assert list(convert(model, "group")) == layers
+    convert(model, "batchless")
+    assert (model[1].feature_dim, type(model[3])) == (-1, nn.RMSNorm)
+    assert model(torch.randn(2, 5, 4)).shape == (2, 5, 4)
+    convert(model, "none")
+    assert [type(model[i]) for i in (1, 3)] == [Removed, Removed]
+    assert list(revert(model)) == layers
+
+
+def test_a_group_norm_whose_dimensions_are_unknown_is_refused_and_nothing_is_changed():
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.GroupNorm(2, 8))
+    with pytest.raises(ValueError, match="2: cannot tell whether this GroupNorm sees sequences, images or volumes"):
+        convert(model, "batchless")
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_a_lazy_norm_is_refused_before_its_first_batch_and_converted_after():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.LazyBatchNorm2d())
+    with pytest.raises(ValueError, match="1: LazyBatchNorm2d does not know its features yet; run one batch"):
+        convert(model, "group")
+    assert type(model[0]) is nn.BatchNorm2d
+    model(X)
+    assert isinstance(convert(model, "group")[1], nn.GroupNorm)
+
+
+def test_a_model_wrapped_in_data_parallel_is_refused_with_the_remedy(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(small_net())
+        for change in (lambda: convert(wrapped, "group"), lambda: revert(wrapped)):
+            with pytest.raises(ValueError, match=r"convert the bare model first, then wrap it \(wrapped.module"):
+                change()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_unknown_targets_are_refused_with_the_list():
+    with pytest.raises(ValueError, match="unknown target 'grup'; choose one of none, batch, group"):
+        convert(small_net(), "grup")
 
 
 def test_a_model_that_is_a_norm_itself_comes_back_replaced():
-    assert isinstance(convert(nn.BatchNorm2d(8), "group"), nn.GroupNorm)
+    norm = nn.BatchNorm2d(8)
+    assert isinstance(group := convert(norm, "group"), nn.GroupNorm)
+    assert revert(group) is norm
+
+
+def test_describe_tells_what_each_layer_is_what_it_replaced_and_what_was_lost():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8))
+    convert(model, "none", where="1")
+    convert(model, "group", where="2")
+    assert [str(row) for row in evenkeel.describe(model)] == [
+        "1: Removed(8) in place of BatchNorm2d, 0 has a bias instead; "
+        "weight, bias and running statistics are set aside until revert",
+        "2: GroupNorm(8) in place of BatchNorm2d; running statistics are kept but neither used nor updated",
+        "3: BatchNorm2d(8)",
+    ]
+
+
+class TestOptimizerRepair:
+    def trained(self, *, named=False):
+        model = small_net()
+        norms = [p for m in model if is_batchnorm(m) for p in m.parameters()]
+        others = [p for p in model.parameters() if all(p is not q for q in norms)]
+        groups = [{"params": others, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+        if named:
+            groups = [(name, p) for name, p in model.named_parameters()]
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        self.step(model, optimizer)
+        return model, optimizer
+
+    def step(self, model, optimizer):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+
+    def test_removed_parameters_leave_new_ones_enter_and_state_stays(self):
+        model, optimizer = self.trained()
+        momentum = optimizer.state[model[0].weight]["momentum_buffer"]
+        gamma = model[1].weight
+        convert(model, "none", optimizer=optimizer)
+        assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+        assert any(p is model[0].bias for p in optimizer.param_groups[0]["params"])
+        assert optimizer.state[model[0].weight]["momentum_buffer"] is momentum
+        assert gamma not in optimizer.state
+        self.step(model, optimizer)
+        revert(model, optimizer=optimizer)
+        assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+        self.step(model, optimizer)
+
+    def test_parameters_that_live_on_keep_their_state_and_group(self):
+        model, optimizer = self.trained()
+        before = [[id(p) for p in g["params"]] for g in optimizer.param_groups]
+        momentum = optimizer.state[model[1].weight]["momentum_buffer"]
+        convert(model, "batchless", optimizer=optimizer)
+        assert [[id(p) for p in g["params"]] for g in optimizer.param_groups] == before
+        assert optimizer.state[model[1].weight]["momentum_buffer"] is momentum
+
+    def test_parameter_names_stay_in_step(self):
+        model, optimizer = self.trained(named=True)
+        convert(model, "none", optimizer=optimizer)
+        names = {id(p): name for name, p in model.named_parameters()}
+        group = optimizer.param_groups[0]
+        assert [names[id(p)] for p in group["params"]] == group["param_names"]
+
+    def test_an_optimizer_of_another_model_is_refused(self):
+        model = small_net()
+        with pytest.raises(ValueError, match="holds no parameter of the model"):
+            convert(model, "none", optimizer=torch.optim.SGD(small_net().parameters(), lr=0.1))
+        assert is_batchnorm(model[1])
 
 
 def test_a_model_without_norms_gives_a_warning_and_works():
@@ -107,7 +397,7 @@ def test_a_model_without_norms_gives_a_warning_and_works():
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters())) == 2
 
 
-@pytest.mark.parametrize("name", ["none", "batch", "group", "layer"])
+@pytest.mark.parametrize("name", ["none", "batch", "group", "layer", "batch-renorm"])
 def test_every_recipe_trains(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -37,7 +37,7 @@ def is_leaf(module: nn.Module) -> bool:
         return False
     if isinstance(module, PRODUCERS) or is_norm(module):
         return True
-    return type(module).__module__.startswith(("torch.nn.", "evenkeel.methods.", "evenkeel.surgery"))
+    return type(module).__module__.startswith(("torch.nn.", "evenkeel.methods.", "evenkeel.targets"))
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _sole_consumer(flow: Dataflow, modules: dict[str, nn.Module], index: int) ->
 
 def _is_identity(step: Step, modules: dict[str, nn.Module]) -> bool:
     if step.name == "module" and step.path is not None:
-        return type(modules[step.path]) is nn.Identity
+        return isinstance(modules[step.path], nn.Identity) and not any(True for _ in modules[step.path].parameters())
     return step.name == "contiguous"
 
 

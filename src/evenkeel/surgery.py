@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from evenkeel.graph import PRODUCERS, is_norm, producers
 from evenkeel.regroup import check_optimizer, regroup
-from evenkeel.targets import TARGETS, Bias, features_of, spatial_dims
+from evenkeel.targets import TARGETS, Removed, features_of, spatial_dims
 
 Producer = nn.Linear | _ConvNd
 Where = Callable[[str, nn.Module], bool] | Iterable[str] | None
@@ -75,10 +75,10 @@ def convert(
 
     Targets: ``group`` (GroupNorm, see :func:`evenkeel.targets.group_count`), ``layer`` (GroupNorm with one group:
     LayerNorm over channels and space), ``none`` (removed; the layer before gets its bias back, or a
-    :class:`evenkeel.targets.Bias` stands in), ``batch``, ``batch-renorm``, ``batchless``, ``batchless-projected``,
-    ``l1``, ``l2``, ``linf``, ``noisy-batch``. A layer that was converted before is treated as if it were reverted
-    first. LayerNorm and RMSNorm, which normalise the last dimensions, are left as they are unless the target can do
-    so too.
+    :class:`evenkeel.targets.Removed` with one stands in), ``batch``, ``batch-renorm``, ``batchless``,
+    ``batchless-projected``, ``l1``, ``l2``, ``linf``, ``noisy-batch``. A layer that was converted before is treated
+    as if it were reverted first. LayerNorm and RMSNorm, which normalise the last dimensions, are left as they are
+    unless the target can do so too.
 
     Args:
         model: Any module, changed in place.
@@ -99,7 +99,7 @@ def convert(
         >>> convert(nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16)), "none")
         Sequential(
           (0): Conv2d(3, 16, kernel_size=(3, 3), stride=(1, 1))
-          (1): Identity()
+          (1): Removed()
         )
     """
     if to not in TARGETS:
@@ -275,7 +275,7 @@ def _plan(
         return None
     biased = None
     if to == "none" and producer is not None and honours_bias(producer):
-        new, biased = nn.Identity(), producer if producer.bias is None else None
+        new, biased = Removed(), producer if producer.bias is None else None
     else:
         new = target.build(source, lambda: spatial_dims(path, source, producer, model), **settings)
     _lend(source, new)
@@ -290,7 +290,7 @@ def _lend(source: nn.Module, new: nn.Module) -> None:
     for name in _HOOKS:
         vars(new)[name] = vars(source)[name]
     new.train(source.training)
-    if isinstance(new, (nn.GroupNorm, Bias)):
+    if isinstance(new, nn.GroupNorm):
         for name, buffer in source._buffers.items():
             new.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
 
@@ -299,14 +299,15 @@ def _restored(layer: nn.Module, origin: Origin) -> nn.Module:
     """A copy of the layer that ``layer`` replaced, holding the tensors it would have now."""
     module = _twin(origin.module)
     parameters, buffers = module._parameters, module._buffers
-    if not isinstance(layer, Bias):
+    if not isinstance(layer, Removed):
         parameters.update({name: p for name, p in layer._parameters.items() if name in ("weight", "bias")})
-    buffers.update({name: b for name, b in layer._buffers.items() if name in buffers and b is not None})
+    had = {name for name, buffer in buffers.items() if buffer is not None}
+    buffers.update({name: b for name, b in layer._buffers.items() if name in had})
     if isinstance(module, _BatchNorm) and hasattr(layer, "to_batchnorm") and not _untouched(layer, origin):
         now: _BatchNorm = layer.to_batchnorm()  # pyright: ignore[reportCallIssue]
-        buffers.update({name: b for name, b in now._buffers.items() if name.startswith("running") and name in buffers})
+        buffers.update({name: b for name, b in now._buffers.items() if name in had - {"num_batches_tracked"}})
         module.eps = now.eps
-    bias = layer.bias if isinstance(layer, Bias) else origin.biased.bias if origin.biased is not None else None
+    bias = (layer if origin.biased is None else origin.biased).bias if isinstance(layer, Removed) else None
     mean = buffers.get("running_mean")
     if mean is not None and bias is not None:
         buffers["running_mean"] = mean.to(bias.device) - bias.detach().to(mean.dtype)
@@ -327,7 +328,7 @@ def _untouched(layer: nn.Module, origin: Origin) -> bool:
 def _carry_out(model: nn.Module, swaps: list[_Swap], optimizer: Optimizer | None) -> nn.Module:
     before = dict(model.named_parameters())
     for swap in swaps:
-        _settle(swap, next(iter(before.values()), None))
+        _settle(swap)
     replaced = {swap.old: swap.new for swap in swaps}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -339,12 +340,12 @@ def _carry_out(model: nn.Module, swaps: list[_Swap], optimizer: Optimizer | None
     return model
 
 
-def _settle(swap: _Swap, somewhere: Tensor | None) -> None:
+def _settle(swap: _Swap) -> None:
     """Bring the replaced layer up to date, and take and give the biases of the layers before."""
     origin, future = origin_of(swap.old), origin_of(swap.new)
     if origin is not None and swap.restored is not None:
         vars(origin.module).update(vars(swap.restored))
-        like = next(iter((*swap.old.parameters(), *swap.old.buffers())), somewhere)
+        like = next(iter((*swap.old.parameters(), *swap.old.buffers())), None)
         if like is not None:
             origin.module.to(device=like.device)
         if origin.biased is not None:
@@ -378,10 +379,10 @@ def _translate(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
             tensors.update({name: nn.Parameter(state[prefix + name], False) for name in tensors.keys() & old})
         for name in old:
             del state[prefix + name]
-        if not isinstance(layer, nn.Identity):
-            state.update({prefix + name: tensor for name, tensor in _rebuilt(twin, layer, origin).state_dict().items()})
+        fresh = _rebuilt(twin, layer, origin).state_dict()
+        state.update({prefix + name: fresh[name] for name in own})
     elif given and given < set(own):
-        state.update({prefix + name: own[name] for name in layer._buffers.keys() & own.keys() - given})
+        state.update({prefix + name: own[name] for name in dict(layer.named_buffers()).keys() & own.keys() - given})
 
 
 def _rebuilt(source: nn.Module, layer: nn.Module, origin: Origin) -> nn.Module:

@@ -43,28 +43,36 @@ class Target:
     configurable: bool = False
 
 
-class Bias(nn.Module):
-    """Adds a trainable bias per channel: what is left of a removed normalization that no layer's bias can replace.
+class Removed(nn.Identity):
+    """Stands where a normalization was: adds a trainable bias per channel, or does nothing.
+
+    The layer it replaced moves along with it (device, dtype), so that it can come back.
 
     Args:
-        shape: ``(C,)``, or the normalized shape of a layer normalization.
+        shape: ``(C,)``, the normalized shape of a layer normalization, or None: no bias.
         channel_dim: 1 for feature maps; -1 where ``shape`` is that of the last dimensions.
     """
 
-    def __init__(self, shape: tuple[int, ...], channel_dim: int = 1) -> None:
+    def __init__(self, shape: tuple[int, ...] | None = None, channel_dim: int = 1) -> None:
         super().__init__()
         self.channel_dim = channel_dim
-        self.bias = nn.Parameter(torch.zeros(shape))
+        self.bias = None if shape is None else nn.Parameter(torch.zeros(shape))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` plus the bias of its channel."""
-        if self.channel_dim == -1:
-            return x + self.bias
-        return x + self.bias.reshape(-1, *([1] * (x.ndim - 2)))
+    def forward(self, input: Tensor) -> Tensor:
+        """``input``, plus the bias of its channel if there is one."""
+        if self.bias is None:
+            return input
+        return input + (self.bias if self.channel_dim == -1 else self.bias.reshape(-1, *([1] * (input.ndim - 2))))
 
     def extra_repr(self) -> str:
         """The settings."""
-        return f"{tuple(self.bias.shape)}, channel_dim={self.channel_dim}"
+        return "" if self.bias is None else f"{tuple(self.bias.shape)}, channel_dim={self.channel_dim}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        origin = vars(self).get("evenkeel_origin")
+        if origin is not None:
+            origin.module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
 
 def group_count(features: int) -> int:
@@ -139,16 +147,16 @@ def _to_groups(source: nn.Module, groups: int) -> nn.Module:
 
 def _share_affine(source: nn.Module, new: nn.Module) -> None:
     for name in ("weight", "bias"):
-        new.register_parameter(name, source._parameters.get(name))
+        setattr(new, name, source._parameters.get(name))
     if "affine" in vars(new):
         vars(new)["affine"] = new.weight is not None
 
 
-def _to_bias(source: nn.Module, _: Dims) -> nn.Module:
+def _to_removed(source: nn.Module, _: Dims) -> nn.Module:
     beta = source._parameters.get("bias")
     if beta is None:
-        return nn.Identity()
-    new = Bias(tuple(beta.shape), -1 if isinstance(source, nn.LayerNorm) else 1)
+        return Removed()
+    new = Removed(tuple(beta.shape), -1 if isinstance(source, nn.LayerNorm) else 1)
     new.bias = nn.Parameter(torch.zeros_like(beta), requires_grad=beta.requires_grad)
     return new
 
@@ -188,7 +196,10 @@ _FIT = "statistics start at (0, 1) where the replaced layer had none"
 
 TARGETS: dict[str, Target] = {
     "none": Target(
-        _to_bias, lambda m: False, "weight, bias and running statistics are set aside until revert", takes_tokens=True
+        _to_removed,
+        lambda m: False,
+        "weight, bias and running statistics are set aside until revert",
+        takes_tokens=True,
     ),
     "batch": Target(_to_batchnorm, is_batchnorm, _FIT),
     "group": Target(
