@@ -6,6 +6,7 @@ from evenkeel.groups import param_groups
 from evenkeel.methods.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
 from evenkeel.methods.batchless_training import attach, initialize
+from evenkeel.methods.bnp import BNP
 from evenkeel.methods.input_norm import InputNorm
 from evenkeel.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
 from evenkeel.methods.noisy_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
@@ -16,6 +17,7 @@ from evenkeel.surgery import convert, describe, revert
 __version__ = "0.1.0"
 
 __all__ = [
+    "BNP",
     "SGDG",
     "AdamG",
     "BatchRenorm1d",

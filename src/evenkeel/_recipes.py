@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from evenkeel.groups import param_groups
+from evenkeel.methods.bnp import BNP
 from evenkeel.methods.input_norm import with_input_norm
 from evenkeel.methods.revisited import Arm, revisit
 from evenkeel.methods.zero_gamma import zero_gamma
@@ -106,11 +107,24 @@ def _revisited(arm: Arm = "paper", *, input_norm: bool = False) -> Callable[[Req
     return build
 
 
+def _bnp(
+    to: str, optimizer: Callable[[Request, nn.Module], Optimizer]
+) -> Callable[[Request], tuple[nn.Module, Optimizer]]:
+    def build(request: Request) -> tuple[nn.Module, Optimizer]:
+        model = convert(request.model, to)
+        stepped = optimizer(request, model)
+        BNP(model).attach(stepped)
+        return model, stepped
+
+    return build
+
+
 def _zero_gamma(request: Request) -> tuple[nn.Module, Optimizer]:
     return zero_gamma(request.model), sgd(request, request.model)
 
 
 _REVISITED = "Davis, Frank 2022, arXiv 2110.13989"
+_BNP = "Lange, Helfrich, Ye 2022, arXiv 2108.01110"
 _HELPS = "Santurkar et al. 2018, arXiv 1805.11604"
 
 _RECIPES: tuple[Recipe, ...] = (
@@ -134,6 +148,9 @@ _RECIPES: tuple[Recipe, ...] = (
     Recipe("noisy-batch", "Batch normalization, then shifting noise: a probe", _HELPS, 0.1, _converted("noisy-batch")),
     Recipe("l1", "Normalization by the mean magnitude", _HELPS, 0.1, _converted("l1")),
     Recipe("l2", "Normalization by the root mean square", _HELPS, 0.1, _converted("l2")),
+    Recipe("bnp", "No layers: gradients preconditioned by the inputs' statistics", _BNP, 0.1, _bnp("none", sgd)),
+    Recipe("bnp-adam", "The same before Adam", _BNP, 0.001, _bnp("none", adam)),
+    Recipe("group+bnp", "Group normalization and preconditioned gradients", _BNP, 0.1, _bnp("group", sgd)),
     Recipe("linf", "Normalization by the largest magnitude", _HELPS, 0.1, _converted("linf")),
     Recipe("revisited", "Batch normalization from scale 0.1, its rate / 100", _REVISITED, 0.1, _revisited()),
     Recipe(

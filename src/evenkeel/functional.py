@@ -3,6 +3,7 @@
 from evenkeel.methods.batch_renorm import renorm_correction
 from evenkeel.methods.batchless import gaussian_nll_gradients
 from evenkeel.methods.batchless_projected import projected_gradient
+from evenkeel.methods.preconditioning import guarded_variance, precondition, step_divisor, update_running
 from evenkeel.methods.riemannian import adamg, sgdg
 from evenkeel.methods.row_optimizer import clip_rows, orthogonality_gradient
 from evenkeel.methods.sphere import exponential_map, logarithmic_map, parallel_transport, project
@@ -12,11 +13,15 @@ __all__ = [
     "clip_rows",
     "exponential_map",
     "gaussian_nll_gradients",
+    "guarded_variance",
     "logarithmic_map",
     "orthogonality_gradient",
     "parallel_transport",
+    "precondition",
     "project",
     "projected_gradient",
     "renorm_correction",
     "sgdg",
+    "step_divisor",
+    "update_running",
 ]

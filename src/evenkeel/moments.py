@@ -1,13 +1,14 @@
 """Mean and variance of rows: observe, merge, reduce over ranks.
 
-A *row* is one instance of a feature vector: a sample of a linear layer's input, a position of a feature map. The functions
-here are the only statistics code of the package; preconditioning, batchless normalization and the instruments use them.
+A *row* is one instance of a feature vector: a sample of a linear layer's input, a position of a feature map. The
+functions here are the only statistics code of the package; preconditioning, batchless normalization and the
+instruments use them.
 
-Merging follows Chan, Golub, LeVeque (1979): two groups of rows merge to exactly what the union would have given, so that
-micro-batches and ranks are invisible in the result.
+Merging follows Chan, Golub, LeVeque (1979): two groups of rows merge to exactly what the union would have given, so
+that micro-batches and ranks are invisible in the result.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class Moments(NamedTuple):
         m2: Sum of squared deviations from the mean per feature, shape ``(features,)``; the variance is ``m2 / count``.
     """
 
-    count: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     mean: Tensor
     m2: Tensor
 
@@ -49,11 +50,48 @@ def empty(features: int, *, dtype: torch.dtype = torch.float32, device: torch.de
     )
 
 
+def totals(x: Tensor, feature_dim: int = -1) -> tuple[Tensor, Tensor]:
+    """Sum and sum of squares over every dimension but ``feature_dim``, in one pass each, in fp32 or wider.
+
+    The layout decides how: reductions along the contiguous dimension run at the speed of memory, others are slower.
+
+    Args:
+        x: Activations of any shape; nothing is recorded for autograd.
+        feature_dim: Dimension that holds the features.
+
+    Returns:
+        Two tensors of shape ``(features,)``.
+
+    Examples:
+        >>> [t.tolist() for t in totals(torch.tensor([[1.0, 10.0], [3.0, 10.0]]))]
+        [[4.0, 20.0], [10.0, 200.0]]
+    """
+    x = x.detach()
+    dtype = statistics_dtype(x.dtype)
+    feature_dim %= x.dim()
+    if torch.compiler.is_compiling():  # written so that one fused reduction reads x once
+        dims = [d for d in range(x.dim()) if d != feature_dim]
+        x = x.to(dtype)
+        return x.sum(dims), x.square().sum(dims)
+    if feature_dim == x.dim() - 1 or x.stride(feature_dim) == 1:
+        rows = x.movedim(feature_dim, -1).reshape(-1, x.shape[feature_dim])
+        if x.device.type == "cpu":
+            return rows.sum(0, dtype=dtype), rows.to(dtype).square().sum(0)
+        return rows.sum(0, dtype=dtype), torch.linalg.vector_norm(rows, dim=0, dtype=dtype).square()
+    inner = x.flatten(feature_dim + 1)
+    if x.device.type == "cpu":
+        inner = inner.to(dtype)  # the mixed-precision reductions are the slow ones there
+    per_image = inner.sum(-1, dtype=dtype), torch.linalg.vector_norm(inner, dim=-1, dtype=dtype).square()
+    total, square = (t.reshape(-1, x.shape[feature_dim]).sum(0) for t in per_image)
+    return total, square
+
+
 def observe(x: Tensor, feature_dim: int = -1, mask: Tensor | None = None) -> Moments:
     """Moments of all rows of ``x`` along every dimension but ``feature_dim``.
 
     Rows with a non-finite entry anywhere in ``x`` make the whole observation count as no rows (an overflowed batch must
-    not poison running statistics); no host synchronisation is needed for it.
+    not poison running statistics); no host synchronisation is needed for it. Deviations are summed about the mean of
+    ``x``, so that features far from zero lose no digits.
 
     Args:
         x: Activations of any shape.
@@ -68,20 +106,31 @@ def observe(x: Tensor, feature_dim: int = -1, mask: Tensor | None = None) -> Mom
         >>> m.count.item(), m.mean.tolist(), m.variance.tolist()
         (2.0, [2.0, 10.0], [1.0, 0.0])
     """
+    return finite(observe_unchecked(x, feature_dim, mask))
+
+
+def observe_unchecked(x: Tensor, feature_dim: int = -1, mask: Tensor | None = None) -> Moments:
+    """:func:`observe` for callers that judge many layers' moments at once: what is not finite stays so."""
     x = x.detach()
     dtype = statistics_dtype(x.dtype)
     features = x.shape[feature_dim]
-    if mask is not None:
-        rows = x.movedim(feature_dim, -1)
-        x = rows[mask.expand(rows.shape[:-1])]
-    elif feature_dim != 1:
-        x = x.movedim(feature_dim, -1).reshape(-1, features)
     if x.numel() == 0:
         return empty(features, dtype=dtype, device=x.device)
-    count = torch.tensor(float(x.numel() // features), dtype=dtype, device=x.device)
-    # The statistics kernel of batch normalization: two passes per channel, and many times faster than torch.var_mean.
-    mean, variance = torch.batch_norm_update_stats(x.to(dtype), None, None, 0.0)
-    return finite(Moments(count, mean, variance * count))
+    broadcast = [1] * x.dim()
+    broadcast[feature_dim] = features
+    kept = None
+    if mask is None:
+        count = torch.full((), x.numel() / features, dtype=dtype, device=x.device)
+    else:
+        kept = mask.to(torch.bool).expand(x.movedim(feature_dim, -1).shape[:-1])
+        count = kept.sum(dtype=dtype)
+        kept = kept.unsqueeze(-1).movedim(-1, feature_dim)
+        x = torch.where(kept, x, 0)
+    mean = totals(x, feature_dim)[0] / count.clamp(min=1)
+    deviation = x - mean.reshape(broadcast)
+    if kept is not None:
+        deviation = torch.where(kept, deviation, 0)
+    return Moments(count, mean, totals(deviation, feature_dim)[1])
 
 
 def finite(moments: Moments) -> Moments:
@@ -96,7 +145,8 @@ def finite(moments: Moments) -> Moments:
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of the union of two groups of rows, exact up to rounding.
 
-    With ``n = n_a + n_b`` and ``d = mean_b - mean_a``: ``mean = mean_a + d n_b / n``, ``m2 = m2_a + m2_b + d^2 n_a n_b / n``.
+    With ``n = n_a + n_b`` and ``d = mean_b - mean_a``: ``mean = mean_a + d n_b / n``, ``m2 = m2_a + m2_b + d^2 n_a
+    n_b / n``.
 
     Examples:
         >>> x = torch.arange(10.0, dtype=torch.float64).reshape(5, 2)
@@ -113,8 +163,9 @@ def merge(a: Moments, b: Moments) -> Moments:
 def reduce(moments: Sequence[Moments], group: dist.ProcessGroup | None = None) -> list[Moments]:
     """Moments of all ranks' rows, for all layers together, in ONE all-reduce.
 
-    Sums of squares about a zero pivot would cancel in fp32, so the flattened vector ``(count, count mean, m2 + count mean^2)``
-    travels in float64. Without an initialised process group, or with one rank, the moments come back unchanged.
+    Sums of squares about a zero pivot would cancel in fp32, so the flattened vector ``(count, count mean, m2 + count
+    mean^2)`` travels in float64. Without an initialised process group, or with one rank, the moments come back
+    unchanged.
 
     Args:
         moments: One entry per layer, in the same order on every rank (a layer that saw nothing contributes no rows).
@@ -161,16 +212,30 @@ def paused() -> Iterator[None]:
 
 
 def observing() -> bool:
-    """Whether offers count at present; a layer may spare itself the statistics, and its bookkeeping, when they do not."""
+    """Whether offers count at present; a layer may spare itself the statistics when they do not."""
     return _pauses == 0
+
+
+def once_reached(output: Tensor, count: Callable[[], None]) -> None:
+    """Call ``count`` when, and only when, a gradient reaches ``output``; once, however many backward passes run."""
+    if not output.requires_grad:
+        return
+    waiting = [count]
+
+    def arrived(_: Tensor) -> None:
+        if waiting:
+            waiting.pop()()
+
+    output.register_hook(arrived)
 
 
 class Tally:
     """What one layer has observed since the last optimizer step.
 
-    Forward passes *offer* moments; they count once gradients have really flowed back through that forward. So evaluation,
-    ``no_grad`` and probing forwards never count, and a forward recomputed by activation checkpointing counts exactly once in
-    both of its modes: reentrant (first pass without grad: nothing to flow back) and not (recomputed graph: never run backward).
+    Forward passes *offer* moments; they count once gradients have really flowed back through that forward. So
+    evaluation, ``no_grad`` and probing forwards never count, and a forward recomputed by activation checkpointing
+    counts exactly once in both of its modes: reentrant (first pass without grad: nothing to flow back) and not
+    (recomputed graph: never run backward).
     """
 
     def __init__(self) -> None:
@@ -178,15 +243,8 @@ class Tally:
 
     def offer(self, moments: Moments, output: Tensor) -> None:
         """Count ``moments`` when, and only when, a gradient reaches ``output`` (once, however many backward passes)."""
-        if not output.requires_grad or not observing():
-            return
-        open_offer = [moments]
-
-        def arrived(_: Tensor) -> None:
-            if open_offer:
-                self.add(open_offer.pop())
-
-        output.register_hook(arrived)
+        if observing():
+            once_reached(output, lambda: self.add(moments))
 
     def add(self, moments: Moments) -> None:
         """Count ``moments`` at once."""
