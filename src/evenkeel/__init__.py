@@ -3,6 +3,7 @@
 from evenkeel import functional, instruments, moments
 from evenkeel._recipes import apply, recipes
 from evenkeel.groups import param_groups
+from evenkeel.invariance import scale_invariance
 from evenkeel.methods.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
 from evenkeel.methods.batchless_training import attach, initialize
@@ -45,4 +46,5 @@ __all__ = [
     "recipes",
     "revert",
     "revisit",
+    "scale_invariance",
 ]

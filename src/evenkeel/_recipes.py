@@ -14,6 +14,7 @@ from evenkeel.groups import param_groups
 from evenkeel.methods.bnp import BNP
 from evenkeel.methods.input_norm import with_input_norm
 from evenkeel.methods.revisited import Arm, revisit
+from evenkeel.methods.riemannian import SGDG, AdamG
 from evenkeel.methods.zero_gamma import zero_gamma
 from evenkeel.surgery import convert
 
@@ -123,8 +124,23 @@ def _zero_gamma(request: Request) -> tuple[nn.Module, Optimizer]:
     return zero_gamma(request.model), sgd(request, request.model)
 
 
+def _riemannian(
+    optimizer: type[SGDG] | type[AdamG], divisor: float
+) -> Callable[[Request], tuple[nn.Module, Optimizer]]:
+    """The request's rate is the manifold's; the other weights' is the paper's proportion of it."""
+
+    def build(request: Request) -> tuple[nn.Module, Optimizer]:
+        groups = param_groups(
+            request.model, lr=request.lr / divisor, weight_decay=request.weight_decay, manifold_lr=request.lr
+        )
+        return request.model, optimizer(groups, momentum=request.momentum)
+
+    return build
+
+
 _REVISITED = "Davis, Frank 2022, arXiv 2110.13989"
 _BNP = "Lange, Helfrich, Ye 2022, arXiv 2108.01110"
+_GRASSMANN = "Cho, Lee 2017, arXiv 1709.09603"
 _HELPS = "Santurkar et al. 2018, arXiv 1805.11604"
 
 _RECIPES: tuple[Recipe, ...] = (
@@ -145,6 +161,8 @@ _RECIPES: tuple[Recipe, ...] = (
         0.1,
         _converted("batch-renorm", warmup=100, r_steps=800, d_steps=500),  # a fiftieth of the paper's schedule
     ),
+    Recipe("sgd-g", "Scale-invariant filters on the unit sphere, SGD", _GRASSMANN, 0.2, _riemannian(SGDG, 20)),
+    Recipe("adam-g", "Scale-invariant filters on the unit sphere, Adam", _GRASSMANN, 0.05, _riemannian(AdamG, 5)),
     Recipe("noisy-batch", "Batch normalization, then shifting noise: a probe", _HELPS, 0.1, _converted("noisy-batch")),
     Recipe("l1", "Normalization by the mean magnitude", _HELPS, 0.1, _converted("l1")),
     Recipe("l2", "Normalization by the root mean square", _HELPS, 0.1, _converted("l2")),

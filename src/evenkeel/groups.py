@@ -11,8 +11,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from evenkeel.graph import is_norm
+from evenkeel.instruments.guard import Objective
+from evenkeel.invariance import Rule, scale_invariance
 from evenkeel.methods.input_norm import InputNorm
 from evenkeel.methods.revisited import lr_factors
+from evenkeel.unit_filters import normalize_filters
 
 Kind: TypeAlias = Literal["weights", "biases", "norm-scales", "norm-shifts", "other"]
 
@@ -74,7 +77,16 @@ def parameter_kinds(model: nn.Module) -> dict[nn.Parameter, tuple[Kind, float]]:
     return found
 
 
-def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    manifold_lr: float | None = None,
+    rule: Rule = "exact",
+    objective: Objective | None = None,
+    batch: Any = None,
+) -> list[dict[str, Any]]:
     """Typed parameter groups: weights decay; biases, norms and everything unknown do not.
 
     Every parameter stands in exactly one group, shared ones once. Frozen parameters (``requires_grad=False``) are
@@ -86,27 +98,49 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> l
     Unknown is treated with care: a parameter of a module that is no torch layer (a linear layer of your own, say) is
     in the group ``other`` and not decayed. If it should be, set that group's ``weight_decay``.
 
+    With ``manifold_lr`` weights whose scale does not matter stand in a group of that rate with ``manifold=True``, for
+    :class:`evenkeel.SGDG` and :class:`evenkeel.AdamG`. Their filters are brought to length 1 here, and the running
+    statistics behind them scaled along, so that the network's function stays; a warning names the weights for which it
+    cannot (``rule="paper"`` puts such weights on the sphere too).
+
     Args:
         model: Any module.
         lr: Learning rate.
         weight_decay: Weight decay of the group ``weights``.
+        manifold_lr: Learning rate of weights on the sphere; None puts none there.
+        rule: Which weights those are, see :func:`evenkeel.scale_invariance`.
+        objective: ``loss = objective(model, batch)``, to measure the invariance of what cannot be traced.
+        batch: What the objective understands.
 
     Returns:
         Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, for any torch optimizer; empty ones are left out.
+
+    Raises:
+        ValueError: The rule is unknown, or a filter that belongs on the sphere has length zero.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(1))
         >>> [(g["name"], len(g["params"]), g["weight_decay"]) for g in param_groups(model, lr=0.1, weight_decay=5e-4)]
         [('weights', 1, 0.0005), ('biases', 1, 0.0), ('norm-scales', 1, 0.0), ('norm-shifts', 1, 0.0)]
     """
-    groups: dict[tuple[Kind, float], dict[str, Any]] = {}
+    on_sphere: set[nn.Parameter] = set()
+    if manifold_lr is not None:
+        report = scale_invariance(model, objective, batch, rule=rule)
+        normalize_filters(model, report)
+        on_sphere = {model.get_parameter(name) for name, entry in report.items() if entry.manifold}
+    groups: dict[tuple[Kind, float, bool], dict[str, Any]] = {}
     for parameter, (kind, factor) in parameter_kinds(model).items():
-        if (kind, factor) not in groups:
-            groups[kind, factor] = {
+        manifold = parameter in on_sphere
+        key = (kind, factor, manifold)
+        if key not in groups:
+            name = "sphere" if manifold else kind
+            groups[key] = {
                 "params": [],
-                "lr": lr * factor,
-                "weight_decay": weight_decay if kind == "weights" else 0.0,
-                "name": kind if factor == 1 else f"{kind} (lr x {factor:g})",
+                "lr": (manifold_lr if manifold and manifold_lr is not None else lr) * factor,
+                "weight_decay": weight_decay if kind == "weights" and not manifold else 0.0,
+                "name": name if factor == 1 else f"{name} (lr x {factor:g})",
             }
-        groups[kind, factor]["params"].append(parameter)
+            if manifold_lr is not None:
+                groups[key]["manifold"] = manifold
+        groups[key]["params"].append(parameter)
     return list(groups.values())

@@ -1,0 +1,254 @@
+import copy
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import evenkeel
+from evenkeel.invariance import TOLERANCE, scale_invariance
+from evenkeel.study.models.wide_resnet import wide_resnet
+
+
+class Classifier(nn.Module):
+    """Convolutions in many surroundings; ``expected`` says which may be scaled filter by filter."""
+
+    expected: ClassVar = {
+        "plain": True,
+        "biased": True,
+        "dropped": True,
+        "pooled": True,
+        "biased_dropped": False,
+        "biased_pooled": False,
+        "summed": False,
+        "grouped": False,
+        "lone_groups": True,
+        "layered": False,
+        "last": False,
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.norm1 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.biased, self.norm2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.dropped, self.norm3 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.InstanceNorm2d(4)
+        self.biased_dropped, self.norm10 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.1)
+        self.pooled, self.norm4 = nn.Conv2d(4, 4, 3, padding=1, bias=False), evenkeel.LpNorm2d(4, p=1)
+        self.biased_pooled, self.norm5 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.summed = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norm6 = nn.BatchNorm2d(4)
+        self.grouped, self.norm7 = nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.lone_groups, self.norm8 = nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(4, 4)
+        self.layered, self.norm9 = nn.Linear(4, 4), nn.LayerNorm(4)
+        self.last = nn.Linear(4, 2)
+        for module in self.modules():
+            if getattr(module, "bias", None) is not None:
+                nn.init.normal_(module.bias)
+
+    def forward(self, x):
+        x = torch.relu(self.norm1(self.plain(x)))
+        x = torch.relu(self.norm2(self.biased(x)))
+        x = F.relu(self.norm3(self.drop(self.dropped(x))))
+        x = torch.relu(self.norm10(self.drop(self.biased_dropped(x))))
+        x = self.norm4(F.max_pool2d(F.relu(self.pooled(x)), 2))
+        x = self.norm5(F.relu(self.biased_pooled(x)))
+        x = self.norm6(self.summed(x) + x)
+        x = torch.relu(self.norm7(self.grouped(x)))
+        x = torch.relu(self.norm8(self.lone_groups(x)))
+        x = torch.tanh(self.norm9(self.layered(x.mean((2, 3)))))
+        return self.last(x)
+
+
+class Untraceable(Classifier):
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def objective(model, batch):
+    x, y = batch
+    return F.cross_entropy(model(x), y)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(16, 3, 8, 8, generator=generator), torch.arange(16) % 2
+
+
+def build(cls=Classifier):
+    torch.manual_seed(0)
+    return cls()
+
+
+def verdicts(report):
+    return {name.removesuffix(".weight"): entry.invariant for name, entry in report.items()}
+
+
+def test_structure_tells_which_weights_may_be_scaled_filter_by_filter():
+    assert verdicts(scale_invariance(build())) == Classifier.expected
+
+
+def test_a_measured_gradient_confirms_structure():
+    report = scale_invariance(build(), objective, batch())
+    assert verdicts(report) == Classifier.expected
+    for name, expected in Classifier.expected.items():
+        assert (report[f"{name}.weight"].alignment <= TOLERANCE) == expected
+
+
+def test_scaling_a_filter_changes_the_output_exactly_where_the_report_says():
+    model, (x, _) = build().double(), batch()
+    for norm in model.modules():
+        if hasattr(norm, "eps"):
+            norm.eps = 1e-12
+
+    def output(model):
+        torch.manual_seed(3)  # the same dropout
+        return model(x.double())
+
+    for name, entry in scale_invariance(model).items():
+        scaled = copy.deepcopy(model)
+        with torch.no_grad():
+            scaled.get_parameter(name)[1].mul_(3.0)
+        change = (output(scaled) - output(model)).abs().max()
+        assert (change < 1e-8) == entry.invariant, name
+
+
+def test_models_that_do_not_trace_are_decided_by_measurement():
+    by_structure = scale_invariance(build(Untraceable))
+    assert not any(entry.invariant for entry in by_structure.values())
+    assert "give objective and batch" in by_structure["plain.weight"].reason
+    measured = scale_invariance(build(Untraceable), objective, batch())
+    assert verdicts(measured) == Classifier.expected
+    assert measured["biased.weight"].norms == ("norm2",)
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    model = build()
+    model.plain.weight.grad = torch.ones_like(model.plain.weight)
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    model.norm2.eval()
+    scale_invariance(model, objective, batch())
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    assert torch.equal(random, torch.get_rng_state())
+    assert model.plain.weight.grad.eq(1).all()
+    assert model.training
+    assert not model.norm2.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_loss_that_sees_the_weight_otherwise_is_noticed():
+    def penalised(model, batch):
+        return objective(model, batch) + model.plain.weight.square().sum()
+
+    entry = scale_invariance(build(), penalised, batch())["plain.weight"]
+    assert not entry.invariant
+    assert "feeds norm1 only, but" in entry.reason
+
+
+def test_frozen_normalizations_and_transposed_or_tiny_filters_are_named():
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 2), nn.BatchNorm2d(4)),
+        *(nn.Conv2d(4, 4, 1, groups=4), nn.BatchNorm2d(4)),
+    )
+    model[1].eval()
+    reasons = {name: entry.reason for name, entry in scale_invariance(model).items()}
+    assert "frozen" in reasons["0.weight"]
+    assert "transposed" in reasons["2.weight"]
+    assert "one element" in reasons["4.weight"]
+
+
+def test_the_papers_rule_takes_convolutions_with_fewer_filters_than_elements_invariant_or_not():
+    """The shares the specification gives for a wide ResNet."""
+    model = wide_resnet(28, 10, 3, 10)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    report = scale_invariance(model, rule="paper")
+    chosen = {name: entry for name, entry in report.items() if entry.manifold}
+    total = sum(sizes[name] for name in chosen)
+    exact = sum(sizes[name] for name, entry in chosen.items() if entry.invariant)
+    assert total / sum(sizes.values()) == pytest.approx(0.992, abs=5e-4)
+    assert exact / total == pytest.approx(0.465, abs=5e-4)
+    assert "17.weight" not in chosen  # the classifier
+
+
+def test_tied_weights_must_be_invariant_in_every_use():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Flatten())
+    model[2].weight = model[0].weight
+    report = scale_invariance(model)
+    assert list(report) == ["0.weight"]
+    assert not report["0.weight"].invariant
+
+
+def test_bad_requests_are_refused():
+    with pytest.raises(ValueError, match="rule='both'"):
+        scale_invariance(build(), rule="both")
+    with pytest.raises(ValueError, match="give both"):
+        scale_invariance(build(), objective)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_unit_filters_keep_the_function_in_train_and_eval_mode(training):
+    model, (x, _) = build().double(), batch()
+    model.drop.p = 0.0
+    for module in model.modules():
+        if hasattr(module, "eps"):
+            module.eps = 1e-14
+    for _ in range(3):
+        model(x.double())  # running statistics of their own
+    before = copy.deepcopy(model).train(training)(x.double())
+    groups = evenkeel.param_groups(model, lr=0.01, manifold_lr=0.2)
+    assert torch.allclose(model.train(training)(x.double()), before, rtol=1e-8, atol=1e-8)
+    sphere = next(group for group in groups if group["manifold"])
+    assert len(sphere["params"]) == sum(Classifier.expected.values())
+    assert all(torch.allclose(p.flatten(1).norm(dim=1), torch.ones(4).double()) for p in sphere["params"])
+
+
+def test_the_user_is_told_which_weights_change_the_function_when_they_are_put_on_the_sphere():
+    model = build()
+    with pytest.warns(
+        UserWarning, match=r"4 of 9 weights: biased_dropped.weight \(its bias .*summed.weight \(goes into"
+    ):
+        evenkeel.param_groups(model, lr=0.01, manifold_lr=0.2, rule="paper")
+
+
+def test_a_filter_without_direction_is_named_before_anything_changes():
+    model = build()
+    with torch.no_grad():
+        model.biased.weight[2] = 0
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"biased.weight: filter 2 .1 in all. has length 0.0"):
+        evenkeel.param_groups(model, lr=0.01, manifold_lr=0.2)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_every_parameter_stands_in_one_group_with_its_rate_and_decay():
+    model = build()
+    groups = {g["name"]: g for g in evenkeel.param_groups(model, lr=0.01, manifold_lr=0.2, weight_decay=5e-4)}
+    assert sorted(p.numel() for g in groups.values() for p in g["params"]) == sorted(
+        p.numel() for p in model.parameters()
+    )
+    assert (groups["sphere"]["lr"], groups["sphere"]["weight_decay"], groups["sphere"]["manifold"]) == (0.2, 0.0, True)
+    assert (groups["weights"]["lr"], groups["weights"]["weight_decay"], groups["weights"]["manifold"]) == (
+        0.01,
+        5e-4,
+        False,
+    )
+    assert model.summed.weight in set(groups["weights"]["params"])
+
+
+@pytest.mark.parametrize("name", ["sgd-g", "adam-g"])
+def test_recipes_train_and_the_request_is_the_manifolds_rate(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+    model, optimizer = evenkeel.apply(name, model, lr=0.1, weight_decay=1e-3)
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates["sphere"] == pytest.approx(0.1)
+    assert rates["weights"] == pytest.approx(0.1 / (20 if name == "sgd-g" else 5))
+    losses = []
+    for _ in range(30):
+        loss = objective(model, batch())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
