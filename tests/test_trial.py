@@ -1,0 +1,106 @@
+"""A trial: deterministic, the same data and weights for every method, nothing raised."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from evenkeel.study import trial
+from evenkeel.study.batches import batches
+from evenkeel.study.plan import StudyConfig
+from evenkeel.study.records import TrialKey
+from evenkeel.study.trial import evaluate, load, make, run_trial, train_eval_gap, training_step, warm_up_and_cosine
+
+CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(16,), budget=160)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load(CONFIG)
+
+
+def key(method="batch", *, size=16, lr=0.05, seed=0, phase="final"):
+    return TrialKey(phase, method, size, lr, seed)
+
+
+def without_time(result):
+    return dataclasses.replace(result, seconds=0.0)
+
+
+def test_the_same_key_gives_the_same_result_bit_for_bit(data):
+    assert without_time(run_trial(CONFIG, key(), data)) == without_time(run_trial(CONFIG, key(), data))
+
+
+def test_another_seed_gives_another_result(data):
+    assert run_trial(CONFIG, key(), data).curve != run_trial(CONFIG, key(seed=1), data).curve
+
+
+def test_methods_start_from_the_same_weights(data):
+    plain, _ = make(CONFIG, key("none"), data)
+    normalised, _ = make(CONFIG, key("batch"), data)
+    weights = [[m.weight for m in net.modules() if isinstance(m, torch.nn.Conv2d)] for net in (plain, normalised)]
+    assert len(weights[0]) > 2
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_only_final_runs_touch_the_test_split(data, monkeypatch):
+    judged = []
+    monkeypatch.setattr(trial, "evaluate", lambda model, data, split: judged.append(split) or evaluate(model, data, split))
+    search = run_trial(CONFIG, key(phase="search"), data)
+    assert (search.state, search.test_accuracy) == ("finished", None)
+    assert not any(split is data.test for split in judged)
+    final = run_trial(CONFIG, key(), data)
+    assert final.test_accuracy is not None
+    assert sum(split is data.test for split in judged) == 1
+
+
+def test_a_run_sees_exactly_its_budget(data):
+    result = run_trial(dataclasses.replace(CONFIG, budget=100), key(size=16), data)
+    assert result.curve[-1].examples == 100
+
+
+def test_a_diverged_run_is_recorded_as_diverged(data):
+    result = run_trial(CONFIG, key("none", lr=1e6), data)
+    assert (result.state, result.test_accuracy) == ("diverged", None)
+    assert "not finite" in result.error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), MemoryError("no memory"), RuntimeError("bad")])
+def test_a_failing_run_is_recorded_with_its_error(data, monkeypatch, error):
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(trial, "training_step", broken)
+    result = run_trial(CONFIG, key(), data)
+    assert result.state == "failed"
+    assert result.error == f"{type(error).__name__}: {error}"
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(data):
+    inputs, labels = next(batches(data, data.train, batch_size=12, budget=12, seed=0))
+    gradients = []
+    for micro in (12, 5):
+        model, _ = make(CONFIG, key("none", lr=0.1), data)
+        model.double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        training_step(model, optimizer, inputs.double(), labels, micro)
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_gap_is_measured_without_a_trace(data):
+    model, _ = make(CONFIG, key(), data)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sample = list(batches(data, data.train, batch_size=16, budget=64, seed=0))
+    assert train_eval_gap(model, sample) != 0.0  # running statistics are still (0, 1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    plain, _ = make(CONFIG, key("none"), data)
+    assert train_eval_gap(plain, sample) == 0.0
+
+
+def test_the_schedule_warms_up_and_falls_to_zero():
+    factors = [warm_up_and_cosine(step, 100) for step in range(101)]
+    assert max(factors) == pytest.approx(1.0)
+    assert factors[:5] == sorted(factors[:5])
+    assert factors[-1] == pytest.approx(0.0, abs=1e-12)
+    assert warm_up_and_cosine(0, 1) > 0

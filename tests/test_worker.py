@@ -1,0 +1,79 @@
+"""Workers: the study goes on, whatever happens to a process."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from evenkeel.study.errors import StudyError
+from evenkeel.study.plan import StudyConfig, slots
+from evenkeel.study.worker import Place, run_workers
+
+CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), seeds=2, lr_points=2, budget=96)
+
+_RUN = """
+import sys, pathlib
+sys.path.insert(0, {tests!r})
+if __name__ == "__main__":
+    from test_worker import CONFIG, place
+    from evenkeel.study.worker import run_workers
+    import dataclasses
+    config = dataclasses.replace(CONFIG, budget={budget})
+    run_workers(place(pathlib.Path({folder!r})), config, {count}, lambda results, running: None)
+"""
+
+
+def place(folder):
+    return Place(f"sqlite:///{folder / 'study.db'}", "test", folder / "lock")
+
+
+def script(folder, *, count=1, budget=96):
+    file = folder / "run.py"
+    file.write_text(_RUN.format(tests=os.path.dirname(__file__), folder=str(folder), count=count, budget=budget))
+    return subprocess.Popen(
+        [sys.executable, str(file)], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, start_new_session=True
+    )
+
+
+def results(folder):
+    return {r.key: dataclasses.replace(r, seconds=0.0) for r in place(folder).store().results()}
+
+
+def test_results_do_not_depend_on_the_number_of_workers(tmp_path):
+    outcome = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        assert script(folder, count=count).wait(timeout=120) == 0
+        outcome.append(results(folder))
+    assert len(outcome[0]) == len(slots(CONFIG))
+    assert outcome[0] == outcome[1]
+
+
+def test_a_study_killed_in_the_middle_goes_on_where_it_was(tmp_path):
+    config = dataclasses.replace(CONFIG, budget=3000)
+    store = place(tmp_path).store()
+    store.open(config)
+    process = script(tmp_path, budget=3000)
+    deadline = time.monotonic() + 90
+    while not store.results() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)  # the parent alone: its worker must end by itself
+    process.wait()
+    kept = results(tmp_path)
+    assert 0 < len(kept) < len(slots(config))
+    assert script(tmp_path, budget=3000).wait(timeout=120) == 0
+    finished = results(tmp_path)
+    assert len(finished) == len(slots(config))
+    assert all(finished[key] == result for key, result in kept.items())
+    times = [t for t in store.storage.get_all_trials(store.study_id) if "result" in t.user_attrs]
+    assert len(times) == len(slots(config))  # nothing was run twice to an end
+
+
+def test_workers_that_cannot_start_end_the_study_with_an_error(tmp_path):
+    with pytest.raises(StudyError, match="end before their first trial"):
+        run_workers(place(tmp_path), dataclasses.replace(CONFIG, data="no.module:here"), 1, lambda *_: None)
