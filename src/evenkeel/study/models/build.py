@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from evenkeel.study.factory import is_factory, load_factory
 from evenkeel.study.models.cnn import batchless_cnn, cnn5, digits_cnn
 from evenkeel.study.models.huggingface import hugging_face
 from evenkeel.study.models.layers import image_channels
@@ -40,7 +41,7 @@ def model_names() -> list[str]:
         >>> model_names()[:3]
         ['digits-cnn', 'cnn5', 'batchless-cnn']
     """
-    return [*_image_models(), *_FLAT, "wrn-D-K", "hf:NAME"]
+    return [*_image_models(), *_FLAT, "wrn-D-K", "hf:NAME", "package.module:factory"]
 
 
 def build_model(name: str, *, input_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -48,7 +49,8 @@ def build_model(name: str, *, input_shape: tuple[int, ...], classes: int) -> nn.
 
     Args:
         name: One of :func:`model_names`; ``wrn-28-10`` is depth 28, factor 10, and ``wrn-28-10-0.3`` drops 30 % in its
-            blocks; ``hf:resnet`` is transformers' ResNet from its default configuration.
+            blocks; ``hf:resnet`` is transformers' ResNet from its default configuration. ``package.module:factory`` or
+            ``path/to/file.py:factory`` is called as ``factory(input_shape, classes)`` and returns the module.
         input_shape: Shape of one input without the batch: ``(channels, height, width)`` or ``(features,)``.
         classes: Number of outputs.
 
@@ -77,5 +79,24 @@ def build_model(name: str, *, input_shape: tuple[int, ...], classes: int) -> nn.
     if name.startswith("hf:"):
         image_channels(name, input_shape)
         return hugging_face(name.removeprefix("hf:"), input_shape, classes)
+    if is_factory(name):
+        return _from_factory(name, input_shape, classes)
     near = difflib.get_close_matches(name, [*table, *_FLAT, "wrn-28-10", "wrn-16-4"], n=1, cutoff=0.0)
     raise ValueError(f"unknown model {name!r}; did you mean {near[0]!r}? Choose one of {', '.join(model_names())}")
+
+
+def _from_factory(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The user's own network."""
+    factory = load_factory(name, "model")
+    try:
+        model = factory(input_shape, classes)
+    except Exception as error:
+        raise ValueError(
+            f"model {name!r}: the factory raised {type(error).__name__}: {error}; it is called as "
+            f"factory({input_shape}, {classes})"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model {name!r}: the factory returned a {type(model).__name__}; it must return a torch.nn.Module"
+        )
+    return model
