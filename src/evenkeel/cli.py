@@ -38,7 +38,7 @@ class Compare:
     """Training examples a run sees."""
     lr: str = "auto"
     """auto (searched for every method and batch size), or one learning rate for all."""
-    lr_points: int = 4
+    lr_points: int = 5
     """Grid points of the learning-rate search, a factor sqrt(10) apart."""
     search_seeds: int = 1
     """Runs per grid point."""
@@ -73,7 +73,6 @@ class Compare:
     def run(self, arguments: list[str]) -> int:
         """Run the study."""
         from evenkeel.study.compare import compare
-        from evenkeel.study.live import Display
         from evenkeel.study.plan import StudyConfig
 
         config = StudyConfig(
@@ -101,7 +100,7 @@ class Compare:
                 Path(self.out) if self.out else None,
                 storage=self.storage or None,
                 workers=self.workers or None,
-                display=Display(quiet=self.quiet),
+                quiet=self.quiet,
                 arguments=arguments,
             )
         except KeyboardInterrupt:

@@ -166,7 +166,7 @@ def compare(
     *,
     storage: str | None = None,
     workers: int | None = None,
-    display: Display | None = None,
+    quiet: bool = True,
     arguments: Sequence[str] = ("compare",),
 ) -> tuple[StudyRecord, Path]:
     """Run a study to its end, or on from where it was, and write its report.
@@ -176,7 +176,7 @@ def compare(
         out: Output folder; default ``runs/`` and the study's name.
         storage: URL of an Optuna storage to share with other processes; default a SQLite file in ``out``.
         workers: Trials side by side; default one per core, one on a GPU.
-        display: Shows progress; default none.
+        quiet: Show no progress.
         arguments: The command line that was given, for the report.
 
     Returns:
@@ -194,7 +194,7 @@ def compare(
     store = place.store()
     store.open(config)
     count = workers or (1 if config.device.startswith("cuda") else available_cores())
-    with display or Display(quiet=True) as shown:
+    with Display(quiet=quiet) as shown:
         shown.plan(slots(config))
         run_workers(place, config, count, shown.update)
         if store.noted("costs") is None:
@@ -211,17 +211,10 @@ def report(folder: StudyFolder, store: Store, data: Data | None = None) -> Study
     config = folder.config
     if data is not None:
         store.note("environment", environment(config.device))
-        store.note(
-            "data", {"classes": data.classes, "note": data.note, "train": len(data.train), "test": len(data.test)}
-        )
-    facts = store.noted("data") or {}
+        store.note("data", {"classes": data.classes, "data_summary": _summary(data)})
+    facts = store.noted("data") or {"classes": None, "data_summary": config.data}
     record = StudyRecord(
-        config={
-            **config.to_dict(),
-            "reference": config.reference,
-            "classes": facts.get("classes"),
-            "data_facts": facts,
-        },
+        config={**config.to_dict(), "reference": config.reference, **facts},
         environment=store.noted("environment") or {},
         command=folder.command,
         trials=tuple(store.results()),
@@ -231,6 +224,13 @@ def report(folder: StudyFolder, store: Store, data: Data | None = None) -> Study
     )
     write_report(record, folder.path)
     return record
+
+
+def _summary(data: Data) -> str:
+    assert data.validation is not None
+    sizes = f"{len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test examples"
+    shape = "x".join(map(str, data.input_shape))
+    return f"{data.name}: {sizes} of {data.classes} classes, {shape} inputs" + (f". {data.note}" if data.note else "")
 
 
 def available_cores() -> int:

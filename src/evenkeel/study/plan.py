@@ -49,7 +49,7 @@ class StudyConfig(Training):
     seeds: int = 3
     budget: int = 1500
     lr: float | Literal["auto"] = "auto"
-    lr_points: int = 4
+    lr_points: int = 5
     search_seeds: int = 1
     alternative: Literal["two-sided", "greater"] = "two-sided"
     device: str = "cpu"
@@ -136,7 +136,11 @@ def learning_rates(config: StudyConfig, method: str, batch_size: int) -> list[fl
     if config.lr != "auto":
         return [config.lr]
     recipe = recipes()[method]
-    centre = recipe.lr * (ADAM_FACTOR if config.optimizer.startswith("adam") else 1) * (batch_size / 64) ** recipe.lr_exponent
+    centre = (
+        recipe.lr
+        * (ADAM_FACTOR if config.optimizer.startswith("adam") else 1)
+        * (batch_size / 64) ** recipe.lr_exponent
+    )
     offset = (config.lr_points - 1) / 2
     return [float(f"{centre * GRID_STEP ** (i - offset):.3g}") for i in range(config.lr_points)]
 

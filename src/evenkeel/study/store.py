@@ -97,7 +97,8 @@ class Store:
 
     def _trials(self) -> dict[Slot, FrozenTrial]:
         """The trial of each slot: of several (two processes opened the study at once, or a dead worker's slot was
-        given out again) the first with a result, else the first that is not dead."""
+        given out again) the first with a result, else the first that is not dead.
+        """
         chosen: dict[Slot, FrozenTrial] = {}
         for trial in self.storage.get_all_trials(self.study_id, deepcopy=False):
             slot = _slot(trial)

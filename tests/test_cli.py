@@ -1,0 +1,197 @@
+"""The command line: what a stranger types, right and wrong."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from evenkeel.cli import main
+from evenkeel.study.compare import StudyFolder
+from evenkeel.study.records import StudyRecord
+
+QUICK = [
+    "--methods",
+    "batch,none",
+    "--batch-sizes",
+    "32",
+    "--seeds",
+    "2",
+    "--budget",
+    "96",
+    "--lr-points",
+    "2",
+    "--quiet",
+]
+
+
+def run(*arguments):
+    """The exit code of the command in this process."""
+    return main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study") / "out"
+    assert run("compare", *QUICK, "--out", folder) == 0
+    return folder
+
+
+def test_compare_writes_a_report_that_holds_everything(study):
+    assert {"report.html", "report.md", "results.json", "trials.csv", "study.json"} <= {p.name for p in study.iterdir()}
+    record = StudyRecord.from_dict(json.loads((study / "results.json").read_text()))
+    assert len(record.trials) == record.planned == 2 * (2 + 2)
+    assert {t.state for t in record.trials} == {"finished"}
+    assert all(t.test_accuracy is not None for t in record.trials if t.key.phase == "final")
+    assert {(c.method, c.batch_size) for c in record.costs} == {("batch", 32), ("none", 32)}
+    assert next(c for c in record.costs if c.method == "batch").step_ratio == 1.0
+    assert record.command.startswith("evenkeel compare --methods batch,none")
+    assert record.environment["torch"]
+
+
+def test_the_same_command_runs_nothing_again(study):
+    before = json.loads((study / "results.json").read_text())["trials"]
+    start = time.monotonic()
+    assert run("compare", *QUICK, "--out", study) == 0
+    assert time.monotonic() - start < 5
+    assert json.loads((study / "results.json").read_text())["trials"] == before
+
+
+def test_report_is_made_again_from_the_store(study):
+    before = (study / "report.html").read_bytes()
+    (study / "report.html").unlink()
+    assert run("report", study) == 0
+    assert (study / "report.html").read_bytes() == before
+
+
+def test_another_configuration_in_the_same_folder_is_refused(study, capsys):
+    changed = [*QUICK[:-1], "--momentum", "0.5", "--out", study]
+    assert run("compare", *changed) == 2
+    assert "momentum: kept 0.9, given 0.5" in capsys.readouterr().err
+    assert StudyFolder.read(study).config.momentum == 0.9
+
+
+def test_recipes_are_listed_with_their_papers(capsys):
+    assert run("recipes") == 0
+    assert "arXiv 1502.03167" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "--methods", "bach"], "--methods: unknown method 'bach'; did you mean 'batch'"),
+        (["compare", "--methods", ","], "--methods is empty"),
+        (["compare", "--batch-sizes", "64,x"], "--batch-sizes: 'x' is not a whole number"),
+        (["compare", "--batch-sizes", "0"], "--batch-sizes: 0 is not a batch size"),
+        (["compare", "--batch-sizes", "1200", "--budget", "2000"], "larger than the training split of 1078"),
+        (["compare", "--lr", "fast"], "--lr: 'fast' is not a number"),
+        (["compare", "--lr", "-1"], "--lr -1"),
+        (["compare", "--seeds", "0"], "--seeds 0: give at least 1"),
+        (["compare", "--seeds", "many"], "--seeds"),
+        (["compare", "--metods", "batch"], "--methods"),
+        (["compare", "--model", "digits-cn"], "did you mean 'digits-cnn'"),
+        (["compare", "--model", "no.module:factory"], "no.module"),
+        (["compare", "--data", "no/such/folder"], "--data"),
+        (["compare", "--data", "spiral", "--methods", "batch"], "--model digits-cnn"),
+        (["compare", "--device", "cuda"], "--device cuda: no CUDA device"),
+        (["compar"], "did you mean 'compare'"),
+        (["report", "/nonexistent"], "holds no study"),
+    ],
+)
+def test_bad_input_is_one_line_with_exit_code_2(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert len(error.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_debug_shows_the_traceback(capsys, tmp_path):
+    assert run("compare", "--methods", "bach", "--out", tmp_path / "x", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("body", ["raise OSError('no disk')", "return 3", "return nn.Linear(64, 3)"])
+def test_a_models_factory_that_misbehaves_is_named(body, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(f"from torch import nn\ndef build(input_shape, classes):\n    {body}\n")
+    assert run("compare", "--model", f"{file}:build", "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "--model" in error
+    assert "mine.py:build" in error
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run("compare", *QUICK, "--out", tmp_path / "file" / "out") == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_a_damaged_study_file_is_named(tmp_path, capsys):
+    (tmp_path / "study.json").write_text("{")
+    assert run("report", tmp_path) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_users_model_and_data_are_compared(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def data():\n"
+        "    g = torch.Generator().manual_seed(0)\n"
+        "    def split(n):\n"
+        "        y = torch.arange(n) % 3\n"
+        "        return torch.randn(n, 5, generator=g) + y[:, None], y\n"
+        "    return split(90), None, split(30)\n"
+        "def model(input_shape, classes):\n"
+        "    return nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, classes))\n"
+    )
+    mine = tmp_path / "mine.py"
+    assert run("compare", "--data", f"{mine}:data", "--model", f"{mine}:model", *QUICK, "--out", tmp_path / "out") == 0
+    record = StudyRecord.from_dict(json.loads((tmp_path / "out" / "results.json").read_text()))
+    assert {t.state for t in record.trials} == {"finished"}
+
+
+def test_a_method_that_cannot_run_at_a_batch_size_says_so_and_the_study_goes_on(tmp_path):
+    out = tmp_path / "out"
+    assert (
+        run(
+            *(
+                "compare",
+                "--data",
+                "spiral",
+                "--model",
+                "mlp",
+                "--methods",
+                "batch,none",
+                "--batch-sizes",
+                "1",
+                "--seeds",
+                "2",
+            ),
+            *("--budget", "64", "--lr-points", "2", "--quiet", "--out", out),
+        )
+        == 0
+    )
+    record = StudyRecord.from_dict(json.loads((out / "results.json").read_text()))
+    finals = [t for t in record.trials if t.key.phase == "final"]
+    assert {t.state for t in finals if t.key.method == "none"} == {"finished"}
+    assert {t.state for t in finals if t.key.method == "batch"} == {"failed"}
+    assert all("more than 1 value per channel" in t.error for t in finals if t.key.method == "batch")
+
+
+def test_importing_evenkeel_is_quick_and_needs_torch_alone():
+    code = (
+        "import sys, time, torch, torch.fx; start = time.perf_counter(); import evenkeel; took = time.perf_counter() - start\n"
+        "extras = {'sklearn', 'datasets', 'optuna', 'scipy', 'tyro', 'rich', 'matplotlib', 'jinja2'} & set(sys.modules)\n"
+        "assert not extras, extras\nprint(took)"
+    )
+    took = min(
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    )
+    assert took < 0.15
