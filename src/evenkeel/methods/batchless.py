@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evenkeel.methods.batchless_projected import GradientControl, eager
+from evenkeel.compilation import eager
+from evenkeel.methods.batchless_projected import GradientControl
 from evenkeel.moments import Moments, Tally, observe, observing, statistics_dtype
 
 Scale = Literal["log", "abs"]

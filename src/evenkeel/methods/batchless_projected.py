@@ -11,21 +11,15 @@ ranks are sums.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from evenkeel.compilation import eager
 from evenkeel.moments import Moments, observing
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
 GAIN = 0.5
-
-
-def eager(function: _Function) -> _Function:
-    """Keep ``function``, which has effects beside its result, out of compiled graphs."""
-    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 def projected_gradient(grad_n: Tensor, n: Tensor, shift: Tensor, slope: Tensor) -> Tensor:
