@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
+from evenkeel.compilation import eager
 from evenkeel.moments import observe_unchecked, observing, once_reached, totals
 
 Layer: TypeAlias = nn.Linear | _ConvNd
@@ -190,7 +191,7 @@ def _make_zeros(features: int, device: torch.device) -> Tensor:
     return torch.zeros(2 + 2 * features, dtype=wide_dtype(device), device=device)
 
 
-_zeros: Callable[[int, torch.device], Tensor] = torch.compiler.disable(_make_zeros)  # pyright: ignore
+_zeros = eager(_make_zeros)
 
 
 class Hook:
