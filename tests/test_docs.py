@@ -1,0 +1,39 @@
+"""What the documents promise."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import evenkeel
+from evenkeel.cli import main
+from evenkeel.study.report import read_results
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("name", evenkeel.recipes())
+def test_every_recipe_has_a_card(name):
+    assert any(f"`{name}`" in page.read_text() for page in DOCS)
+
+
+def test_the_readme_is_at_most_6_kb():
+    assert len((ROOT / "README.md").read_bytes()) <= 6 * 1024
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda page: page.name)
+def test_every_relative_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_the_example_with_an_own_model_and_data_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = "compare --data docs/examples/own.py:data --model docs/examples/own.py:model --methods none,batch,bnp"
+    assert command in (ROOT / "docs/compare.md").read_text()
+    quick = "--batch-sizes 32 --seeds 2 --budget 320 --lr-points 2 --quiet --out"
+    assert main([*command.split(), *quick.split(), str(tmp_path / "out")]) == 0
+    finals = [t for t in read_results(tmp_path / "out" / "results.json").trials if t.key.phase == "final"]
+    assert {t.state for t in finals} == {"finished"}
