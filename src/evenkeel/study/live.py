@@ -130,7 +130,7 @@ class Display:
     def _status(self) -> str:
         left = self.seconds_left()
         parts = [f"{duration(self.clock() - self._start)} so far"]
-        if self._results and left is not None:
+        if self._results and left:
             parts.append(f"about {duration(left)} left")
         lost = sum(result.state != "finished" for result in self._results.values())
         if lost:

@@ -130,7 +130,9 @@ def _table(record: StudyRecord, batch_size: int, here: Sequence[Summary]) -> Tab
         ("learning rate", "chosen"): [Cell(f"{s.lr:g}" if s.lr is not None else NOTHING) for s in here],
         ("time", "per step"): [_time(costs.get(s.method), s.method == reference) for s in here],
         ("memory", "for backward"): [_memory(costs.get(s.method), s.method == reference) for s in here],
-        ("train/eval gap", "nats"): [Cell(f"{s.gap:+.3f}" if s.gap is not None else NOTHING) for s in here],
+        ("train/eval gap", "nats"): [
+            Cell(f"{s.gap:+.3f}".replace("-", "−") if s.gap is not None else NOTHING) for s in here
+        ],
     }
     optional = {("p", "Holm"), ("time", "per step"), ("memory", "for backward"), ("train/eval gap", "nats")}
     kept = {
