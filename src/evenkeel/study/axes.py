@@ -16,6 +16,7 @@ class Axis:
         ticks: Values with a label.
         show: Text of a value.
         scale: Monotone function that is drawn linearly (``math.log2`` for a logarithmic axis).
+        mark: A value to draw a dotted line at, with its name; None for no line.
     """
 
     title: str
@@ -24,6 +25,7 @@ class Axis:
     ticks: tuple[float, ...]
     show: Callable[[float], str] = "{:g}".format
     scale: Callable[[float], float] = float
+    mark: tuple[float, str] | None = None
 
     def place(self, value: float, start: float, end: float) -> float:
         """Position of a value on the stretch from ``start`` to ``end``; the middle where the axis has no length."""
@@ -48,17 +50,19 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> tuple[float, ...]:
 
 
 def log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Powers of ten within [low, high], with 2 and 5 between them where there are fewer than three.
+    """Powers of ten within [low, high]; where they are fewer than two, with 3, or else with 2 and 5 between them.
 
-    >>> log_ticks(0.01, 1.0)
-    (0.01, 0.1, 1.0)
+    >>> log_ticks(0.01, 1.0), log_ticks(0.002, 0.05)
+    ((0.01, 0.1, 1.0), (0.003, 0.01, 0.03))
     """
     powers = range(math.floor(math.log10(low) - 1e-9), math.ceil(math.log10(high) + 1e-9) + 1)
-    within = [
-        [round(f * 10.0**k, 12) for k in powers for f in factors if low * 0.999 <= f * 10.0**k <= high * 1.001]
-        for factors in ((1,), (1, 2, 5))
-    ]
-    return tuple(within[0] if len(within[0]) > 2 else within[1])
+    found: tuple[float, ...] = ()
+    for factors in ((1,), (1, 3), (1, 2, 5)):
+        values = [round(factor * 10.0**power, 12) for power in powers for factor in factors]
+        found = tuple(value for value in values if low * 0.999 <= value <= high * 1.001)
+        if len(found) > 1:
+            break
+    return found
 
 
 def spread(wanted: Sequence[float], low: float, high: float, gap: float) -> list[float]:

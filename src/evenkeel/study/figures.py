@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from markupsafe import Markup
@@ -33,9 +33,12 @@ def series_index(record: StudyRecord) -> dict[str, int]:
 
 
 def by_batch_size(record: StudyRecord) -> list[Markup]:
-    """Test accuracy against batch size, one line per method, for wide and narrow screens; empty without a final run."""
+    """Test accuracy against batch size, one line per method, for wide and for narrow screens.
+
+    Empty before final runs of two batch sizes have ended: the tables show a single one better.
+    """
     summaries = [s for s in summarize(record) if s.accuracies or s.diverged]
-    if not summaries:
+    if len({s.batch_size for s in summaries}) < 2:
         return []
     series, told = [], []
     for method, index in series_index(record).items():
@@ -56,38 +59,49 @@ def by_batch_size(record: StudyRecord) -> list[Markup]:
     sizes = sorted({s.batch_size for s in summaries}, reverse=True)
     x = Axis("batch size (log scale, small to the right)", sizes[0], sizes[-1], tuple(sizes), scale=math.log2)
     y = _accuracy_axis("test accuracy, %", [value for s in series for _, value in (*s.points, *s.dots)])
+    chance = 1 / (record.config["classes"] or math.inf)
+    if y.low < chance < y.high:
+        y = replace(y, mark=(chance, "chance"))
     alt = f"Test accuracy against batch size. {'. '.join(told)}."
     return [line_chart(series, x, y, size=size, alt=alt, css=css) for size, css in ((WIDE, "wide"), (NARROW, "narrow"))]
 
 
 def training_curves(record: StudyRecord) -> list[Panel]:
-    """Training loss of the final runs, one panel per batch size: mean over seeds, band from lowest to highest."""
+    """Training loss of the final runs: mean over seeds, band from lowest to highest.
+
+    One panel per batch size, all with the same axes.
+    """
+    by_size = {size: lines for size in plan_axes(record)[1] if (lines := _loss_lines(record, size))}
+    if not by_size:
+        return []
     chance_loss = math.log(record.config["classes"] or math.e)
+    everything = [line for lines in by_size.values() for line in lines]
+    losses = [loss for line in everything for _, low, high in line.band for loss in (low, high)] or [chance_loss]
+    shown_top = max([_LOSS_HEADROOM * chance_loss, *(line.points[-1][1] for line in everything if line.points)])
+    ticks = nice_ticks(min(0.0, *losses), min(max(losses), shown_top), 4)
+    y = Axis("training loss, nats", ticks[0], ticks[-1], ticks)
+    end = max([record.config["budget"], *(at for line in everything for at, _ in line.points)])
+    shown = tuple(tick for tick in nice_ticks(0, end, 4) if tick <= end)
+    x = Axis("training examples seen", 0, end, shown, "{:,.0f}".format)
     panels = []
-    for size in plan_axes(record)[1]:
-        series = []
-        for method, index in series_index(record).items():
-            trials = [t for t in _of(record, "final", method, size) if t.curve]
-            band = _band([t for t in trials if t.state == "finished"])
-            crosses = tuple(t.curve[-1].examples for t in trials if t.state == "diverged")
-            if band or crosses:
-                points = tuple((at, mean) for at, mean, _, _ in band)
-                edges = tuple((at, low, high) for at, _, low, high in band)
-                series.append(Series(method, index, points, edges, crosses=crosses, markers=False))
-        if not series:
-            continue
-        seen = [value for s in series for value in (*(at for at, _ in s.points), *s.crosses)]
-        losses = [value for s in series for _, low, high in s.band for value in (low, high)] or [0.0, chance_loss]
-        top = min(max(losses), max(_LOSS_HEADROOM * chance_loss, *(s.points[-1][1] for s in series if s.points), 0.0))
-        ticks = nice_ticks(min(0.0, *losses), top, 4)
-        end = max(*seen, record.config["budget"])
-        shown = tuple(tick for tick in nice_ticks(0, end, 4) if tick <= end)
-        x = Axis("training examples seen", 0, end, shown, "{:,.0f}".format)
-        y = Axis("training loss, nats", ticks[0], ticks[-1], ticks)
-        ends = [f"{s.label} {f'ends at {s.points[-1][1]:.2f}' if s.points else 'diverged'}" for s in series]
+    for size, lines in by_size.items():
+        ends = [f"{s.label} {f'ends at {s.points[-1][1]:.2f}' if s.points else 'diverged'}" for s in lines]
         alt = f"Training loss against examples seen at batch size {size}. {', '.join(ends)}."
-        panels.append(Panel(f"Batch size {size}", line_chart(series, x, y, size=PANEL, alt=alt)))
+        panels.append(Panel(f"Batch size {size}", line_chart(lines, x, y, size=PANEL, alt=alt)))
     return panels
+
+
+def _loss_lines(record: StudyRecord, size: int) -> list[Series]:
+    lines = []
+    for method, index in series_index(record).items():
+        trials = _of(record, "final", method, size)
+        band = _band([t for t in trials if t.state == "finished"])
+        crosses = tuple(t.curve[-1].examples if t.curve else 0 for t in trials if t.state == "diverged")
+        if band or crosses:
+            points = tuple((at, mean) for at, mean, _, _ in band)
+            edges = tuple((at, low, high) for at, _, low, high in band)
+            lines.append(Series(method, index, points, edges, crosses=crosses, markers=False))
+    return lines
 
 
 def by_learning_rate(record: StudyRecord) -> list[Panel]:

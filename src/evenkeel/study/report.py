@@ -14,8 +14,8 @@ from markupsafe import Markup, escape
 from evenkeel.study.figures import by_batch_size, by_learning_rate, training_curves
 from evenkeel.study.records import StudyRecord
 from evenkeel.study.statistics import summarize
-from evenkeel.study.tables import tables, troubles
-from evenkeel.study.verdict import count, judge
+from evenkeel.study.tables import edges, tables, troubles
+from evenkeel.study.verdict import count, judge, listing
 
 CSV_COLUMNS = (
     *("phase", "method", "batch_size", "lr", "seed", "state", "validation_accuracy", "validation_loss"),
@@ -124,10 +124,17 @@ def _render(template: str, record: StudyRecord, **figures: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"count": count, "prose": prose, "code": markdown_code, "number": "{:,}".format}
+    environment.filters |= {
+        "count": count,
+        "listing": listing,
+        "prose": prose,
+        "code": markdown_code,
+        "number": "{:,}".format,
+    }
     found = {
         "verdict": judge(record),
         "tables": tables(record),
+        "edges": edges(record),
         "troubles": troubles(record),
         "data_line": data_line(record.config),
     }

@@ -87,10 +87,10 @@ def interval(ends: tuple[float, float, float], index: int, reach: float) -> Mark
         index: Chooses the colour.
         reach: Largest absolute value of the column.
     """
-    low, value, high = (60 + 54 * end / reach if reach else 60.0 for end in ends)
+    low, value, high = (48 + 43 * end / reach if reach else 48.0 for end in ends)
     return Markup(
-        '<svg class="interval" viewBox="0 0 120 18" width="120" height="18" aria-hidden="true">'
-        '<path class="zero" d="M60 0V18"/><path class="line c{0}" d="M{1:.1f} 9H{2:.1f}"/>'
+        '<svg class="interval" viewBox="0 0 96 18" width="96" height="18" aria-hidden="true">'
+        '<path class="zero" d="M48 0V18"/><path class="line c{0}" d="M{1:.1f} 9H{2:.1f}"/>'
         '<circle class="mark c{0}" cx="{3:.1f}" cy="9" r="4"/></svg>'
     ).format(index % COLOURS, low, high, value)
 
@@ -134,6 +134,11 @@ def _frame(plot: _Plot) -> Markup:
         _, level = plot.place((plot.x.low, tick))
         parts.append(Markup('<path class="rule" d="M{:.1f} {:.1f}H{:.1f}"/>').format(plot.left, level, plot.right))
         parts.append(_text(plot.left - 7, level + 4, plot.y.show(tick), "tick end"))
+    if plot.y.mark:
+        value, name = plot.y.mark
+        _, level = plot.place((plot.x.low, value))
+        parts.append(Markup('<path class="mark-line" d="M{:.1f} {:.1f}H{:.1f}"/>').format(plot.left, level, plot.right))
+        parts.append(_text(plot.left + 6, level - 4, name, "small"))
     parts.append(Markup('<path class="base" d="M{:.1f} {:.1f}H{:.1f}"/>').format(plot.left, plot.floor, plot.right))
     for tick in plot.x.ticks:
         at = plot.across(tick)
@@ -177,7 +182,7 @@ def _labels(series: Sequence[Series], plot: _Plot, room: float) -> Markup:
     for s in series:
         at, level = plot.place(s.points[-1]) if s.points else (plot.across(max(s.crosses)), plot.floor - 9)
         ends.append((at, min(max(level, plot.top), plot.floor)))
-    heights = spread([level for _, level in ends], plot.top, plot.floor, _LABEL_HEIGHT)
+    heights = spread([level for _, level in ends], plot.top, plot.floor - 6, _LABEL_HEIGHT)
     longest = int((room - 20) / _CHARACTER)
     tie = Markup('<path class="tie c{}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}L{:.1f} {:.1f}"/>')
     name = Markup('<text class="name c{}" x="{:.1f}" y="{:.1f}">{}</text>')

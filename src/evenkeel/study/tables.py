@@ -10,7 +10,7 @@ from evenkeel.study.figures import series_index
 from evenkeel.study.records import Cost, StudyRecord
 from evenkeel.study.statistics import Paired, Summary, plan_axes, summarize
 from evenkeel.study.svg import interval, swatch
-from evenkeel.study.verdict import percent
+from evenkeel.study.verdict import percent, quoted
 
 NOTHING = "–"
 
@@ -75,6 +75,24 @@ def troubles(record: StudyRecord) -> list[Trouble]:
     return [Trouble(runs, *what) for what, runs in alike.items()]
 
 
+def edges(record: StudyRecord) -> list[str]:
+    """Where the chosen learning rate is the lowest or highest of those searched, so that a better one may lie beyond.
+
+    Args:
+        record: A study, finished or not.
+    """
+    searched: dict[tuple[str, int], set[float]] = {}
+    for trial in record.trials:
+        if trial.key.phase == "search":
+            searched.setdefault((trial.key.method, trial.key.batch_size), set()).add(trial.key.lr)
+    found = []
+    for s in summarize(record):
+        rates = searched.get((s.method, s.batch_size), set())
+        if s.lr is not None and len(rates) > 1 and s.lr in {min(rates), max(rates)}:
+            found.append(f"{quoted(s.method)} at batch size {s.batch_size}")
+    return found
+
+
 def points(fraction: float) -> str:
     """A difference of accuracies in percentage points, with its sign.
 
@@ -121,6 +139,7 @@ def _table(record: StudyRecord, batch_size: int, here: Sequence[Summary]) -> Tab
     reference, index = record.config["reference"], series_index(record)
     paired = [s.paired for s in here if s.paired]
     reach = max((abs(end) for pair in paired for end in (pair.low, pair.high, pair.difference) if end), default=0.0)
+    on_gpu = str(record.config.get("device")).startswith("cuda")
     columns = {
         ("test accuracy", "mean ± sd"): [_accuracy(s) for s in here],
         (f"difference to {reference}", "points [95 % interval]"): [
@@ -128,16 +147,15 @@ def _table(record: StudyRecord, batch_size: int, here: Sequence[Summary]) -> Tab
         ],
         ("p", "Holm"): [_p(s.paired) for s in here],
         ("learning rate", "chosen"): [Cell(f"{s.lr:g}" if s.lr is not None else NOTHING) for s in here],
-        ("time", "per step"): [_time(costs.get(s.method), s.method == reference) for s in here],
-        ("memory", "for backward"): [_memory(costs.get(s.method), s.method == reference) for s in here],
+        ("time", "per step [quartiles]"): [_time(costs.get(s.method), s.method == reference) for s in here],
+        ("memory", "peak" if on_gpu else "for backward"): [
+            _memory(costs.get(s.method), s.method == reference) for s in here
+        ],
         ("train/eval gap", "nats"): [
             Cell(f"{s.gap:+.3f}".replace("-", "−") if s.gap is not None else NOTHING) for s in here
         ],
     }
-    optional = {("p", "Holm"), ("time", "per step"), ("memory", "for backward"), ("train/eval gap", "nats")}
-    kept = {
-        head: cells for head, cells in columns.items() if head not in optional or any(c.text != NOTHING for c in cells)
-    }
+    kept = {head: cells for head, cells in columns.items() if any(str(cell) != NOTHING for cell in cells)}
     rows = [
         Row(s.method, s.method == reference, swatch(index[s.method]), tuple(cells[k] for cells in kept.values()))
         for k, s in enumerate(here)
@@ -174,7 +192,13 @@ def _time(cost: Cost | None, reference: bool) -> Cell:
     if cost is None or cost.step_seconds is None:
         return Cell(NOTHING)
     own = seconds(cost.step_seconds)
-    return Cell(own) if reference or cost.step_ratio is None else Cell(f"× {cost.step_ratio:.2f}")
+    return Cell(own) if reference or cost.step_ratio is None else Cell(f"× {cost.step_ratio:.2f}", _spread(cost))
+
+
+def _spread(cost: Cost) -> str:
+    if cost.step_ratio_low is None or cost.step_ratio_high is None:
+        return ""
+    return f"[{cost.step_ratio_low:.2f}, {cost.step_ratio_high:.2f}]"
 
 
 def _memory(cost: Cost | None, reference: bool) -> Cell:

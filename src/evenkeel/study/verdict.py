@@ -57,6 +57,15 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def quoted(method: str) -> str:
+    """A method's name in backticks, which it cannot contain itself.
+
+    >>> quoted("batch")
+    '`batch`'
+    """
+    return f"`{method.replace('`', chr(39))}`"
+
+
 def direction(summary: Summary, *, tested: bool) -> int:
     """1 where the method is ahead of the reference beyond noise, -1 where behind, 0 where neither can be said.
 
@@ -90,7 +99,7 @@ def judge(record: StudyRecord) -> Verdict:
 
 
 def _name(summary: Summary, *, with_mean: bool = False) -> str:
-    return f"`{summary.method}`" + (f" ({percent(summary.mean)})" if with_mean and summary.mean is not None else "")
+    return quoted(summary.method) + (f" ({percent(summary.mean)})" if with_mean and summary.mean is not None else "")
 
 
 def _cell(summary: Summary) -> str:
@@ -127,8 +136,7 @@ def _compared(record: StudyRecord, ran: Sequence[Summary]) -> str:
         elif any(s.paired and s.paired.low is not None for s in here):
             rest.setdefault(level, []).append(size)
         else:
-            seen = [_name(s, with_mean=True) for s in here if s.mean is not None]
-            text = f"{listing(seen)} cannot be told apart" if len(seen) > 1 else "there is nothing to compare"
+            text = _unmeasured([s for s in here if s.mean is not None])
             rest.setdefault(text, []).append(size)
     clauses: list[tuple[list[int], str]] = []
     for _, size, full, brief in sorted(ahead, reverse=True):
@@ -142,6 +150,14 @@ def _compared(record: StudyRecord, ran: Sequence[Summary]) -> str:
     sizes, text = clauses[0]
     first = f"at batch {'size' if len(sizes) == 1 else 'sizes'} {listing(sizes)} {text}"
     return "; ".join([first, *(f"at {listing(sizes)} {text}" for sizes, text in clauses[1:])])
+
+
+def _unmeasured(seen: Sequence[Summary]) -> str:
+    """What methods, best first, reached where there is no measure of the noise."""
+    if len(seen) > _NAMED:
+        return f"accuracy ranges from {_name(seen[-1], with_mean=True)} to {_name(seen[0], with_mean=True)}"
+    words = [f"{_name(s)}{'' if k else ' reached'} {percent(s.mean or 0.0)}" for k, s in enumerate(seen)]
+    return listing(words) if words else "no run finished"
 
 
 def _ahead(others: Sequence[Summary], base: Summary, best: float, chance: float) -> tuple[float, str, str] | None:
