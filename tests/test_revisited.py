@@ -192,7 +192,7 @@ def test_a_frozen_scale_stays_frozen():
 def test_a_second_time_is_refused_and_changes_nothing(again):
     model = again(revisit(SmallResNet()))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"stem_norm has been revisited already \(Revision"):
+    with pytest.raises(ValueError, match=r"stem_norm is revisited \(paper\).*already"):
         revisit(model, scale=0.5)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -240,3 +240,14 @@ def test_trains_on_every_model_of_the_papers_kind():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_describe_shows_the_revision_and_conversion_keeps_it():
+    model = revisit(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    line = "revisited (paper): scale starts at 0.1, its learning rate x 0.01, the shift's x 1"
+    assert str(evenkeel.describe(model)[0]) == f"1: BatchNorm2d(8); {line}"
+    evenkeel.convert(model, "group")
+    assert line in str(evenkeel.describe(model)[0])
+    assert 0.01 in [group["lr"] for group in evenkeel.param_groups(model, lr=1.0)]
+    evenkeel.revert(model)
+    assert revision_of(model) == revision("paper", 0.1, 100.0)

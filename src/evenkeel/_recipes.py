@@ -138,6 +138,11 @@ def _riemannian(
     return build
 
 
+def _revisited_sgdg(request: Request) -> tuple[nn.Module, Optimizer]:
+    revisit(request.model)
+    return _riemannian(SGDG, 20)(request)
+
+
 _REVISITED = "Davis, Frank 2022, arXiv 2110.13989"
 _BNP = "Lange, Helfrich, Ye 2022, arXiv 2108.01110"
 _GRASSMANN = "Cho, Lee 2017, arXiv 1709.09603"
@@ -183,6 +188,7 @@ _RECIPES: tuple[Recipe, ...] = (
     Recipe("revisited-both", "Its pieces: features x 0.1, beta's rate x 100", _REVISITED, 0.1, _revisited("both")),
     Recipe("revisited-scale-lr", "Its piece: learning rate of gamma / 100", _REVISITED, 0.1, _revisited("scale_lr")),
     Recipe("revisited-decay", "Its piece: no decay of norms and biases", _REVISITED, 0.1, _typed),
+    Recipe("revisited+sgd-g", "The revisited scale, filters on the unit sphere", _REVISITED, 0.2, _revisited_sgdg),
     Recipe("zero-gamma", "Residual blocks start as identity", "Goyal et al. 2017, arXiv 1706.02677", 0.1, _zero_gamma),
 )
 

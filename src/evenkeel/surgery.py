@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from evenkeel.graph import PRODUCERS, is_norm, producers
+from evenkeel.methods.revisited import Revision, mark, revision_of
 from evenkeel.regroup import check_optimizer, regroup
 from evenkeel.targets import TARGETS, Removed, features_of, spatial_dims
 
@@ -151,6 +152,7 @@ class LayerDescription:
         replaced: Class of the layer it replaced, or None.
         lost: What the replaced layer did or kept that this one does not; empty if nothing, or if nothing was replaced.
         biased: Path of the layer that got a bias in exchange, or None.
+        revision: What :func:`evenkeel.revisit` did to it, or None.
     """
 
     path: str
@@ -159,12 +161,14 @@ class LayerDescription:
     replaced: str | None = None
     lost: str = ""
     biased: str | None = None
+    revision: Revision | None = None
 
     def __str__(self) -> str:
         words = f"{self.path or '(the model)'}: {self.kind}({self.features})"
         words += f" in place of {self.replaced}" if self.replaced else ""
         words += f", {self.biased} has a bias instead" if self.biased else ""
-        return words + (f"; {self.lost}" if self.lost else "")
+        words += f"; {self.lost}" if self.lost else ""
+        return words + (f"; {self.revision}" if self.revision else "")
 
 
 def describe(model: nn.Module) -> list[LayerDescription]:
@@ -179,11 +183,12 @@ def describe(model: nn.Module) -> list[LayerDescription]:
     for path, layer in _select(model, None).items():
         origin = origin_of(layer)
         if origin is None:
-            rows.append(LayerDescription(path, type(layer).__name__, features_of(layer)))
+            rows.append(LayerDescription(path, type(layer).__name__, features_of(layer), revision=revision_of(layer)))
             continue
         biased = None if origin.biased is None else paths.get(origin.biased)
         kind, replaced = type(layer).__name__, type(origin.module).__name__
-        rows.append(LayerDescription(path, kind, features_of(origin.module), replaced, TARGETS[origin.to].lost, biased))
+        features, lost = features_of(origin.module), TARGETS[origin.to].lost
+        rows.append(LayerDescription(path, kind, features, replaced, lost, biased, revision_of(layer)))
     return rows
 
 
@@ -286,7 +291,8 @@ def _plan(
 
 
 def _lend(source: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` what ``source`` has beside its function: hooks, training flag, buffers (so the keys stay)."""
+    """Give ``new`` what ``source`` has beside its function: hooks, training flag, buffers (so the keys stay), marks."""
+    mark(new, revision_of(source))
     for name in _HOOKS:
         vars(new)[name] = vars(source)[name]
     new.train(source.training)

@@ -42,6 +42,12 @@ class Revision:
     shift_lr: float = 1.0
     logit_scale: float = 1.0
 
+    def __str__(self) -> str:
+        return (
+            f"revisited ({self.arm}): scale starts at {self.scale:g}, its learning rate x {self.scale_lr:g}, the shift's "
+            f"x {self.shift_lr:g}"
+        )
+
 
 def revision(arm: Arm, scale: float, scale_lr_divisor: float) -> Revision:
     """The revision of an arm, with ``s = scale`` and ``c = scale_lr_divisor``.
@@ -74,6 +80,12 @@ class FeatureScale:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments, the first one scaled."""
         return (args[0] * self.factor, *args[1:])
+
+
+def mark(module: nn.Module, change: Revision | None) -> None:
+    """Note on a normalization layer what was done to it; survives ``deepcopy`` and pickling."""
+    if change is not None:
+        setattr(module, _MARK, change)
 
 
 def revision_of(model: nn.Module) -> Revision | None:
@@ -134,7 +146,7 @@ def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 1
         else:
             norm.weight.fill_(change.scale)
             norm.bias.zero_()
-        setattr(norm, _MARK, change)
+        mark(norm, change)
     return model
 
 
@@ -150,7 +162,7 @@ def _norms(model: nn.Module) -> list[_BatchNorm | InputNorm]:
             continue
         if revision_of(module) is not None:
             raise ValueError(
-                f"revisit: {path or 'the model'} has been revisited already ({revision_of(module)}); a second time "
+                f"revisit: {path or 'the model'} is {revision_of(module)}, already; a second time "
                 "would undo what it has learned: build the model anew"
             )
         if is_lazy(module.weight):
