@@ -1,5 +1,6 @@
 """What torch.compile must leave alone."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,4 +15,9 @@ def eager(function: _Function) -> _Function:
     ``torch.compiler.disable`` imports the compiler at once, a second that ``import evenkeel`` must not cost; this is what
     torch's own optimizers use, which import it with their first step.
     """
-    return torch._disable_dynamo(function)  # pyright: ignore[reportReturnType, reportPrivateUsage]
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:  # torch notes something on what it gets, and a method takes no notes
+        return function(*args, **kwargs)
+
+    return torch._disable_dynamo(call)  # pyright: ignore[reportReturnType, reportPrivateImportUsage]
