@@ -1,6 +1,7 @@
 """The plan: what is fair by construction, and what is refused."""
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_a_fixed_rate_needs_no_search():
 
 def test_the_grid_is_a_factor_root_ten_apart_around_the_recipes_centre():
     rates = learning_rates(CONFIG, "batch", 64)
-    assert [b / a for a, b in zip(rates, rates[1:], strict=False)] == pytest.approx([10**0.5] * 3, rel=1e-2)
+    assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([10**0.5] * 3, rel=1e-2)
     assert (rates[1] * rates[2]) ** 0.5 == pytest.approx(0.1, rel=1e-2)
 
 

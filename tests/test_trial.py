@@ -45,7 +45,9 @@ def test_methods_start_from_the_same_weights(data):
 
 def test_only_final_runs_touch_the_test_split(data, monkeypatch):
     judged = []
-    monkeypatch.setattr(trial, "evaluate", lambda model, data, split: judged.append(split) or evaluate(model, data, split))
+    monkeypatch.setattr(
+        trial, "evaluate", lambda model, data, split: judged.append(split) or evaluate(model, data, split)
+    )
     search = run_trial(CONFIG, key(phase="search"), data)
     assert (search.state, search.test_accuracy) == ("finished", None)
     assert not any(split is data.test for split in judged)

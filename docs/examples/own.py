@@ -4,7 +4,7 @@ evenkeel compare --data docs/examples/own.py:data --model docs/examples/own.py:m
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 

@@ -175,7 +175,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> Any:
-    """The command that was asked for; tyro's framed message about bad input becomes one line."""
+    """The command that was asked for; tyro's framed message about bad input becomes one line.
+
+    Raises:
+        ValueError: There is no such command, or its arguments are wrong.
+        SystemExit: Help was asked for, and printed.
+    """
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     described = {command: (kind.__doc__ or "").strip() for command, kind in COMMANDS.items()}
     if name in ("-h", "--help"):
@@ -186,7 +191,7 @@ def _parse(arguments: list[str]) -> Any:
         from evenkeel.study.errors import nearest
 
         raise ValueError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
-    default = {"default": THOROUGH} if name == "compare" and "--thorough" in rest else {}
+    default: dict[str, Any] = {"default": THOROUGH} if name == "compare" and "--thorough" in rest else {}
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

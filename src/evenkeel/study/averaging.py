@@ -29,7 +29,7 @@ class WeightAverage:
         """Take the model's present values into the average; call it after every optimizer step."""
         self.steps += 1
         weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self._average, [t.detach() for t in self._live], weight)
+        torch._foreach_lerp_(self._average, [t.detach() for t in self._live], weight)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def in_place(self) -> Generator[None, None, None]:

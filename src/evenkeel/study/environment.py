@@ -1,5 +1,6 @@
 """Where a study ran: versions, device, commit, and the command that repeats it."""
 
+import contextlib
 import importlib.metadata
 import platform
 import shlex
@@ -18,10 +19,8 @@ def environment(device: str) -> dict[str, str]:
     """Package versions, Python, system, device, and the git commit of the working directory if there is one."""
     found = {"python": platform.python_version(), "system": platform.platform(terse=True)}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     found["device"] = torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else _processor()
     commit = _git("rev-parse", "--short=12", "HEAD")
     if commit:

@@ -96,8 +96,9 @@ class Store:
         return self.storage.get_study_id_from_name(self.name)
 
     def _trials(self) -> dict[Slot, FrozenTrial]:
-        """The trial of each slot: of several (two processes opened the study at once, or a dead worker's slot was
-        given out again) the first with a result, else the first that is not dead.
+        """The trial of each slot: of several, the first with a result, else the first that is not dead.
+
+        There are several when two processes opened the study at once, or a dead worker's slot was given out again.
         """
         chosen: dict[Slot, FrozenTrial] = {}
         for trial in self.storage.get_all_trials(self.study_id, deepcopy=False):

@@ -34,9 +34,7 @@ class _Fitted:
 
     table: Table
 
-    def __rich_console__(  # ruff: ignore[bad-dunder-method-name]  (the protocol of rich)
-        self, console: Console, options: ConsoleOptions
-    ) -> Iterator[RenderableType]:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         wide = options.update(max_width=_NO_LIMIT)
         kept = len(self.table.columns)
         while kept > _ALWAYS and Measurement.get(console, wide, self._with(kept)).maximum > options.max_width:

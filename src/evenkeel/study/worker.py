@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -63,6 +64,9 @@ def run_workers(
     """Run ``count`` worker processes to the end of the study, telling ``watch`` about results and running slots.
 
     A worker that dies (killed for memory, say) closes its trial as failed and is replaced.
+
+    Raises:
+        StudyError: Workers end before they begin a trial.
     """
     context = mp.get_context("spawn")
     store = place.store()
@@ -70,12 +74,12 @@ def run_workers(
     store.free_dead()
     planned = len(slots(config))
 
-    def start() -> mp.process.BaseProcess:
+    def start() -> BaseProcess:
         process = context.Process(target=_worker_main, args=(place, config), daemon=True)
         process.start()
         return process
 
-    workers: list[mp.process.BaseProcess] = []
+    workers: list[BaseProcess] = []
     idle_deaths = 0
     try:
         while len(results := store.results()) < planned:

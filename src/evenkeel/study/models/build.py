@@ -86,7 +86,11 @@ def build_model(name: str, *, input_shape: tuple[int, ...], classes: int) -> nn.
 
 
 def _from_factory(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """The user's own network."""
+    """The user's own network.
+
+    Raises:
+        ValueError: The factory raised, or returned no module.
+    """
     factory = load_factory(name, "model")
     try:
         model = factory(input_shape, classes)
