@@ -97,10 +97,13 @@ class BNP:
         Raises:
             ValueError: The optimizer evaluates its closure several times (LBFGS), or it holds no observed weight.
         """
-        if not self._layers_of(optimizer):
+        attached = self._layers_of(optimizer)
+        if not attached:
             raise ValueError(
                 "the optimizer holds no weight of a layer that BNP observes; build it from the parameters of this model"
             )
+        for seen in attached:
+            seen.place()
 
         def prepare() -> None:
             layers = self._layers_of(optimizer)

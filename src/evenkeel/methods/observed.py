@@ -103,8 +103,7 @@ class Observed:
         self._seen: list[Sums] = []
         self._accumulator: Tensor | None = None  # what compiled forwards add to: rows, positions, sums, squares
         self._compiled = False
-        if self.materialized():
-            self._accumulator = _zeros(geometry(layer).features, layer.weight.device)
+        self.place()
         self._handles = [layer.register_forward_hook(Hook(self), with_kwargs=True)]
 
     def share(self, layer: Layer) -> None:
@@ -119,6 +118,12 @@ class Observed:
     def materialized(self) -> bool:
         """Whether the layer has its shape by now (a lazy layer gets it in its first forward)."""
         return not isinstance(self.layer.weight, UninitializedParameter)
+
+    def place(self) -> None:
+        """Make what compiled forwards add to, where the layer is by now: a graph can only change what exists."""
+        device = self.layer.weight.device
+        if self.materialized() and (self._accumulator is None or self._accumulator.device != device):
+            self._accumulator = _zeros(geometry(self.layer).features, device)
 
     def remove(self) -> None:
         """Take the hooks off."""
