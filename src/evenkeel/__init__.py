@@ -6,7 +6,8 @@ from evenkeel.groups import param_groups
 from evenkeel.invariance import scale_invariance
 from evenkeel.methods.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
-from evenkeel.methods.batchless_training import attach, initialize
+from evenkeel.methods.batchless_start import initialize
+from evenkeel.methods.batchless_training import attach
 from evenkeel.methods.bnp import BNP
 from evenkeel.methods.input_norm import InputNorm
 from evenkeel.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d

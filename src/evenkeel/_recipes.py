@@ -11,12 +11,15 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from evenkeel.groups import param_groups
+from evenkeel.methods.batchless import BatchlessNorm, batchless_layers
+from evenkeel.methods.batchless_start import absorb_bias, initialize
+from evenkeel.methods.batchless_training import attach
 from evenkeel.methods.bnp import BNP
 from evenkeel.methods.input_norm import with_input_norm
 from evenkeel.methods.revisited import Arm, revisit
 from evenkeel.methods.riemannian import SGDG, AdamG
 from evenkeel.methods.zero_gamma import zero_gamma
-from evenkeel.surgery import convert
+from evenkeel.surgery import convert, feeding, honours_bias
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,24 @@ def _bnp(
     return build
 
 
+def _batchless(
+    to: str, optimizer: Callable[[Request, nn.Module], Optimizer], **settings: Any
+) -> Callable[[Request], tuple[nn.Module, Optimizer]]:
+    def build(request: Request) -> tuple[nn.Module, Optimizer]:
+        model = convert(request.model, to, **settings)
+        for norm, producer in feeding(model).items():
+            if isinstance(norm, BatchlessNorm) and honours_bias(producer):
+                absorb_bias(norm, producer)
+        if request.batches is not None and batchless_layers(model):
+            initialize(model, request.batches)
+        stepped = optimizer(request, model)
+        if batchless_layers(model):
+            attach(model, stepped)
+        return model, stepped
+
+    return build
+
+
 def _zero_gamma(request: Request) -> tuple[nn.Module, Optimizer]:
     return zero_gamma(request.model), sgd(request, request.model)
 
@@ -145,6 +166,7 @@ def _revisited_sgdg(request: Request) -> tuple[nn.Module, Optimizer]:
 
 _REVISITED = "Davis, Frank 2022, arXiv 2110.13989"
 _BNP = "Lange, Helfrich, Ye 2022, arXiv 2108.01110"
+_BATCHLESS = "Berger, Uc Cetina 2022, arXiv 2212.14729"
 _GRASSMANN = "Cho, Lee 2017, arXiv 1709.09603"
 _HELPS = "Santurkar et al. 2018, arXiv 1805.11604"
 
@@ -174,6 +196,21 @@ _RECIPES: tuple[Recipe, ...] = (
     Recipe("bnp", "No layers: gradients preconditioned by the inputs' statistics", _BNP, 0.1, _bnp("none", sgd)),
     Recipe("bnp-adam", "The same before Adam", _BNP, 0.001, _bnp("none", adam)),
     Recipe("group+bnp", "Group normalization and preconditioned gradients", _BNP, 0.1, _bnp("group", sgd)),
+    Recipe("batchless", "Normalization by learned Gaussians", _BATCHLESS, 0.03, _batchless("batchless", sgd)),
+    Recipe(
+        "batchless-adam",
+        "The same, trained by Adam as in the paper",
+        _BATCHLESS,
+        0.001,
+        _batchless("batchless", adam, gradient="plain"),
+    ),
+    Recipe(
+        "batchless-projected",
+        "Learned Gaussians with batch normalization's backward pass, from earlier steps",
+        _BATCHLESS + ", gradient ours",
+        0.03,
+        _batchless("batchless-projected", sgd),
+    ),
     Recipe("linf", "Normalization by the largest magnitude", _HELPS, 0.1, _converted("linf")),
     Recipe("revisited", "Batch normalization from scale 0.1, its rate / 100", _REVISITED, 0.1, _revisited()),
     Recipe(

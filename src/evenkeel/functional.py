@@ -1,7 +1,7 @@
 """The pure functions of the methods, without state."""
 
 from evenkeel.methods.batch_renorm import renorm_correction
-from evenkeel.methods.batchless import gaussian_nll_gradients
+from evenkeel.methods.batchless_functions import gaussian_nll_gradients
 from evenkeel.methods.batchless_projected import projected_gradient
 from evenkeel.methods.preconditioning import guarded_variance, precondition, step_divisor, update_running
 from evenkeel.methods.riemannian import adamg, sgdg

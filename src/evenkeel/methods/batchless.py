@@ -15,61 +15,17 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evenkeel.compilation import eager
+from evenkeel.methods.batchless_functions import Gradient, affine_map, gaussian_nll_gradients
 from evenkeel.methods.batchless_projected import GradientControl
 from evenkeel.moments import Moments, Tally, observe, observing, statistics_dtype
 
 Scale = Literal["log", "abs"]
-Gradient = Literal["natural", "plain"]
 _Self = TypeVar("_Self", bound="BatchlessNorm")
 
-LIMIT = 10.0  # bound of m2 - 1 in the natural gradient: from (0, 1), data of scale 100 would overshoot otherwise
 PATIENCE = 8  # backward passes after which a layer that nobody attached complains
-
-
-def gaussian_nll_gradients(
-    moments: Moments,
-    mean: Tensor,
-    sigma: Tensor,
-    *,
-    gradient: Gradient = "natural",
-    eps: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Gradient of ``E[log sigma + n^2 / 2]``, ``n = (x - mu) / sigma``, with respect to mu and rho = log sigma.
-
-    With ``m1 = E n`` and ``m2 = E n^2`` over the rows:
-
-    - plain: ``d mu = -m1 / sigma``, ``d rho = 1 - m2``
-    - natural (plain divided by the Fisher information ``diag(1 / sigma^2, 2)``): ``d mu = -sigma m1``,
-      ``d rho = (1 - m2) / 2`` with ``m2 - 1`` at most 10; a step of rate eta moves mu like a running mean of weight eta
-      and sigma^2 by ``exp(eta (m2 - 1))``.
-
-    Args:
-        moments: Moments of the rows of x, ``(features,)`` each.
-        mean: mu, shape ``(features,)``.
-        sigma: Standard deviation, shape ``(features,)``.
-        gradient: ``natural`` or ``plain``.
-        eps: Added to the variance of x, so that the fit of a constant feature ends at sqrt(eps).
-
-    Returns:
-        ``(d mu, d rho)``, shape ``(features,)`` each.
-
-    Examples:
-        >>> from evenkeel.moments import observe
-        >>> rows = observe(torch.tensor([[1.0], [3.0]]))
-        >>> [g.item() for g in gaussian_nll_gradients(rows, torch.tensor([0.0]), torch.tensor([1.0]))]
-        [-2.0, -2.0]
-        >>> all(g == 0 for g in gaussian_nll_gradients(rows, torch.tensor([2.0]), torch.tensor([1.0])))
-        True
-    """
-    m1 = (moments.mean - mean) / sigma
-    excess = (moments.variance + eps) / sigma.square() + m1.square() - 1
-    if gradient == "plain":
-        return -m1 / sigma, -excess
-    return -sigma * m1, -excess.clamp(max=LIMIT) / 2
 
 
 class BatchlessNorm(nn.Module):
@@ -181,6 +137,21 @@ class BatchlessNorm(nn.Module):
         if self.scale == "abs":  # d sigma = d rho / sigma; the Fisher information of sigma itself is 2 / sigma^2
             d_rho = d_rho * self.rho.detach().sign() * (1 / sigma if self.gradient == "plain" else sigma)
         return d_mean, d_rho
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """Step along the natural gradient in ``.grad``, and clear it.
+
+        sigma moves by ``sigma^2 <- sigma^2 (1 + rate (m2 - 1))``: to first order the plain step, but the exact running
+        second moment about mu, so that no rate up to 1 and no misfit, however large, overshoots.
+        """
+        if self.mean.grad is None or self.rho.grad is None:
+            return
+        d_log = self.rho.grad if self.scale == "log" else self.rho.grad / self.rho
+        growth = torch.log1p(-2 * rate * d_log) / 2
+        self.mean.sub_(self.mean.grad, alpha=rate)
+        self.set_statistics(self.mean, self.sigma * growth.exp())
+        self.mean.grad = self.rho.grad = None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize ``x``.
@@ -342,30 +313,6 @@ class BatchlessNorm(nn.Module):
             "feature_dim": (self.feature_dim, 1),
         }
         return ", ".join([f"{self.num_features}", *(f"{k}={v!r}" for k, (v, default) in given.items() if v != default)])
-
-
-def affine_map(x: Tensor, mean: Tensor, sigma: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``(x - mu) / sigma * gamma + beta`` with channels in dimension 1; saves ``x`` only if gamma is there.
-
-    Args:
-        x: ``(N, C, ...)``.
-        mean: mu, ``(C,)``.
-        sigma: Standard deviation, ``(C,)``.
-        weight: gamma ``(C,)`` or None.
-        bias: beta ``(C,)`` or None.
-
-    Returns:
-        Shape and dtype of ``x``.
-    """
-    if weight is not None and bias is not None:
-        if weight.dtype != mean.dtype:
-            weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
-        if x.dtype.itemsize > mean.dtype.itemsize:
-            mean, sigma, weight, bias = (t.to(x.dtype) for t in (mean, sigma, weight, bias))
-        return F.batch_norm(x, mean, sigma.square(), weight, bias, training=False, eps=0.0)
-    shape = (-1, *[1] * (x.dim() - 2))
-    scale = 1 / sigma
-    return torch.addcmul((-mean * scale).view(shape), x, scale.view(shape)).to(x.dtype)
 
 
 class BatchlessNorm1d(BatchlessNorm):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.compilation import eager
+from evenkeel.methods.batchless_functions import affine_map
 from evenkeel.moments import Moments, observing
 
 GAIN = 0.5
@@ -123,8 +124,6 @@ class _ProjectedAffine(torch.autograd.Function):
         slope: Tensor,
         add: Callable[[Tensor], None] | None,
     ) -> Tensor:
-        from evenkeel.methods.batchless import affine_map
-
         ctx.save_for_backward(x, weight, mean, sigma, shift, slope)
         ctx.add, ctx.first = add, True
         return affine_map(x, mean, sigma, weight, bias)
@@ -149,4 +148,6 @@ class _ProjectedAffine(torch.autograd.Function):
         return dx, d_gamma, d_beta, None, None, None, None, None
 
 
-_projected_affine = eager(_ProjectedAffine.apply)  # its backward pass adds to a sum outside of it
+@eager
+def _projected_affine(*args: Any) -> Tensor:
+    return _ProjectedAffine.apply(*args)  # its backward pass adds to sums outside of it

@@ -1,0 +1,80 @@
+"""The pure functions of batchless normalization: the gradient of the likelihood, and the affine map.
+
+Berger, Uc Cetina. "Batchless Normalization", arXiv 2212.14729.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evenkeel.moments import Moments
+
+Gradient = Literal["natural", "plain"]
+
+
+def gaussian_nll_gradients(
+    moments: Moments,
+    mean: Tensor,
+    sigma: Tensor,
+    *,
+    gradient: Gradient = "natural",
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of ``E[log sigma + n^2 / 2]``, ``n = (x - mu) / sigma``, with respect to mu and rho = log sigma.
+
+    With ``m1 = E n`` and ``m2 = E n^2`` over the rows:
+
+    - plain: ``d mu = -m1 / sigma``, ``d rho = 1 - m2``
+    - natural (plain divided by the Fisher information ``diag(1 / sigma^2, 2)``): ``d mu = -sigma m1``,
+      ``d rho = (1 - m2) / 2``; a small step of rate eta moves mu like a running mean of weight eta and sigma^2 by the
+      factor ``1 + eta (m2 - 1)``.
+
+    Args:
+        moments: Moments of the rows of x, ``(features,)`` each.
+        mean: mu, shape ``(features,)``.
+        sigma: Standard deviation, shape ``(features,)``.
+        gradient: ``natural`` or ``plain``.
+        eps: Added to the variance of x, so that the fit of a constant feature ends at sqrt(eps).
+
+    Returns:
+        ``(d mu, d rho)``, shape ``(features,)`` each.
+
+    Examples:
+        >>> from evenkeel.moments import observe
+        >>> rows = observe(torch.tensor([[1.0], [3.0]]))
+        >>> [g.item() for g in gaussian_nll_gradients(rows, torch.tensor([0.0]), torch.tensor([1.0]))]
+        [-2.0, -2.0]
+        >>> all(g == 0 for g in gaussian_nll_gradients(rows, torch.tensor([2.0]), torch.tensor([1.0])))
+        True
+    """
+    m1 = (moments.mean - mean) / sigma
+    excess = (moments.variance + eps) / sigma.square() + m1.square() - 1
+    if gradient == "plain":
+        return -m1 / sigma, -excess
+    return -sigma * m1, -excess / 2
+
+
+def affine_map(x: Tensor, mean: Tensor, sigma: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``(x - mu) / sigma * gamma + beta`` with channels in dimension 1; saves ``x`` only if gamma is there.
+
+    Args:
+        x: ``(N, C, ...)``.
+        mean: mu, ``(C,)``.
+        sigma: Standard deviation, ``(C,)``.
+        weight: gamma ``(C,)`` or None.
+        bias: beta ``(C,)`` or None.
+
+    Returns:
+        Shape and dtype of ``x``.
+    """
+    if weight is not None and bias is not None:
+        if weight.dtype != mean.dtype:
+            weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
+        if x.dtype.itemsize > mean.dtype.itemsize:
+            mean, sigma, weight, bias = (t.to(x.dtype) for t in (mean, sigma, weight, bias))
+        return F.batch_norm(x, mean, sigma.square(), weight, bias, training=False, eps=0.0)
+    shape = (-1, *[1] * (x.dim() - 2))
+    scale = 1 / sigma
+    return torch.addcmul((-mean * scale).view(shape), x, scale.view(shape)).to(x.dtype)

@@ -1,0 +1,158 @@
+"""Starting batchless layers: mu and sigma from data, biases before them absorbed.
+
+Berger, Uc Cetina. "Batchless Normalization", arXiv 2212.14729: data-dependent initialization, layer after layer.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from evenkeel.methods.batchless import BatchlessNorm, batchless_layers
+from evenkeel.moments import Tally, observe
+
+
+def initialize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    samples: int = 512,
+) -> nn.Module:
+    """Set mu and sigma of every batchless layer from data, layer after layer in the order of execution.
+
+    Layer by layer, so that each is fitted to what the already fitted layers before it really produce; the function of
+    the model changes. Runs in eval mode without gradients and restores the modes.
+
+    Args:
+        model: A model with batchless layers; changed in place.
+        batches: Batches the model understands; read until ``samples`` instances have been seen, a few hundred are
+            enough.
+        forward: How to run the model on a batch; by default a mapping goes in as keyword arguments, of a tuple or list
+            the first entry, anything else as it is.
+        samples: Number of instances to read, counted along the first dimension of a batch's first tensor.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The model has no batchless layer, or there is no batch.
+    """
+    forward = forward or run_batch
+    layers = batchless_layers(model)
+    if not layers:
+        raise ValueError(
+            "initialize: the model has no batchless layer; convert it first, e.g. evenkeel.convert(model, 'batchless')"
+        )
+    few = _take(batches, samples)
+    if not few:
+        raise ValueError("initialize: batches is empty; give at least one batch of training data")
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            order = _calls(model, layers, few[0], forward)
+            for layer, calls in order.items():
+                seen = Tally()
+                for batch in few:
+                    _observe_inputs(model, layer, calls, batch, forward, seen)
+                moments = seen.take()
+                if moments is not None:
+                    layer.set_statistics(moments.mean, (moments.variance + layer.eps).sqrt())
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return model
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """The model's output: a mapping goes in as keyword arguments, of a tuple or list the first entry."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+class _Enough(Exception):
+    """Leaves a forward pass once the layer of interest has been reached."""
+
+
+def _take(batches: Iterable[Any], samples: int) -> list[Any]:
+    few: list[Any] = []
+    for batch in batches:
+        few.append(batch)
+        tensor = _first_tensor(batch)
+        samples -= 1 if tensor is None else tensor.shape[0]
+        if samples <= 0:
+            break
+    return few
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch if batch.dim() else None
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return next((t for t in map(_first_tensor, parts) if t is not None), None)
+
+
+def _calls(
+    model: nn.Module, layers: list[BatchlessNorm], batch: Any, forward: Callable[[nn.Module, Any], Any]
+) -> dict[BatchlessNorm, int]:
+    """How often each layer is called in one forward pass, in the order of the first call."""
+    calls: dict[BatchlessNorm, int] = {}
+
+    def count(layer: nn.Module, _: Any) -> None:
+        assert isinstance(layer, BatchlessNorm)
+        calls[layer] = calls.get(layer, 0) + 1
+
+    hooks = [layer.register_forward_pre_hook(count) for layer in layers]
+    try:
+        forward(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _observe_inputs(
+    model: nn.Module,
+    layer: BatchlessNorm,
+    calls: int,
+    batch: Any,
+    forward: Callable[[nn.Module, Any], Any],
+    seen: Tally,
+) -> None:
+    """Count the moments of what reaches ``layer``; the pass ends with the layer's last call."""
+    left = calls
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal left
+        mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
+        seen.add(observe(args[0] if args else kwargs["x"], layer.feature_dim, mask))
+        left -= 1
+        if left == 0:
+            raise _Enough
+
+    hook = layer.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        forward(model, batch)
+    except _Enough:
+        pass
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def absorb_bias(layer: BatchlessNorm, producer: nn.Linear | _ConvNd) -> None:
+    """Move the bias of the layer that feeds ``layer`` into its mu.
+
+    Without the projection of batch normalization's backward pass it would be trained, and grow, for nothing.
+
+    Args:
+        layer: A batchless layer.
+        producer: The linear or convolutional layer whose output goes into ``layer`` and nowhere else.
+    """
+    if producer.bias is not None:
+        layer.mean.sub_(producer.bias)
+        producer.register_parameter("bias", None)
