@@ -19,9 +19,9 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.2),
-            nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
-        )  # fmt: skip
+            nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.2)
+        )
+        self.branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
         self.middle = spectral_norm(nn.Linear(16, 6))
         self.tied = self.body[0]
         self.head = nn.Linear(6, 3)
@@ -31,7 +31,9 @@ class Net(nn.Module):
             parameter.requires_grad_(False)
 
     def forward(self, x):
-        return self.head(self.frozen(self.middle(self.body(x).flatten(1))))
+        x = self.body(x)
+        x = torch.relu(x + self.branch(x))
+        return self.head(self.frozen(self.middle(x.flatten(1))))
 
 
 def objective(model, batch):
