@@ -13,6 +13,7 @@ from evenkeel.instruments._curvature import Curvature, curvature
 from evenkeel.instruments._discrepancy import Discrepancy, discrepancy
 from evenkeel.instruments._gradient_removed import GradientRemoved, gradient_removed
 from evenkeel.instruments._landscape import Landscape, landscape
+from evenkeel.instruments.monitor import Monitor
 
 __all__ = [
     "Activations",
@@ -24,6 +25,7 @@ __all__ = [
     "Discrepancy",
     "GradientRemoved",
     "Landscape",
+    "Monitor",
     "activations",
     "angular",
     "channels",

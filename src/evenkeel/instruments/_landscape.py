@@ -119,14 +119,23 @@ def landscape(
         >>> round(walk.beta, 4), walk.gradient_norm
         (3.0, 3.0)
     """
+    sizes = step_sizes(lr, steps, span)
+    with Probe(model, objective, batch) as probe:
+        loss, gradient = probe.gradients()
+        return walk(probe, loss, gradient, sizes)
+
+
+def step_sizes(lr: float, steps: int = 8, span: tuple[float, float] = (1 / 8, 4)) -> tuple[float, ...]:
+    """Step sizes from ``span[0] * lr`` to ``span[1] * lr``, evenly spaced in the logarithm.
+
+    Raises:
+        ValueError: One of them would not be positive.
+    """
     low, high = span
     if not (lr > 0 and 0 < low <= high and steps >= 1):
         raise ValueError(f"lr {lr}, steps {steps}, span {span}: needs lr > 0, steps >= 1 and 0 < span[0] <= span[1]")
     ratio = (high / low) ** (1 / max(steps - 1, 1))
-    sizes = tuple(lr * low * ratio**k for k in range(steps))
-    with Probe(model, objective, batch) as probe:
-        loss, gradient = probe.gradients()
-        return walk(probe, loss, gradient, sizes)
+    return tuple(lr * low * ratio**k for k in range(steps))
 
 
 def walk(probe: Probe, loss: float, gradient: list[Tensor], sizes: tuple[float, ...]) -> Landscape:

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from evenkeel import moments
 from evenkeel.graph import dataflow, is_norm
 from evenkeel.instruments.guard import Probe
+from evenkeel.methods.batchless import BatchlessNorm
 from evenkeel.methods.lp_norm import LpNorm, lp_statistics
 
 WEIGHTED = (nn.Linear, _ConvNd)
@@ -38,6 +39,8 @@ def running_statistics(module: nn.Module) -> Statistics | None:
         return Statistics(module.running_mean.clone(), (module.running_scale + module.eps).square())
     if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
         return Statistics(module.running_mean.clone(), module.running_var + module.eps)
+    if isinstance(module, BatchlessNorm):
+        return Statistics(module.mean.detach().clone(), module.sigma.square())
     return None
 
 
