@@ -1,12 +1,17 @@
 """The command line: what a stranger types, right and wrong."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from evenkeel.cli import main
 from evenkeel.study.compare import StudyFolder
+from evenkeel.study.errors import StudyError
 from evenkeel.study.report import read_results
 
 QUICK = [
@@ -89,6 +94,7 @@ def test_recipes_are_listed_with_their_papers(capsys):
         (["compare", "--model", "digits-cn"], "did you mean 'digits-cnn'"),
         (["compare", "--model", "no.module:factory"], "no.module"),
         (["compare", "--data", "no/such/folder"], "--data"),
+        (["compare", "--data", "digts"], "did you mean 'digits'?"),
         (["compare", "--data", "spiral", "--methods", "batch"], "--model digits-cnn"),
         (["compare", "--device", "cuda"], "--device cuda: no CUDA device"),
         (["compar"], "did you mean 'compare'"),
@@ -191,3 +197,35 @@ def test_importing_evenkeel_is_quick_and_needs_torch_alone():
         for _ in range(3)
     )
     assert took < 0.15
+
+
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "evenkeel.cli",
+        "compare",
+        *QUICK,
+        "--budget",
+        "20000",
+        "--workers",
+        "1",
+        "--out",
+        str(out),
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    running = []
+    while not running and process.poll() is None:
+        time.sleep(0.2)
+        with contextlib.suppress(StudyError, KeyError):  # before the study is there
+            store = StudyFolder.read(out).place(None).store()
+            running = store.running()
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: the workers get it too
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "the same command goes on where it was" in errors
+    assert "Traceback" not in errors
+    assert (out / "report.html").exists()
+    assert store.free_dead() == 1  # the worker is gone, its slot waits again

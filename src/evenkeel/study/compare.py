@@ -184,6 +184,7 @@ def compare(
 
     Raises:
         StudyError: Bad input; nothing was run.
+        KeyboardInterrupt: The user stopped it; there is a report of what has ended, and the same call goes on.
     """
     data = check(config)
     folder = StudyFolder(
@@ -194,13 +195,17 @@ def compare(
     store = place.store()
     store.open(config)
     count = workers or (1 if config.device.startswith("cuda") else available_cores())
-    with Display(quiet=quiet) as shown:
-        shown.plan(slots(config))
-        run_workers(place, config, count, shown.update)
-        if store.noted("costs") is None:
-            shown.message("measuring time and memory per step")
-            torch.set_num_threads(1)
-            store.note("costs", [vars(cost) for cost in measure_costs(config, data)])
+    try:
+        with Display(quiet=quiet) as shown:
+            shown.plan(slots(config))
+            run_workers(place, config, count, shown.update)
+            if store.noted("costs") is None:
+                shown.message("measuring time and memory per step")
+                torch.set_num_threads(1)
+                store.note("costs", [vars(cost) for cost in measure_costs(config, data)])
+    except KeyboardInterrupt:
+        report(folder, store, data)  # of what there is
+        raise
     return report(folder, store, data), folder.path
 
 

@@ -4,6 +4,7 @@
 shape: :class:`Data`, splits of plain tensors. Images stay uint8 until they are on the training device.
 """
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import pi
@@ -150,7 +151,13 @@ def load_data(
     if hub:
         from evenkeel.study.images import load_images
 
-        return load_images(name, image_column=image_column, label_column=label_column, size=image_size, limit=limit)
+        try:
+            return load_images(name, image_column=image_column, label_column=label_column, size=image_size, limit=limit)
+        except DataError as error:
+            near = difflib.get_close_matches(name, _BUILT_IN, n=1)
+            if not near:
+                raise
+            raise DataError(f"{error}; did you mean {near[0]!r}?") from error
     data = _BUILT_IN[name]() if name in _BUILT_IN else _from_factory(name)
     return data if limit is None else _limited(data, limit)
 
