@@ -640,6 +640,7 @@ def test_schedulers_and_adam_work_unchanged(setting):
     [
         ({"decay": 1.0}, "decay must lie in"),
         ({"eps_relative": -0.1}, "non-negative"),
+        ({"max_change": 0.0}, "max_change must be positive"),
         ({"eps_relative": 0.0, "eps": 0.0}, "not both zero"),
         ({"layers": ["1"]}, "'1' cannot be preconditioned: ReLU holds no weight"),
         ({"layers": ["nowhere"]}, "no such module"),
@@ -661,7 +662,61 @@ def test_a_model_without_layers_or_with_two_observers_is_refused():
         BNP(model)
 
 
-@pytest.mark.parametrize("name", ["bnp", "bnp-adam", "group+bnp"])
+def test_a_bound_that_is_never_reached_changes_nothing(setting):
+    model, data = setting
+    plain, optimizer, _ = twin(model)
+    train(plain, data, optimizer.step, optimizer)
+    bounded, stepping, _ = twin(model, max_change=1e6)
+    train(bounded, data, stepping.step, stepping)
+    assert same(plain, bounded, 1e-12)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_with_a_bound_no_learning_rate_diverges(setting, by_hand):
+    model, data = setting
+    worst = {}
+    for limit in (None, 0.1):
+        trained = copy.deepcopy(model)
+        optimizer = SGD(trained.parameters(), lr=30.0, momentum=0.9)
+        bnp = BNP(trained, max_change=limit)
+        bnp.attach(optimizer)
+
+        def step(bnp=bnp, optimizer=optimizer):
+            if by_hand:
+                bnp.precondition_()
+            optimizer.step()
+
+        train(trained, data * 4, step, optimizer)
+        worst[limit] = max(F.cross_entropy(trained(x), y).item() for x, y in data)
+    assert worst[None] > 100
+    assert worst[0.1] < 5
+
+
+def test_a_bound_needs_the_learning_rate():
+    model = mlp()
+    bnp = BNP(model, max_change=0.1)
+    model(torch.randn(4, 6)).sum().backward()
+    with pytest.raises(ValueError, match="attach the optimizer first"):
+        bnp.precondition_()
+
+
+def test_a_gradient_that_a_fused_optimizer_will_unscale_is_bounded_as_the_true_one():
+    torch.manual_seed(0)
+    x, grads = torch.randn(4, 6), []
+    for scale in (1.0, 1024.0):
+        torch.manual_seed(1)
+        model = mlp()
+        optimizer = SGD(model.parameters(), lr=5.0)
+        bnp = BNP(model, max_change=0.1)
+        bnp.attach(optimizer)
+        optimizer.grad_scale = torch.tensor(scale)
+        (model(x).square().sum() * scale).backward()
+        bnp.precondition_()
+        grads.append(model[0].weight.grad / scale)
+    assert torch.allclose(grads[0], grads[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bnp", "bnp-paper", "bnp-adam", "group+bnp"])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_recipes_train_a_network_whose_batch_normalization_they_replace(name, batch):
     torch.manual_seed(0)

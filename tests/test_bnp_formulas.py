@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evenkeel.functional import guarded_variance, precondition, step_divisor, update_running
+from evenkeel.functional import bounded_step, guarded_variance, precondition, step_divisor, update_running
 from evenkeel.methods.observed import geometry, row_count
+from evenkeel.methods.preconditioning import scale_units
 from evenkeel.moments import observe, totals
 
 CASES = {
@@ -280,6 +281,44 @@ def test_running_statistics_of_single_rows_are_those_of_the_weighted_mixture():
         mean, variance = update_running(mean, variance, row, torch.zeros(3), 1 - decay)
     assert torch.allclose(mean, weights @ data, rtol=1e-12)
     assert torch.allclose(variance, weights @ (data - weights @ data).square(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_bounded_step_changes_no_unit_by_more_than_its_share(case, bias):
+    make, x = case
+    layer, rate, limit = make(bias).double(), 40.0, 0.1
+    shape = geometry(layer)
+    layout = {"groups": shape.groups, "transposed": shape.transposed}
+    design = rows(layer, x)
+    stacked = torch.cat(design, 1)  # (rows, all channels, taps): one mean and variance per channel, over rows and taps
+    mean, variance = stacked.mean((0, 2)), stacked.var((0, 2), correction=0)
+    loss_of(positions_first(layer, layer(x))).backward()
+    grads = layer.weight.grad, layer.bias.grad if bias else None
+    ours = precondition(*grads, mean, variance, divisor=2.0, **layout)
+    factors = bounded_step(layer.weight, grads, ours, variance, rate=rate, max_change=limit, divisor=2.0, **layout)
+
+    # the change of an output in root mean square, were the channels and taps uncorrelated as the metric takes them to be
+    step, taps = matrices(layer, ours[0]), stacked.shape[2]
+    weights = matrices(layer, layer.weight.detach())
+    metric = torch.diag(variance.repeat_interleave(taps))
+    mu = mean.repeat_interleave(taps)
+    change, spread, start = [], [], 0
+    for group, (d, w) in enumerate(zip(step, weights, strict=True)):
+        size = d[0].numel()
+        part = slice(group * size, (group + 1) * size)
+        for unit, flat in enumerate(d.reshape(len(d), -1)):
+            shift = flat @ mu[part] + (ours[1][start + unit] if bias else 0)
+            change.append(rate * (flat @ metric[part, part] @ flat + shift**2).sqrt())
+        spread += [(f @ metric[part, part] @ f).sqrt() for f in w.reshape(len(w), -1)]
+        start += len(d)
+    change, spread = torch.stack(change), torch.stack(spread).clamp(min=0.1)
+    assert torch.allclose(factors, (limit * spread / change).clamp(max=1), rtol=1e-9)
+    assert (factors < 1).any()
+    small = bounded_step(layer.weight, grads, ours, variance, rate=1e-9, max_change=limit, divisor=2.0, **layout)
+    assert torch.equal(small, torch.ones_like(small)), "steps within the bound are the paper's"
+    scaled = matrices(layer, scale_units(ours[0], factors, **layout))
+    for mine, d, f in zip(scaled, step, factors.chunk(shape.groups), strict=True):
+        assert torch.allclose(mine, d * f[:, None, None])
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 1), (2, 4, 3)])

@@ -112,12 +112,12 @@ def _revisited(arm: Arm = "paper", *, input_norm: bool = False) -> Callable[[Req
 
 
 def _bnp(
-    to: str, optimizer: Callable[[Request, nn.Module], Optimizer]
+    to: str, optimizer: Callable[[Request, nn.Module], Optimizer], max_change: float | None = None
 ) -> Callable[[Request], tuple[nn.Module, Optimizer]]:
     def build(request: Request) -> tuple[nn.Module, Optimizer]:
         model = convert(request.model, to)
         stepped = optimizer(request, model)
-        BNP(model).attach(stepped)
+        BNP(model, max_change=max_change).attach(stepped)
         return model, stepped
 
     return build
@@ -193,9 +193,10 @@ _RECIPES: tuple[Recipe, ...] = (
     Recipe("noisy-batch", "Batch normalization, then shifting noise: a probe", _HELPS, 0.1, _converted("noisy-batch")),
     Recipe("l1", "Normalization by the mean magnitude", _HELPS, 0.1, _converted("l1")),
     Recipe("l2", "Normalization by the root mean square", _HELPS, 0.1, _converted("l2")),
-    Recipe("bnp", "No layers: gradients preconditioned by the inputs' statistics", _BNP, 0.1, _bnp("none", sgd)),
+    Recipe("bnp", "No layers: gradients preconditioned, steps bounded", _BNP, 0.1, _bnp("none", sgd, 0.1)),
+    Recipe("bnp-paper", "The same as published, without a bound on the step", _BNP, 0.03, _bnp("none", sgd)),
     Recipe("bnp-adam", "The same before Adam", _BNP, 0.001, _bnp("none", adam)),
-    Recipe("group+bnp", "Group normalization and preconditioned gradients", _BNP, 0.1, _bnp("group", sgd)),
+    Recipe("group+bnp", "Group normalization and preconditioned gradients", _BNP, 0.1, _bnp("group", sgd, 0.1)),
     Recipe("batchless", "Normalization by learned Gaussians", _BATCHLESS, 0.03, _batchless("batchless", sgd)),
     Recipe(
         "batchless-adam",

@@ -3,13 +3,14 @@
 from evenkeel.methods.batch_renorm import renorm_correction
 from evenkeel.methods.batchless_functions import gaussian_nll_gradients
 from evenkeel.methods.batchless_projected import projected_gradient
-from evenkeel.methods.preconditioning import guarded_variance, precondition, step_divisor, update_running
+from evenkeel.methods.preconditioning import bounded_step, guarded_variance, precondition, step_divisor, update_running
 from evenkeel.methods.riemannian import adamg, sgdg
 from evenkeel.methods.row_optimizer import clip_rows, orthogonality_gradient
 from evenkeel.methods.sphere import exponential_map, logarithmic_map, parallel_transport, project
 
 __all__ = [
     "adamg",
+    "bounded_step",
     "clip_rows",
     "exponential_map",
     "gaussian_nll_gradients",

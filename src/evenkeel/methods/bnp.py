@@ -9,7 +9,7 @@ input, gathered by forward hooks, and the moment at which gradients are transfor
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evenkeel.methods.bnp_layers import choose, removed_means
-from evenkeel.methods.observed import Observed, Sums, geometry, wide_dtype
-from evenkeel.methods.preconditioning import guarded_variance, precondition, step_divisor, update_running
+from evenkeel.methods.observed import Observed, geometry
+from evenkeel.methods.preconditioning import bounded_step, precondition, scale_units
+from evenkeel.methods.row_statistics import RowStatistics, restored
 from evenkeel.stepping import StepHandle, before_step
+
+Rate: TypeAlias = Tensor | float
 
 
 class BNP:
@@ -35,6 +38,9 @@ class BNP:
         eps_relative: Guard of the variances relative to the largest of the layer.
         eps: Absolute guard of the variances.
         layers: Paths of the layers to precondition, default all.
+        max_change: Largest change of a unit's output in one step, relative to its spread; None is the paper's form, which
+            bounds nothing. For SGD, whose step is the gradient times its rate; 0.1 is a good value, and with it no
+            learning rate diverges that batch normalization survives.
         process_group: Ranks that share their statistics, default the world.
 
     Attributes:
@@ -60,6 +66,7 @@ class BNP:
         eps_relative: float = 1e-2,
         eps: float = 1e-4,
         layers: Iterable[str] | None = None,
+        max_change: float | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not 0 <= decay < 1:
@@ -69,8 +76,11 @@ class BNP:
                 f"eps_relative and eps must be non-negative and not both zero, got {eps_relative} and {eps}: "
                 "the gradients of constant inputs would be divided by zero"
             )
-        self.decay, self.eps_relative, self.eps = decay, eps_relative, eps
-        self.process_group = process_group
+        if max_change is not None and not max_change > 0:
+            raise ValueError(f"max_change must be positive or None, got {max_change}")
+        self.max_change = max_change
+        self._statistics = RowStatistics(decay, eps_relative, eps, process_group)
+        self._optimizers: list[Optimizer] = []
         self._mask: Tensor | None = None
         chosen, self.skipped = choose(model, layers)
         norms = removed_means(model, chosen)
@@ -107,7 +117,7 @@ class BNP:
 
         def prepare() -> None:
             layers = self._layers_of(optimizer)
-            self._precondition([seen for seen in layers if not seen.prepared], _trained(optimizer))
+            self._precondition([seen for seen in layers if not seen.prepared], _rates(optimizer))
             for seen in layers:
                 seen.prepared = False
 
@@ -124,15 +134,22 @@ class BNP:
 
         handle = before_step(optimizer, prepare, discard=discard, owner="BNP")
         hooks = optimizer.register_state_dict_post_hook(save), optimizer.register_load_state_dict_pre_hook(load)
-        return StepHandle([handle.remove, *(hook.remove for hook in hooks)])
+        self._optimizers.append(optimizer)
+        return StepHandle([handle.remove, *(hook.remove for hook in hooks), lambda: self._optimizers.remove(optimizer)])
 
     @torch.no_grad()
     def precondition_(self) -> None:
         """Precondition the gradients now, by hand: before clipping, say (under AMP after ``scaler.unscale_``).
 
         The next step of an attached optimizer then leaves them as they are.
+
+        Raises:
+            ValueError: ``max_change`` is set and no attached optimizer tells the learning rate.
         """
-        self._precondition([seen for seen in self._layers if not seen.prepared], None)
+        rates: dict[int, Rate] = {}
+        for optimizer in self._optimizers:
+            rates.update(_rates(optimizer))
+        self._precondition([seen for seen in self._layers if not seen.prepared], rates if self._optimizers else None)
         for seen in self._layers:
             seen.prepared = True
 
@@ -185,10 +202,12 @@ class BNP:
         for seen in self._layers:
             entry = state.get(seen.path)
             device = seen.layer.weight.device
-            seen.running = None if entry is None else _running(entry, device)
+            seen.running = None if entry is None else restored(entry, device)
 
     def __repr__(self) -> str:
-        lines = [f"BNP(decay={self.decay}, eps_relative={self.eps_relative}, eps={self.eps})"]
+        kept = self._statistics
+        options = f"decay={kept.decay}, eps_relative={kept.eps_relative}, eps={kept.eps}, max_change={self.max_change}"
+        lines = [f"BNP({options})"]
         lines += [f"  {seen.path}: {_rule(seen)}" for seen in self._layers]
         lines += [f"  {path}: left alone: {reason}" for path, reason in self.skipped.items()]
         return "\n".join(lines)
@@ -197,130 +216,61 @@ class BNP:
         trained = _trained(optimizer)
         return [seen for seen in self._layers if id(seen.layer.weight) in trained]
 
-    def _precondition(self, layers: Sequence[Observed], trained: set[int] | None) -> None:
+    def _precondition(self, layers: Sequence[Observed], rates: Mapping[int, Rate] | None) -> None:
+        """Transform the gradients of ``layers``; a bias that is not among the optimizer's parameters is not trained.
+
+        Raises:
+            ValueError: A step is to be bounded and its learning rate is not known.
+        """
         layers = [seen for seen in layers if seen.materialized()]
         if not layers:
             return
-        ready = self._advance(layers)
-        for seen, (mean, variance, divisor) in zip(layers, ready, strict=True):
+        if self.max_change is not None and rates is None:
+            raise ValueError("max_change bounds a step, so it needs the learning rate: attach the optimizer first")
+        for seen, (mean, variance, divisor) in zip(layers, self._statistics.advance(layers), strict=True):
             weight, bias = seen.layer.weight, seen.layer.bias
             if weight.grad is None:
                 continue
             shape = geometry(seen.layer)
-            bias_grad = None if bias is None or (trained is not None and id(bias) not in trained) else bias.grad
+            layout = {"groups": shape.groups, "transposed": shape.transposed}
+            bias_grad = None if bias is None or (rates is not None and id(bias) not in rates) else bias.grad
+            grads = weight.grad, bias_grad
             new_weight, new_bias = precondition(
-                weight.grad,
-                bias_grad,
-                mean,
-                variance,
-                divisor=divisor,
-                groups=shape.groups,
-                transposed=shape.transposed,
-                mean_removed=seen.mean_removed,
+                *grads, mean, variance, divisor=divisor, mean_removed=seen.mean_removed, **layout
             )
+            if self.max_change is not None and rates is not None:
+                factors = bounded_step(
+                    weight,
+                    grads,
+                    (new_weight, new_bias),
+                    variance,
+                    rate=rates[id(weight)],
+                    max_change=self.max_change,
+                    divisor=divisor,
+                    **layout,
+                )
+                new_weight = scale_units(new_weight, factors, **layout)
+                new_bias = None if new_bias is None else new_bias * factors
             weight.grad.copy_(new_weight)
             if bias_grad is not None and new_bias is not None:
                 bias_grad.copy_(new_bias)
 
-    def _advance(self, layers: Sequence[Observed]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Take this step's rows into the statistics of all layers at once; mean, guarded variance, q^2 of each."""
-        device = layers[0].layer.weight.device
-        shapes = [geometry(seen.layer) for seen in layers]
-        sizes = [shape.features for shape in shapes]
-        rows, positions, total, square = self._reduced([_summed(seen.take()) for seen in layers], sizes, device)
 
-        owner = torch.repeat_interleave(torch.arange(len(layers)), torch.tensor(sizes)).to(device)
-        fan_in = torch.tensor([float(shape.fan_in) for shape in shapes], dtype=total.dtype).to(device)
-        known = [seen.running or _nothing(size, total) for seen, size in zip(layers, sizes, strict=True)]
-        mean, variance = (torch.cat([k[i].to(device) for k in known]) for i in (0, 1))
-        steps = torch.stack([k[2].to(device) for k in known])
+def _rates(optimizer: Optimizer) -> dict[int, Rate]:
+    """For each parameter, how far the optimizer carries it along a lasting gradient: learning rate over 1 - momentum.
 
-        finite = total.isfinite() & square.isfinite()
-        usable = (rows > 0) & (_largest((~finite).to(total.dtype), owner, len(layers)) == 0)
-        steps = steps + usable
-        weight = torch.where(usable, (1 / steps.clamp(min=1)).clamp(min=1 - self.decay), 0)[owner]
-        batch_mean = total / rows[owner].clamp(min=1)
-        batch_variance = (square / rows[owner].clamp(min=1) - batch_mean.square()).clamp(min=0)
-        new_mean, new_variance = update_running(mean, variance, batch_mean, batch_variance, weight)
-        mean = torch.where(usable[owner], new_mean, mean)
-        variance = torch.where(usable[owner], new_variance, variance)
-        for seen, m, v, t in zip(layers, mean.split(sizes), variance.split(sizes), steps, strict=True):
-            seen.running = (m, v, t)
-
-        largest = _largest(variance, owner, len(layers))[owner]
-        guarded = guarded_variance(variance, self.eps_relative, self.eps, largest=largest)
-        guarded = torch.where((steps > 0)[owner], guarded, 1)  # a layer that never saw a usable row steps as it is
-        divisor = step_divisor(fan_in, positions)
-        by_dtype = {
-            dtype: (mean.to(dtype).split(sizes), guarded.to(dtype).split(sizes), divisor.to(dtype))
-            for dtype in {_compute_dtype(seen.layer.weight) for seen in layers}
-        }
-        ready = []
-        for i, seen in enumerate(layers):
-            m, s, q = by_dtype[_compute_dtype(seen.layer.weight)]
-            ready.append(tuple(t.to(seen.layer.weight.device) for t in (m[i], s[i], q[i])))
-        return ready
-
-    def _reduced(
-        self, sums: Sequence[Sums | None], sizes: Sequence[int], device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows and positions per layer, sums and squares per feature, over all ranks in one all-reduce."""
-        wide = wide_dtype(device)
-        none = torch.zeros((), dtype=wide)
-        given = [s or Sums(0.0, 0.0, none.expand(n), none.expand(n)) for s, n in zip(sums, sizes, strict=True)]
-        counts = _to_device([s.rows for s in given] + [s.positions for s in given], wide, device)
-        flat = torch.cat([counts, *(t.to(device, wide) for t in [s.total for s in given] + [s.square for s in given])])
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
-            dist.all_reduce(flat, group=self.process_group)
-        rows, positions, total, square = flat.split([len(sizes), len(sizes), sum(sizes), sum(sizes)])
-        return rows, positions, total, square
+    Where a fused optimizer under AMP unscales the gradients itself, they are still scaled here.
+    """
+    scale = getattr(optimizer, "grad_scale", None)
+    rates: dict[int, Rate] = {}
+    for group in optimizer.param_groups:
+        rate = group.get("lr", 0.0) / (1 - group.get("momentum", 0.0))
+        rates.update((id(p), rate if scale is None else rate / scale) for p in group["params"])
+    return rates
 
 
 def _trained(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-def _summed(seen: Sequence[Sums]) -> Sums | None:
-    """The sums of all forwards of a step (in fp64 where there are several)."""
-    if len(seen) < 2:
-        return seen[0] if seen else None
-    wide = wide_dtype(seen[0].total.device)
-    total = torch.stack([s.total.to(wide) for s in seen]).sum(0)
-    square = torch.stack([s.square.to(wide) for s in seen]).sum(0)
-    return Sums(sum(s.rows for s in seen), sum(s.positions for s in seen), total, square)
-
-
-def _to_device(values: Sequence[Tensor | float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One vector of numbers and scalar tensors, without waiting for the device."""
-    pinned = device.type == "cuda"
-    numbers = torch.tensor([0.0 if isinstance(v, Tensor) else v for v in values], dtype=dtype, pin_memory=pinned)
-    vector = numbers.to(device, non_blocking=True)
-    tensors = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
-    if not tensors:
-        return vector
-    return torch.stack([
-        torch.as_tensor(v, device=device).to(dtype) if isinstance(v, Tensor) else vector[i]
-        for i, v in enumerate(values)
-    ])
-
-
-def _nothing(features: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return like.new_zeros(features), like.new_ones(features), like.new_zeros(())
-
-
-def _running(entry: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    wide = wide_dtype(device)
-    mean, variance, steps = (entry[name].to(device, wide).clone() for name in ("mean", "variance", "steps"))
-    return mean, variance, steps
-
-
-def _largest(values: Tensor, owner: Tensor, layers: int) -> Tensor:
-    """The largest value of each layer, for values >= 0."""
-    return values.new_zeros(layers).scatter_reduce(0, owner, values, "amax")
 
 
 def _rule(seen: Observed) -> str:

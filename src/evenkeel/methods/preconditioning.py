@@ -13,6 +13,8 @@ from math import prod
 
 from torch import Tensor
 
+SMALLEST_SPREAD = 0.1
+
 
 def guarded_variance(
     variance: Tensor, eps_relative: float = 1e-2, eps: float = 1e-4, *, largest: Tensor | None = None
@@ -136,6 +138,69 @@ def precondition(
         share = (weight * mu).sum(ins, keepdim=True) / (1 + taps * (mu * v).sum(ins, keepdim=True))
         weight = weight - share * v
     return (weight / divisor).reshape(weight_grad.shape), None
+
+
+def bounded_step(
+    weight: Tensor,
+    grads: tuple[Tensor, Tensor | None],
+    preconditioned: tuple[Tensor, Tensor | None],
+    variance: Tensor,
+    *,
+    rate: Tensor | float,
+    max_change: float,
+    divisor: Tensor | float = 1.0,
+    groups: int = 1,
+    transposed: bool = False,
+) -> Tensor:
+    """Factor per output unit, so that no step changes its output by more than ``max_change`` of the output's spread.
+
+    A step ``-rate (W~, b~)`` changes the output of unit ``i``, over the rows it sees, by ``|dz_i|`` in root mean
+    square::
+
+        |dz_i|^2 = rate^2 (G_W,i . W~_i + G_b,i b~_i) / q^2
+
+    which the preconditioned gradient gives for nothing: the metric of the step is ``(P P^T)^-1``. The spread of the
+    output is ``|z_i|``, ``|z_i|^2 = sum_c s_c w_ic^2`` (inputs taken as uncorrelated), at least 0.1 so that a unit
+    that starts at zero can move. The factor is ``min(1, max_change max(|z_i|, 0.1) / |dz_i|)``.
+
+    Args:
+        weight: The weight, laid out as for :func:`precondition`.
+        grads: Gradients of weight and bias (or None).
+        preconditioned: What :func:`precondition` made of them.
+        variance: Guarded variance of the input, ``(in,)``.
+        rate: Learning rate, over ``1 - momentum`` where there is momentum: how far a lasting gradient carries.
+        max_change: Largest relative change of a unit's output.
+        divisor: ``q^2``.
+        groups: Groups of the convolution.
+        transposed: Whether the weight is laid out as that of a transposed convolution.
+
+    Returns:
+        Factors in (0, 1], ``(out,)``.
+
+    Examples:
+        A unit with spread 1 whose step would move it by 1 is allowed a tenth of that:
+
+        >>> import torch
+        >>> w, g, s = torch.tensor([[1.0]]), torch.tensor([[2.0]]), torch.ones(1)
+        >>> bounded_step(w, (g, None), (g, None), s, rate=0.5, max_change=0.1).tolist()
+        [0.10000000149011612]
+    """
+    view = (groups, weight.shape[0] // groups, weight.shape[1], -1)
+    ins = (1, 3) if transposed else (2, 3)
+    s = variance.reshape((groups, -1, 1, 1) if transposed else (groups, 1, -1, 1))
+    change = (grads[0] * preconditioned[0]).reshape(view).sum(ins).reshape(-1)
+    if grads[1] is not None and preconditioned[1] is not None:
+        change = change + grads[1] * preconditioned[1]
+    spread = (weight.detach().square().reshape(view) * s).sum(ins).reshape(-1)
+    change = rate * (change.clamp(min=0) / divisor).sqrt()
+    return (max_change * spread.sqrt().clamp(min=SMALLEST_SPREAD) / change.clamp(min=1e-30)).clamp(max=1)
+
+
+def scale_units(weight: Tensor, factors: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
+    """The weight-shaped tensor with each output unit multiplied by its factor, ``(out,)``."""
+    view = (groups, weight.shape[0] // groups, weight.shape[1], -1)
+    per_out = (groups, 1, -1, 1) if transposed else (groups, -1, 1, 1)
+    return (weight.reshape(view) * factors.reshape(per_out)).reshape(weight.shape)
 
 
 def _check(
