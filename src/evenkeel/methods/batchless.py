@@ -181,13 +181,17 @@ class BatchlessNorm(nn.Module):
         else:
             y = affine_map(rows, self.mean, self.sigma, self.weight, self.bias)
         y = y.view_as(x) if last else y
-        if learns and y.requires_grad and observing():
+        if learns and observing():
             self._count(x, y, mask)
         return y
 
     @eager
     def _count(self, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
-        self.tally.offer(observe(x, self.feature_dim, mask), y)
+        moments = observe(x, self.feature_dim, mask)
+        if y.requires_grad:
+            self.tally.offer(moments, y)
+        else:  # raw inputs without affine: no gradient will ever come by
+            self.tally.add(moments)
         if self.is_collected:
             return
         self._uncollected += 1

@@ -104,9 +104,10 @@ class GradientControl(nn.Module):
         rows = products.count / ranks
         sum_grad, sum_grad_n = (products.mean * rows).chunk(2)
         shift, slope = regression(sum_grad, sum_grad_n, m1, m2)
-        self.shift.lerp_(shift, GAIN)
-        self.slope.lerp_(slope, GAIN)
-        self.rows.copy_(torch.stack([rows, self.rows[0]]))
+        valid = (products.count > 0) & torch.isfinite(shift).all() & torch.isfinite(slope).all()
+        self.shift.copy_(torch.where(valid, self.shift.lerp(shift, GAIN), self.shift))
+        self.slope.copy_(torch.where(valid, self.slope.lerp(slope, GAIN), self.slope))
+        self.rows.copy_(torch.where(valid, torch.stack([rows, self.rows[0]]), self.rows))
 
 
 class _ProjectedAffine(torch.autograd.Function):

@@ -1,0 +1,359 @@
+"""Training batchless layers: micro-batches, ranks, scalers, checkpointing and optimizers must not show in the result."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import evenkeel
+from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, batchless_layers
+
+VARIANTS = {
+    "batchless": {},
+    "no affine": {"affine": False},
+    "plain": {"gradient": "plain"},
+    "abs": {"scale": "abs"},
+    "projected": {"projected": True},
+    "projected, no affine": {"projected": True, "affine": False},
+}
+variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+def network(options, wrap=lambda block: block):
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), BatchlessNorm2d(4, **options), nn.ReLU())
+    second = nn.Sequential(nn.Conv2d(4, 5, 3, bias=False), BatchlessNorm2d(5, **options), nn.ReLU())
+    return nn.Sequential(wrap(first), wrap(second), nn.Flatten(), nn.Linear(5 * 4, 3)).double()
+
+
+def data(size=16):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(size, 3, 6, 6, generator=generator, dtype=torch.float64) * 2 + 1
+    return x, torch.randint(0, 3, (size,), generator=generator)
+
+
+def sum_loss(outputs, labels, count):
+    return F.cross_entropy(outputs, labels, reduction="sum") / count
+
+
+def state(model):
+    return torch.cat([t.detach().flatten() for t in model.state_dict().values()])
+
+
+def train(model, split, *, optimizer=None, steps=4, scaler=None):
+    """The model's state after some steps on the same 16 instances, in micro-batches of the sizes in ``split``."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    evenkeel.attach(model, optimizer)
+    x, labels = data()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for inputs, targets in zip(x.split(split), labels.split(split), strict=True):
+            loss = sum_loss(model(inputs), targets, 16)
+            (scaler.scale(loss) if scaler else loss).backward()
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+    return state(model)
+
+
+def assert_same(a, b, tolerance=1e-12):
+    assert (a - b).abs().max() < tolerance
+
+
+@variants
+@pytest.mark.parametrize("split", [[1] * 16, [4] * 4, [7, 1, 5, 3]], ids=["ones", "fours", "unequal"])
+def test_micro_batches_do_not_show(options, split):
+    assert_same(train(network(options), split), train(network(options), [16]))
+
+
+@variants
+@pytest.mark.parametrize("parts", [1, 4, 16])
+def test_mean_losses_divided_by_the_number_of_micro_batches_do_not_show(options, parts):
+    model = network(options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    evenkeel.attach(model, optimizer)
+    x, labels = data()
+    for _ in range(4):
+        optimizer.zero_grad()
+        for inputs, targets in zip(x.chunk(parts), labels.chunk(parts), strict=True):
+            (F.cross_entropy(model(inputs), targets) / parts).backward()
+        optimizer.step()
+    whole = network(options)
+    assert_same(state(model), train(whole, [16], optimizer=torch.optim.SGD(whole.parameters(), lr=0.1)))
+
+
+@variants
+def test_a_gradient_scaler_does_not_show(options):
+    scaled = train(network(options), [4] * 4, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**16))
+    unscaled = train(network(options), [16])
+    model = network(options)
+    if model[0][1].projected:  # its sums are of scaled gradients
+        sizes = [t.numel() for t in model.state_dict().values()]
+        keep = [not name.endswith((".shift", ".slope")) for name in model.state_dict()]
+        mask = torch.cat([torch.full((n,), k) for n, k in zip(sizes, keep, strict=True)])
+        scaled, unscaled = scaled[mask], unscaled[mask]
+    assert_same(scaled, unscaled)
+
+
+@variants
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_counts_once(options, reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x):
+            return checkpoint(self.block, x.requires_grad_(), use_reentrant=reentrant)
+
+    assert_same(train(network(options, Checkpointed), [16]), train(network(options), [16]))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_the_optimizers_momentum_decay_and_kind_do_not_reach_the_statistics(name):
+    results = []
+    for weight_decay, momentum in ((0.0, 0.0), (0.5, 0.9)):
+        norm = BatchlessNorm1d(3, affine=False, dtype=torch.float64)
+        head = nn.Linear(3, 1).double()
+        own = {"SGD": {"momentum": momentum}, "Adam": {}}[name]
+        params = [*norm.parameters(), *head.parameters()]
+        optimizer = getattr(torch.optim, name)(params, lr=0.1, weight_decay=weight_decay, **own)
+        handle = evenkeel.attach(norm, optimizer)
+        torch.manual_seed(0)
+        for _ in range(5):
+            optimizer.zero_grad()
+            head(norm(torch.randn(8, 3).double() * 3 + 1)).sum().backward()
+            optimizer.step()
+        handle.remove()
+        results.append(torch.cat([norm.mean.detach(), norm.rho.detach()]))
+    assert_same(results[0], results[1], 1e-15)
+    assert results[0].abs().min() > 0
+
+
+def test_clipping_does_not_see_the_likelihood():
+    model = network({"gradient": "plain"})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    evenkeel.attach(model, optimizer)
+    x, labels = data()
+    for _ in range(2):
+        sum_loss(model(x * 100), labels, 16).backward()
+        assert all(layer.mean.grad is None for layer in batchless_layers(model))
+        optimizer.step()
+
+
+def test_plain_statistics_get_a_group_without_weight_decay():
+    model = network({"gradient": "plain"})
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.1)
+    evenkeel.attach(model, optimizer)
+    *_, own = optimizer.param_groups
+    assert own["weight_decay"] == 0
+    statistics = {p for layer in batchless_layers(model) for p in (layer.mean, layer.rho)}
+    assert set(own["params"]) == statistics
+    assert not statistics & set(optimizer.param_groups[0]["params"])
+
+
+def observed(model, run):
+    """Whether a forward (and backward) pass moves the statistics at the next step."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    handle = evenkeel.attach(model, optimizer)
+    before = batchless_layers(model)[0].mean.clone()
+    run(model)
+    optimizer.step()
+    handle.remove()
+    return not torch.equal(before, batchless_layers(model)[0].mean)
+
+
+def backward(model):
+    model(data()[0]).sum().backward()
+
+
+def without_grad(model):
+    with torch.no_grad():
+        model(data()[0])
+
+
+def forward_only(model):
+    model(data()[0])
+
+
+def in_eval_mode(model):
+    model.eval()(data()[0]).sum().backward()
+    model.train()
+
+
+def overflowed(model):
+    model(data()[0] * float("inf")).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("run", "counts"),
+    [(backward, True), (without_grad, False), (forward_only, False), (in_eval_mode, False), (overflowed, False)],
+)
+def test_only_finite_training_passes_with_gradients_count(run, counts):
+    assert observed(network({}), run) == counts
+
+
+@variants
+def test_a_second_backward_pass_counts_no_row_twice(options):
+    once, twice = network(options), network(options)
+    for model, shares in ((once, [1.0]), (twice, [0.25, 0.75])):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        evenkeel.attach(model, optimizer)
+        x, labels = data()
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = sum_loss(model(x), labels, 16)
+            for share in shares:
+                (share * loss).backward(retain_graph=True)
+            optimizer.step()
+    assert_same(state(once), state(twice))
+
+
+def test_gradients_that_are_dropped_take_the_observation_along():
+    model = network({"projected": True})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    evenkeel.attach(model, optimizer)
+    before = state(model)
+    backward(model)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert_same(state(model), before, 1e-15)
+
+
+def test_a_closure_is_the_same_step():
+    plain, closed = network({}), network({})
+    expected = train(plain, [16])
+    optimizer = torch.optim.SGD(closed.parameters(), lr=0.1, momentum=0.9)
+    evenkeel.attach(closed, optimizer)
+    x, labels = data()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum_loss(closed(x), labels, 16)
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        optimizer.step(closure)
+    assert_same(state(closed), expected)
+
+
+def test_a_layer_that_nobody_attached_says_so_once():
+    norm = BatchlessNorm1d(2)
+    x = torch.randn(3, 2, requires_grad=True)
+    for _ in range(7):
+        norm(x).sum().backward()
+    with pytest.warns(UserWarning, match=r"evenkeel\.attach"):
+        norm(x)
+    norm(x)
+
+
+def test_attach_refuses_a_model_without_layers_and_a_second_attachment():
+    plain = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="no batchless layer"):
+        evenkeel.attach(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
+    model = network({})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with evenkeel.attach(model, optimizer), pytest.raises(ValueError, match=r"'0\.1' is attached already"):
+        evenkeel.attach(model, optimizer)
+    evenkeel.attach(model, optimizer)
+
+
+def test_removing_the_handle_leaves_the_statistics_alone():
+    model = network({})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    evenkeel.attach(model, optimizer).remove()
+    before = model[0][1].mean.clone()
+    backward(model)
+    optimizer.step()
+    assert torch.equal(model[0][1].mean, before)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda x: x, lambda x: (x, None), lambda x: {"input": x}], ids=["tensor", "tuple", "dict"]
+)
+def test_initialize_normalizes_every_layer_whatever_the_batches(wrap):
+    model = network({"eps": 0.0})
+    model[0].eval()
+    x, _ = data(48)
+    forward = (lambda m, b: m(b["input"])) if isinstance(wrap(x), dict) else None
+    evenkeel.initialize(model, [wrap(part) for part in x.split([20, 4, 24])], forward=forward)
+    assert [block.training for block in model[:2]] == [False, True]
+    outputs = []
+    for layer in batchless_layers(model):
+        layer.register_forward_hook(lambda _, args, out: outputs.append(out))
+    with torch.no_grad():
+        model(x)
+    assert len(outputs) == 2
+    for out in outputs:
+        var, mean = torch.var_mean(out, (0, 2, 3), correction=0)
+        torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-12)
+        torch.testing.assert_close(var, torch.ones_like(var), rtol=0, atol=1e-12)
+
+
+def test_initialize_reads_no_more_than_it_needs():
+    model = network({})
+    x, _ = data(8)
+
+    def endless():
+        while True:
+            yield x
+
+    evenkeel.initialize(model, endless(), samples=20)
+    few = network({})
+    evenkeel.initialize(few, [x, x, x])
+    assert torch.equal(state(model), state(few))
+
+
+def test_initialize_refuses_what_it_cannot_use():
+    with pytest.raises(ValueError, match="no batchless layer"):
+        evenkeel.initialize(nn.Linear(2, 2), [torch.randn(1, 2)])
+    with pytest.raises(ValueError, match="batches is empty"):
+        evenkeel.initialize(network({}), [])
+
+
+def test_initialize_restores_modes_when_the_model_raises():
+    model = network({})
+    with pytest.raises(RuntimeError):
+        evenkeel.initialize(model, [torch.randn(2, 7, 6, 6).double()])
+    assert all(module.training for module in model.modules())
+    assert not any(layer._forward_pre_hooks for layer in batchless_layers(model))
+
+
+def worker(rank, file, options, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    model = network(options)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    evenkeel.attach(model, optimizer)
+    x, labels = (t.chunk(2)[rank] for t in data())
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(parallel(x), labels).backward()
+        optimizer.step()
+    results.put((rank, state(model).tolist()))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"projected": True}], ids=["batchless", "projected"])
+def test_two_ranks_are_one_process_with_both_halves(options, tmp_path):
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=worker, args=(rank, tmp_path / "store", options, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    got = dict(results.get() for _ in processes)
+    for process in processes:
+        process.join(60)
+    single = train(network(options), [16])
+    rows = torch.tensor([name.endswith(".rows") for name in network(options).state_dict()])
+    for rank in range(2):
+        difference = (torch.tensor(got[rank], dtype=torch.float64) - single).abs()
+        sizes = torch.tensor([t.numel() for t in network(options).state_dict().values()])
+        assert difference[~rows.repeat_interleave(sizes)].max() < 1e-12  # rows counts those of one rank
