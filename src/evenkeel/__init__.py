@@ -2,6 +2,7 @@
 
 from evenkeel import functional, instruments, moments
 from evenkeel._recipes import apply, recipes
+from evenkeel.folding import fold
 from evenkeel.groups import param_groups
 from evenkeel.invariance import scale_invariance
 from evenkeel.methods.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
@@ -14,6 +15,7 @@ from evenkeel.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
 from evenkeel.methods.noisy_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
 from evenkeel.methods.revisited import revisit
 from evenkeel.methods.riemannian import SGDG, AdamG
+from evenkeel.recalibration import recalibrate
 from evenkeel.surgery import convert, describe, revert
 
 __version__ = "0.1.0"
@@ -39,11 +41,13 @@ __all__ = [
     "attach",
     "convert",
     "describe",
+    "fold",
     "functional",
     "initialize",
     "instruments",
     "moments",
     "param_groups",
+    "recalibrate",
     "recipes",
     "revert",
     "revisit",

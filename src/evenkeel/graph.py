@@ -2,8 +2,8 @@
 
 A model is traced symbolically with torch.fx; where it does not trace (control flow on data, keyword-only calls,
 ...) its children are traced one by one and what is found is united, so that a convolution and the normalization
-behind it inside one block are found however wild the outer loop is. With an example input the model is run instead,
-and nothing stays unknown.
+behind it inside one block are found however wild the outer loop is. With an example input the model can be run
+instead, see :mod:`evenkeel.recording`.
 """
 
 import copy
@@ -31,11 +31,17 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, _TORCH_NORMS) or hasattr(type(module), "from_batchnorm")
 
 
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a batch normalization without parameters: all four of its tensors are buffers."""
+    names = {name for name, _ in module.named_buffers()} - {"num_batches_tracked"}
+    return names == {"weight", "bias", "running_mean", "running_var"} and not any(True for _ in module.parameters())
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether a trace treats ``module`` as one step: torch.nn's layers, subclasses of weight and norm layers, ours."""
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return False
-    if isinstance(module, PRODUCERS) or is_norm(module):
+    if isinstance(module, PRODUCERS) or is_norm(module) or is_frozen_norm(module):
         return True
     return type(module).__module__.startswith(("torch.nn.", "evenkeel.methods.", "evenkeel.targets"))
 
@@ -124,33 +130,42 @@ def producers(model: nn.Module, flow: Dataflow | None = None) -> dict[str, str]:
     """
     flow = dataflow(model) if flow is None else flow
     modules = dict(model.named_modules())
-    found: dict[str, str] = {}
-    for path, module in modules.items():
-        if not is_norm(module) or not flow.calls(path):
-            continue
-        sources = {_through_identities(flow, modules, call) for call in flow.calls(path)}
-        source = sources.pop()
-        if sources or source is None or not isinstance(modules[source], PRODUCERS):
-            continue
-        if all(_sole_consumer(flow, modules, call) == path for call in flow.calls(source)):
-            found[path] = source
-    return found
+    pairs = {path: source_of(flow, modules, path) for path, module in modules.items() if is_norm(module)}
+    return {norm: source for norm, source in pairs.items() if source and isinstance(modules[source], PRODUCERS)}
 
 
-def _through_identities(flow: Dataflow, modules: dict[str, nn.Module], index: int) -> str | None:
-    """Path of the module whose output step ``index`` takes as its first input, identities skipped."""
-    while True:
-        inputs = flow.steps[index].inputs
-        if not inputs:
-            return None
-        index = inputs[0]
+def source_of(flow: Dataflow, modules: dict[str, nn.Module], path: str) -> str | None:
+    """The module whose output ``path``, and nothing else, takes, at every call of either; identities are skipped.
+
+    Args:
+        flow: A data flow.
+        modules: ``dict(model.named_modules())``; a layer that has become an identity since the trace counts as one.
+        path: Path of a module.
+
+    Returns:
+        Path of the other module, or None.
+    """
+    sources = {_before(flow, modules, call) for call in flow.calls(path)}
+    source = sources.pop() if len(sources) == 1 else None
+    return source if source is not None and sole_consumer(flow, modules, source) == path else None
+
+
+def sole_consumer(flow: Dataflow, modules: dict[str, nn.Module], path: str) -> str | None:
+    """The only module that takes the output of ``path``, at every call of it; identities are skipped."""
+    consumers = {_after(flow, modules, call) for call in flow.calls(path)}
+    return consumers.pop() if len(consumers) == 1 else None
+
+
+def _before(flow: Dataflow, modules: dict[str, nn.Module], index: int) -> str | None:
+    while flow.steps[index].inputs:
+        index = flow.steps[index].inputs[0]
         step = flow.steps[index]
         if not _is_identity(step, modules):
             return step.path if step.name == "module" else None
+    return None
 
 
-def _sole_consumer(flow: Dataflow, modules: dict[str, nn.Module], index: int) -> str | None:
-    """Path of the only module that takes the output of step ``index``, identities skipped; None if there are others."""
+def _after(flow: Dataflow, modules: dict[str, nn.Module], index: int) -> str | None:
     while len(flow.consumers(index)) == 1:
         index = flow.consumers(index)[0]
         step = flow.steps[index]
@@ -238,10 +253,12 @@ def _name(node: fx.Node) -> str:
         return fixed[node.op]
     if node.target is getattr:
         return str(node.args[1])
-    return _plain(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target)))
+    return plain_name(
+        node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    )
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """One name per operation: ``add_``, ``__add__``, ``iadd`` and ``add`` are all ``add``."""
     name = name.strip("_")
     aliases = {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "isub": "sub", "itruediv": "truediv"}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from evenkeel.layerwise import evaluating, layerwise, run_batch
 from evenkeel.methods.batchless import BatchlessNorm, batchless_layers
-from evenkeel.moments import Tally, observe
 
 
 def initialize(
@@ -49,33 +49,10 @@ def initialize(
     few = _take(batches, samples)
     if not few:
         raise ValueError("initialize: batches is empty; give at least one batch of training data")
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            order = _calls(model, layers, few[0], forward)
-            for layer, calls in order.items():
-                seen = Tally()
-                for batch in few:
-                    _observe_inputs(model, layer, calls, batch, forward, seen)
-                moments = seen.take()
-                if moments is not None:
-                    layer.set_statistics(moments.mean, (moments.variance + layer.eps).sqrt())
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model):
+        for layer, moments in layerwise(model, layers, few, forward):
+            layer.set_statistics(moments.mean, (moments.variance + layer.eps).sqrt())
     return model
-
-
-def run_batch(model: nn.Module, batch: Any) -> Any:
-    """The model's output: a mapping goes in as keyword arguments, of a tuple or list the first entry."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-class _Enough(Exception):
-    """Leaves a forward pass once the layer of interest has been reached."""
 
 
 def _take(batches: Iterable[Any], samples: int) -> list[Any]:
@@ -94,53 +71,6 @@ def _first_tensor(batch: Any) -> Tensor | None:
         return batch if batch.dim() else None
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
     return next((t for t in map(_first_tensor, parts) if t is not None), None)
-
-
-def _calls(
-    model: nn.Module, layers: list[BatchlessNorm], batch: Any, forward: Callable[[nn.Module, Any], Any]
-) -> dict[BatchlessNorm, int]:
-    """How often each layer is called in one forward pass, in the order of the first call."""
-    calls: dict[BatchlessNorm, int] = {}
-
-    def count(layer: nn.Module, _: Any) -> None:
-        assert isinstance(layer, BatchlessNorm)
-        calls[layer] = calls.get(layer, 0) + 1
-
-    hooks = [layer.register_forward_pre_hook(count) for layer in layers]
-    try:
-        forward(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
-
-
-def _observe_inputs(
-    model: nn.Module,
-    layer: BatchlessNorm,
-    calls: int,
-    batch: Any,
-    forward: Callable[[nn.Module, Any], Any],
-    seen: Tally,
-) -> None:
-    """Count the moments of what reaches ``layer``; the pass ends with the layer's last call."""
-    left = calls
-
-    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal left
-        mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
-        seen.add(observe(args[0] if args else kwargs["x"], layer.feature_dim, mask))
-        left -= 1
-        if left == 0:
-            raise _Enough
-
-    hook = layer.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        forward(model, batch)
-    except _Enough:
-        pass
-    finally:
-        hook.remove()
 
 
 @torch.no_grad()

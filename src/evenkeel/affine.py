@@ -1,0 +1,147 @@
+"""Normalization layers as affine maps, and their products with linear and convolutional layers."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+
+from evenkeel.targets import Removed
+
+Producer = nn.Linear | _ConvNd
+
+
+@dataclass(frozen=True)
+class Affine:
+    """``y = scale x + shift`` per channel, in float64.
+
+    Attributes:
+        scale: ``(C,)``.
+        shift: ``(C,)``.
+        channel_dim: Dimension of the channels, 1 or -1.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    channel_dim: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The map, applied to ``x``."""
+        last = x.movedim(self.channel_dim, -1)
+        return (last * self.scale + self.shift).movedim(-1, self.channel_dim)
+
+
+def affine_of(norm: nn.Module) -> Affine | str:
+    """The affine map that ``norm`` is in eval mode, or why it is none.
+
+    It is read off the layer's tensors and confirmed by a probe, since a subclass may compute something else.
+    """
+    if any(is_lazy(tensor) for tensor in (*norm.parameters(), *norm.buffers())):
+        return "it has not seen its first batch"
+    if isinstance(norm, (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
+        return "it normalises by the statistics of its own input"
+    layer: Any = copy.deepcopy(norm).double().eval()
+    affine = _read(layer)
+    if isinstance(affine, Affine) and not _confirmed(layer, affine):
+        return "its eval output is not that of a batch normalization"
+    return affine
+
+
+@torch.no_grad()
+def _read(layer: Any) -> Affine | str:
+    channel_dim: int = getattr(layer, "channel_dim", getattr(layer, "feature_dim", 1))
+    if isinstance(layer, Removed) and layer.bias is not None:
+        return Affine(torch.ones_like(layer.bias), layer.bias, channel_dim)
+    to_batchnorm = getattr(layer, "to_batchnorm", None)
+    norm = layer if to_batchnorm is None else to_batchnorm()
+    weight, bias, mean, var = (getattr(norm, name, None) for name in ("weight", "bias", "running_mean", "running_var"))
+    if mean is None or var is None:
+        return "it keeps no running statistics"
+    scale = (var + getattr(norm, "eps", 1e-5)).rsqrt() * (1 if weight is None else weight)
+    return Affine(scale, (0 if bias is None else bias) - mean * scale, channel_dim)
+
+
+@torch.no_grad()
+def _confirmed(layer: nn.Module, affine: Affine) -> bool:
+    features = affine.scale.numel()
+    values = torch.linspace(-2, 2, 12 * features, dtype=torch.float64, device=affine.scale.device)
+    for space in ((), (6,), (3, 2), (3, 2, 1)):
+        rows = values[: 2 * features * torch.Size(space).numel()]
+        x = rows.reshape(2, features, *space).movedim(1, affine.channel_dim)
+        try:
+            y = layer(x)
+        except Exception:  # each kind of layer refuses the other shapes in its own way
+            continue
+        if y.shape == x.shape:  # otherwise it broadcast an input of too few dimensions
+            return torch.allclose(y, affine(x), rtol=1e-6, atol=1e-6)
+    return False
+
+
+@torch.no_grad()
+def fold_behind(layer: Producer, affine: Affine) -> str:
+    """Let ``layer`` compute ``affine(layer(x))``.
+
+    Returns:
+        Empty, or why it cannot; then it is unchanged.
+    """
+    conv = isinstance(layer, _ConvNd)
+    if affine.scale.numel() != (layer.out_channels if conv else layer.out_features):
+        return "the layer before it has another number of channels"
+    if conv and affine.channel_dim != 1:
+        return "it normalises another dimension than the channels of the layer before it"
+    weight = layer.weight.double()
+    if isinstance(layer, _ConvTransposeNd):  # (in, out / groups, ...)
+        grouped = weight.unflatten(0, (layer.groups, -1))
+        scaled = grouped * affine.scale.reshape(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
+        weight = scaled.flatten(0, 1)
+    else:
+        weight = weight * affine.scale.reshape(-1, *[1] * (weight.dim() - 1))
+    bias = affine.shift if layer.bias is None else layer.bias.double() * affine.scale + affine.shift
+    _set(layer, weight, bias)
+    return ""
+
+
+@torch.no_grad()
+def fold_before(layer: Producer, affine: Affine) -> str:
+    """Let ``layer`` compute ``layer(affine(x))``.
+
+    Returns:
+        Empty, or why it cannot; then it is unchanged.
+    """
+    if isinstance(layer, _ConvTransposeNd):
+        return "a transposed convolution behind it takes the shift for fewer inputs at the border"
+    conv = isinstance(layer, _ConvNd)
+    if affine.scale.numel() != (layer.in_channels if conv else layer.in_features):
+        return "the layer behind it has another number of channels"
+    if conv and affine.channel_dim != 1:
+        return "it normalises another dimension than the channels of the layer behind it"
+    if conv and _pads_zeros(layer) and bool(affine.shift.any()):
+        return "the convolution behind it pads with zeros, which are not normalised"
+    weight = layer.weight.double()
+    out, space = weight.shape[0], [1] * (weight.dim() - 2)
+    groups = layer.groups if conv else 1
+    scale, shift = (
+        t.reshape(groups, 1, -1).expand(groups, out // groups, -1).reshape(out, -1, *space)
+        for t in (affine.scale, affine.shift)
+    )
+    offset = (weight * shift).flatten(1).sum(1)
+    _set(layer, weight * scale, offset if layer.bias is None else layer.bias.double() + offset)
+    return ""
+
+
+def _pads_zeros(layer: _ConvNd) -> bool:
+    if layer.padding_mode != "zeros" or layer.padding == "valid":
+        return False
+    if layer.padding == "same":
+        return any(size > 1 for size in layer.kernel_size)
+    return any(layer.padding)
+
+
+def _set(layer: Producer, weight: Tensor, bias: Tensor) -> None:
+    """New parameters, for the old ones may be tied to another layer's."""
+    old = layer.weight
+    layer.weight = nn.Parameter(weight.to(old.dtype), old.requires_grad)
+    layer.bias = nn.Parameter(bias.to(old.dtype), old.requires_grad)
