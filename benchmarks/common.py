@@ -1,0 +1,40 @@
+"""What the benchmarks of the study share: interleaved timing, and results as JSON beside the machine's description."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from evenkeel.study.environment import environment
+
+
+def interleaved(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each task in each round; within a round the tasks follow one another, so a slow spell hits them all."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for name, task in tasks.items():
+        task()
+    for _ in range(rounds):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(above: list[float], below: list[float]) -> dict[str, float]:
+    """Median and quartiles of the ratios of paired times."""
+    ratios = sorted(a / b for a, b in zip(above, below, strict=True))
+    count = len(ratios)
+    return {"median": median(ratios), "low": ratios[count // 4], "high": ratios[-1 - count // 4]}
+
+
+def save(name: str, command: str, result: Any) -> None:
+    """Write ``results/NAME.json`` and say where."""
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}.json"
+    text = {"command": command, "environment": environment("cpu"), "result": result}
+    file.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {file}")
