@@ -105,11 +105,54 @@ def test_a_result_that_comes_after_a_takeover_is_not_counted(tmp_path):
     assert [r.validation_accuracy for r in store.results()] == [0.9]
 
 
-def test_a_worker_that_died_for_good_closes_its_trial_as_failed(tmp_path):
+def test_a_trial_whose_workers_died_three_times_is_closed_as_failed(tmp_path):
+    store = make(tmp_path)
+    slot = store.claim().slot
+    for _ in range(2):
+        assert store.free_dead([owner()], error="killed") == 1
+        assert store.results() == []
+        claim = next(c for c in iter(store.claim, None) if c.slot == slot)
+        others = [t for s, t in store._trials().items() if s != slot and t.state == TrialState.RUNNING]
+        for trial in others:  # give the other slot back
+            store.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+    assert store.free_dead([owner()], error="killed") == 1
+    assert [(r.key, r.state, r.error) for r in store.results()] == [(claim.key, "failed", "killed (3 times)")]
+
+
+def test_a_slot_whose_freeing_was_interrupted_is_freed_by_the_next(tmp_path):
     store = make(tmp_path)
     claim = store.claim()
-    assert store.free_dead([owner()], error="killed") == 1
-    assert [(r.key, r.state, r.error) for r in store.results()] == [(claim.key, "failed", "killed")]
+    store.storage.set_trial_state_values(claim.trial_id, TrialState.FAIL)  # buried, and then the process was killed
+    assert store.free_dead() == 1
+    assert {store.claim().slot, store.claim().slot} >= {claim.slot}
+
+
+def curve_point(examples, accuracy):
+    return CurvePoint(examples, 1.0, accuracy)
+
+
+def test_only_search_runs_below_the_median_of_their_peers_are_pruned(tmp_path):
+    config = StudyConfig(methods=("batch", "group"), batch_sizes=(8,), seeds=1, lr_points=4, budget=300, prune=True)
+    store = make(tmp_path, config)
+    claims = {(c.slot.method, c.slot.lr): c for c in iter(store.claim, None)}
+    batch = [c for (method, _), c in sorted(claims.items()) if method == "batch"]
+    group = next(c for (method, _), c in claims.items() if method == "group")
+    for claim, accuracy in zip(batch[:2], (0.5, 0.7), strict=True):
+        assert not store.below_median(claim, curve_point(150, accuracy))
+    assert not store.below_median(group, curve_point(150, 0.1))  # another method has no peers yet
+    assert not store.below_median(batch[2], curve_point(90, 0.0))  # too early
+    assert not store.below_median(batch[2], curve_point(150, 0.6))  # the median itself
+    assert store.below_median(batch[3], curve_point(150, 0.59))
+    assert not store.below_median(batch[3], curve_point(160, None))
+
+
+def test_final_runs_are_never_pruned(tmp_path):
+    config = StudyConfig(methods=("batch",), batch_sizes=(8,), seeds=4, lr=0.1, budget=300, prune=True)
+    store = make(tmp_path, config)
+    claims = [store.claim() for _ in range(4)]
+    assert not any(
+        store.below_median(c, curve_point(200, a)) for c, a in zip(claims, (0.9, 0.8, 0.7, 0.1), strict=True)
+    )
 
 
 def test_when_nothing_works_the_finals_are_closed_with_the_reason(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,6 +15,7 @@ try:
 except ImportError as missing:
     raise SystemExit(f"error: {missing}; the command line needs an extra: pip install 'evenkeel[study]'") from missing
 
+import torch
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from evenkeel._recipes import recipes
@@ -122,6 +124,45 @@ THOROUGH = Compare(
 
 
 @dataclass(frozen=True)
+class Worker:
+    """Work on the studies in a storage, together with any number of other workers, until nothing is left."""
+
+    storage: Annotated[str, arg(metavar="URL")] = ""
+    """The storage that `evenkeel compare --storage` was given; or in the variable EVENKEEL_STORAGE."""
+    study: str = ""
+    """Name of one study; empty: all that have work."""
+    workers: int = 0
+    """Trials side by side; 0: one per core, one on a machine with a GPU."""
+    checkpoints: Annotated[str, arg(metavar="FOLDER")] = ""
+    """Where interrupted trials go on from; a folder that machines share lets one go on for another."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def run(self, arguments: list[str]) -> int:
+        """Join the studies.
+
+        Raises:
+            ValueError: No storage is given.
+        """
+        from evenkeel.study.compare import STORAGE_VARIABLE, available_cores, check
+        from evenkeel.study.images import cache_folder
+        from evenkeel.study.join import join
+
+        url = self.storage or os.environ.get(STORAGE_VARIABLE, "")
+        if not url:
+            raise ValueError(f"--storage is empty; give the URL of a storage, or set {STORAGE_VARIABLE}")
+        count = self.workers or (1 if torch.cuda.is_available() else available_cores())
+        folder = Path(self.checkpoints) if self.checkpoints else cache_folder() / "checkpoints"
+        try:
+            done = join(url, self.study or None, count, folder, check, lambda line: print(line, flush=True))
+        except KeyboardInterrupt:
+            print("\nstopped; nothing is lost: other workers take over what was running", file=sys.stderr)
+            return 130
+        print(f"nothing is left to do ({done} {'study' if done == 1 else 'studies'} worked on)")
+        return 0
+
+
+@dataclass(frozen=True)
 class Report:
     """Make the report of a study again, also of an unfinished one."""
 
@@ -158,7 +199,7 @@ class Recipes:
         return 0
 
 
-COMMANDS: dict[str, Any] = {"compare": Compare, "report": Report, "recipes": Recipes}
+COMMANDS: dict[str, Any] = {"compare": Compare, "worker": Worker, "report": Report, "recipes": Recipes}
 
 
 def main(arguments: list[str] | None = None) -> int:

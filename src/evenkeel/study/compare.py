@@ -20,7 +20,7 @@ from evenkeel.study.plan import StudyConfig, slots, validate
 from evenkeel.study.records import Cost, StudyRecord
 from evenkeel.study.store import Store, difference, redact
 from evenkeel.study.trial import load
-from evenkeel.study.worker import Place, run_workers
+from evenkeel.study.worker import Place, lock_file, run_workers
 
 STUDY_FILE = "study.json"
 STORAGE_VARIABLE = "EVENKEEL_STORAGE"
@@ -90,15 +90,15 @@ class StudyFolder:
             StudyError: The storage has a password, which is kept nowhere, and was not given.
         """
         if self.storage is None and storage is None:
-            return Place(f"sqlite:///{self.path / 'study.db'}", study_name(self.config), self.path / "study.lock")
+            url = f"sqlite:///{self.path / 'study.db'}"
+            return Place(url, study_name(self.config), lock_file(url), self.path / "checkpoints")
         url = storage or os.environ.get(STORAGE_VARIABLE) or self.storage or ""
         if "***" in url:
             raise StudyError(
                 f"--storage: the trials are in {url}, and its password is kept nowhere; give the URL with --storage or in the "
                 f"environment variable {STORAGE_VARIABLE}"
             )
-        lock = self.path / "study.lock" if url.startswith("sqlite") else None
-        return Place(url, study_name(self.config), lock)
+        return Place(url, study_name(self.config), lock_file(url), self.path / "checkpoints")
 
 
 def study_name(config: StudyConfig) -> str:

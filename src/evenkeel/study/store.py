@@ -11,10 +11,12 @@ import socket
 import threading
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import optuna
@@ -23,11 +25,14 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from evenkeel.study.errors import StudyError
+from evenkeel.study.patience import patient
 from evenkeel.study.plan import Slot, StudyConfig, resolve, slots
-from evenkeel.study.records import TrialKey, TrialResult
+from evenkeel.study.records import CurvePoint, TrialKey, TrialResult
 
 HEARTBEAT_SECONDS = 15
 GRACE_SECONDS = 60
+MAX_DEATHS = 3  # of workers on one trial before it is taken to be the reason
+MIN_PEERS = 2  # that must have reached a point before a run can be pruned there
 _HOST = f"{socket.gethostname()}-{uuid.getnode():x}"
 
 
@@ -68,6 +73,7 @@ class Store:
 
     # -- the plan -----------------------------------------------------------------------------------------------------
 
+    @patient
     def open(self, config: StudyConfig) -> None:
         """Create the study, or join it if it is there, and put every slot of the plan in it.
 
@@ -110,6 +116,7 @@ class Store:
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
+    @patient
     def claim(self) -> Claim | None:
         """The next slot that can run, now this process's; None when nothing can run at present.
 
@@ -141,6 +148,7 @@ class Store:
             self.storage.record_heartbeat(trial._trial_id)
         return taken
 
+    @patient
     def record(self, claim: Claim, result: TrialResult) -> None:
         """Keep the result of a claimed slot; a result that arrived first (after a takeover) is not overwritten."""
         state = TrialState.COMPLETE if result.state == "finished" else TrialState.FAIL
@@ -167,50 +175,86 @@ class Store:
             stop.set()
             thread.join()
 
+    @patient
     def free_dead(self, dead: Sequence[str] = (), error: str | None = None) -> int:
         """Free the slots of workers that are gone, to be run again; returns how many.
 
-        Gone are owners in ``dead``, processes of this host that do not run any more, and workers without a heartbeat.
+        Gone are owners in ``dead``, processes of this host that do not run any more, and workers without a heartbeat. A
+        slot whose workers died ``MAX_DEATHS`` times is closed as failed: it is the trial that ends them (memory, say).
 
         Args:
             dead: Owners known to be gone.
-            error: If given, the slots of ``dead`` are closed as failed with this text instead of being run again.
+            error: How they went, for a slot that is closed.
         """
         stale = set(self.storage._get_stale_trial_ids(self.study_id))
         freed = 0
         with self._lock:
+            deaths = Counter(map(_slot, filter(_died, self.storage.get_all_trials(self.study_id, deepcopy=False))))
             for slot, trial in self._trials().items():
                 holder = trial.user_attrs.get("owner", "")
-                if trial.state != TrialState.RUNNING or _ended(trial):
+                gone = holder in dead or trial._trial_id in stale or _abandoned(trial)
+                if _ended(trial) or not (_died(trial) or (trial.state == TrialState.RUNNING and gone)):
                     continue
-                if holder in dead and error is not None:
-                    resolved = resolve(slot, self.results(), self.config)
-                    if isinstance(resolved, TrialKey):
-                        failed = TrialResult(resolved, "failed", error=error)
-                        self.record(Claim(trial._trial_id, slot, resolved), failed)
-                        freed += 1
-                elif holder in dead or trial._trial_id in stale or _abandoned(trial):
-                    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-                        self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-                        again = create_trial(state=TrialState.WAITING, user_attrs={"slot": asdict(slot)})
-                        self.storage.create_new_trial(self.study_id, again)
-                        freed += 1
+                resolved = resolve(slot, self.results(), self.config)
+                if (
+                    trial.state == TrialState.RUNNING
+                    and deaths[slot] + 1 >= MAX_DEATHS
+                    and isinstance(resolved, TrialKey)
+                ):
+                    reason = f"{error or 'its worker ended'} ({MAX_DEATHS} times)"
+                    self.record(Claim(trial._trial_id, slot, resolved), TrialResult(resolved, "failed", error=reason))
+                    freed += 1
+                elif _died(trial) or self._bury(trial):
+                    again = create_trial(state=TrialState.WAITING, user_attrs={"slot": asdict(slot)})
+                    self.storage.create_new_trial(self.study_id, again)
+                    freed += 1
         return freed
+
+    def _bury(self, trial: FrozenTrial) -> bool:
+        """Mark a trial as dead; False if another process did so, or a result came, first."""
+        try:
+            return self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False
+
+    @patient
+    def below_median(self, claim: Claim, point: CurvePoint) -> bool:
+        """Keep a point of a search run, and say whether the run is below the median of its peers there.
+
+        Peers are the other search runs of the same method and batch size: methods never prune one another, and final
+        runs are never pruned. No run is pruned in the first third of its budget, or by fewer than two peers.
+        """
+        if claim.slot.phase != "search" or point.validation_accuracy is None:
+            return False
+        self.storage.set_trial_intermediate_value(claim.trial_id, point.examples, point.validation_accuracy)
+        if 3 * point.examples < self.config.budget:
+            return False
+        peers = [
+            trial.intermediate_values[point.examples]
+            for slot, trial in self._trials().items()
+            if slot.phase == "search" and slot.cell == claim.slot.cell and slot != claim.slot
+            if point.examples in trial.intermediate_values
+        ]
+        return len(peers) >= MIN_PEERS and point.validation_accuracy < median(peers)
 
     # -- what there is ------------------------------------------------------------------------------------------------
 
+    @patient
     def results(self) -> list[TrialResult]:
         """Results of all slots that ended, in the plan's order."""
         return [_result(trial) for trial in self._trials().values() if _ended(trial)]
 
+    @patient
     def running(self) -> list[Slot]:
         """Slots that some worker has claimed and not ended."""
         return [slot for slot, t in self._trials().items() if t.state == TrialState.RUNNING and not _ended(t)]
 
+    @patient
     def note(self, name: str, value: Any) -> None:
         """Keep a JSON-ready value beside the trials."""
         self.storage.set_study_user_attr(self.study_id, name, value)
 
+    @patient
     def noted(self, name: str) -> Any:
         """The value kept under ``name``, or None."""
         return self.storage.get_study_user_attrs(self.study_id).get(name)
@@ -275,6 +319,11 @@ def _slot(trial: FrozenTrial) -> Slot:
 
 def _ended(trial: FrozenTrial) -> bool:
     return "result" in trial.user_attrs
+
+
+def _died(trial: FrozenTrial) -> bool:
+    """Whether the trial was given up without a result, its worker gone."""
+    return trial.state == TrialState.FAIL and not _ended(trial)
 
 
 def _result(trial: FrozenTrial) -> TrialResult:

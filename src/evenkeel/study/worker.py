@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -32,21 +33,33 @@ class Place:
 
     url: str
     name: str
-    lock: Path | None
+    lock: Path | None = None
+    checkpoints: Path | None = None
 
     def store(self) -> Store:
         """Open the storage."""
         return Store(self.url, self.name, self.lock)
 
 
-def work(store: Store, config: StudyConfig, data: Data) -> None:
+def lock_file(url: str) -> Path | None:
+    """The lock that all processes on one SQLite file share: SQLite has no row locks. None for other storages.
+
+    Examples:
+        >>> str(lock_file("sqlite:///runs/study.db")), lock_file("postgresql://host/studies")
+        ('runs/study.db.lock', None)
+    """
+    return Path(url.partition(":///")[2].partition("?")[0] + ".lock") if url.startswith("sqlite") else None
+
+
+def work(store: Store, config: StudyConfig, data: Data, checkpoints: Path | None = None) -> None:
     """Claim, train and record until every slot of the plan has ended."""
     planned = len(slots(config))
     while True:
         claim = store.claim()
         if claim is not None:
             with store.heartbeat(claim):
-                result = run_trial(config, claim.key, data)
+                watch = partial(store.below_median, claim) if config.prune else None
+                result = run_trial(config, claim.key, data, folder=checkpoints, watch=watch)
             store.record(claim, result)
         elif len(store.results()) >= planned:
             return
@@ -113,7 +126,7 @@ def _worker_main(place: Place, config: StudyConfig) -> None:
     torch.set_num_threads(1)
     store = place.store()
     store.config = config
-    work(store, config, load(config))
+    work(store, config, load(config), place.checkpoints)
 
 
 def _end_with_parent() -> None:

@@ -1,0 +1,74 @@
+"""Joining studies that wait in a storage: ``evenkeel worker``, on any number of machines."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+
+from evenkeel.study.errors import StudyError, nearest
+from evenkeel.study.plan import Slot, StudyConfig, slots
+from evenkeel.study.records import TrialResult
+from evenkeel.study.store import Store
+from evenkeel.study.worker import Place, lock_file, run_workers
+
+
+def waiting_studies(url: str) -> dict[str, StudyConfig]:
+    """Studies in a storage that have not ended, by name.
+
+    Raises:
+        StudyError: The storage cannot be opened.
+    """
+    found: dict[str, StudyConfig] = {}
+    lock = lock_file(url)
+    for summary in optuna.get_all_study_summaries(Store(url, "", lock).storage):
+        if "config" in summary.user_attrs:
+            config = StudyConfig.from_dict(json.loads(summary.user_attrs["config"]))
+            if len(Store(url, summary.study_name, lock).results()) < len(slots(config)):
+                found[summary.study_name] = config
+    return found
+
+
+def join(
+    url: str,
+    study: str | None,
+    count: int,
+    checkpoints: Path,
+    check: Callable[[StudyConfig], object],
+    say: Callable[[str], None],
+) -> int:
+    """Work on the studies of a storage until none has work left.
+
+    Args:
+        url: The storage.
+        study: Name of one study, or None for all.
+        count: Worker processes on this machine.
+        checkpoints: Folder of checkpoints; shared between machines, a trial goes on where another machine left it.
+        check: Loads what a study needs and raises where this machine cannot run it.
+        say: Told what happens, line by line.
+
+    Returns:
+        Number of studies worked on.
+
+    Raises:
+        StudyError: There is no such study, or this machine cannot run it.
+    """
+    waiting = waiting_studies(url)
+    if study is not None:
+        known = optuna.get_all_study_names(Store(url, "", lock_file(url)).storage)
+        if study not in known:
+            raise StudyError(f"--study {study}: the storage has no such study; {nearest(study, known)}")
+        waiting = {name: config for name, config in waiting.items() if name == study}
+    for name, config in waiting.items():
+        check(config)
+        place = Place(url, name, lock_file(url), checkpoints)
+        ended = 0
+
+        def watch(results: list[TrialResult], _: list[Slot], name: str = name, config: StudyConfig = config) -> None:
+            nonlocal ended
+            if len(results) > ended:
+                ended = len(results)
+                say(f"{name}: {ended} of {len(slots(config))} trials have ended")
+
+        run_workers(place, config, count, watch)
+    return len(waiting)

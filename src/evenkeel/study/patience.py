@@ -1,0 +1,37 @@
+"""Waiting for a storage that is away for a while: a database server that restarts must not end a study."""
+
+import time
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import DBAPIError
+
+PATIENCE_SECONDS = 300.0
+RETRY_SECONDS = 1.0
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def patient(call: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Repeat ``call`` while its storage is away, for at most ``PATIENCE_SECONDS``; it must bear being repeated.
+
+    Examples:
+        >>> patient(lambda x: x + 1)(1)
+        2
+    """
+
+    @wraps(call)
+    def repeated(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return call(*args, **kwargs)
+            except (StorageInternalError, DBAPIError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(RETRY_SECONDS)
+
+    return repeated

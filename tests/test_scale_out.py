@@ -1,0 +1,220 @@
+"""Many workers on one PostgreSQL storage: nothing is lost, nothing is counted twice, whatever is killed or restarted."""
+
+import dataclasses
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import postgres
+import pytest
+
+from evenkeel.cli import main
+from evenkeel.study.errors import StudyError
+from evenkeel.study.join import join, waiting_studies
+from evenkeel.study.plan import StudyConfig, slots
+from evenkeel.study.records import TrialResult
+from evenkeel.study.store import Store
+
+pytest.importorskip("psycopg2", reason="needs a PostgreSQL driver")
+if postgres.programs() is None:
+    pytest.skip("PostgreSQL is not installed", allow_module_level=True)
+
+CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), seeds=2, lr_points=2, budget=96)
+# A worker that does nothing but claim and record: what it does to the storage is all that is tested here.
+IDLE_WORKER = """
+import sys, time
+from evenkeel.study.plan import StudyConfig, slots
+from evenkeel.study.records import TrialResult
+from evenkeel.study.store import Store
+import json, random
+store = Store({url!r}, "idle")
+config = StudyConfig.from_dict(json.loads({config!r}))
+store.open(config)
+while len(store.results()) < len(slots(config)):
+    claim = store.claim()
+    if claim is None:
+        store.free_dead()
+        time.sleep(0.05)
+        continue
+    time.sleep(random.random() * {pause})
+    store.record(claim, TrialResult(claim.key, "finished", validation_accuracy=0.5, validation_loss=1.0))
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    with postgres.server() as made:
+        yield made
+
+
+@pytest.fixture
+def url(server):
+    """The server's URL, its database empty."""
+    from sqlalchemy import create_engine, text
+
+    engine = create_engine(server.url)
+    with engine.begin() as connection:
+        connection.execute(text("drop schema public cascade"))
+        connection.execute(text("create schema public"))
+    engine.dispose()
+    return server.url
+
+
+def start(source):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-W", "error", "-c", source], env=environment)
+
+
+def idle_config(trials):
+    return StudyConfig(methods=("batch",), batch_sizes=(32,), seeds=trials, lr=0.1)
+
+
+def idle_workers(url, config, count, pause):
+    import json
+
+    source = IDLE_WORKER.format(url=url, config=json.dumps(config.to_dict()), pause=pause)
+    return [start(source) for _ in range(count)]
+
+
+def all_ended_once(url, config):
+    store = Store(url, "idle")
+    keys = [(r.key.method, r.key.batch_size, r.key.seed) for r in store.results()]
+    recorded = [t for t in store.storage.get_all_trials(store.study_id) if "result" in t.user_attrs]
+    assert len(keys) == len(set(keys)) == len(slots(config))
+    assert len(recorded) == len(slots(config))
+
+
+def test_workers_share_a_study_without_loss_or_doubles(url):
+    config = idle_config(30)
+    workers = idle_workers(url, config, 4, pause=0.02)
+    assert [w.wait(timeout=120) for w in workers] == [0] * 4
+    all_ended_once(url, config)
+
+
+def test_workers_killed_at_random_lose_and_double_nothing(url):
+    config = idle_config(24)
+    Store(url, "idle").open(config)
+    rng = random.Random(0)
+    workers = idle_workers(url, config, 3, pause=0.6)
+    deadline = time.monotonic() + 20
+    while not Store(url, "idle").results() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for _ in range(3):
+        time.sleep(0.4)
+        victim = workers.pop(rng.randrange(len(workers)))
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+        workers += idle_workers(url, config, 1, pause=0.6)
+    assert [w.wait(timeout=120) for w in workers] == [0] * 3
+    all_ended_once(url, config)
+
+
+def test_a_server_that_restarts_ends_no_worker(server, url):
+    config = idle_config(30)
+    Store(url, "idle").open(config)
+    workers = idle_workers(url, config, 2, pause=0.4)
+    deadline = time.monotonic() + 20
+    while not Store(url, "idle").results() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    server.restart(away_seconds=1.5)
+    assert 0 < len(Store(url, "idle").results()) < 30
+    assert [w.wait(timeout=120) for w in workers] == [0] * 2
+    all_ended_once(url, config)
+
+
+def test_a_worker_without_a_heartbeat_loses_its_trial_to_another(url, monkeypatch):
+    monkeypatch.setattr("evenkeel.study.store.HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr("evenkeel.study.store.GRACE_SECONDS", 1)
+    config = idle_config(1)
+    silent, other = Store(url, "idle"), Store(url, "idle")
+    silent.open(config)
+    other.open(config)
+    claim = silent.claim()
+    silent.storage.set_trial_user_attr(claim.trial_id, "owner", "another-machine:1")
+    with silent.heartbeat(claim):
+        time.sleep(2.5)
+        assert other.free_dead() == 0  # it beats
+    time.sleep(2.5)
+    assert other.free_dead() == 1
+    taken = other.claim()
+    assert taken.slot == claim.slot
+    other.record(taken, TrialResult(taken.key, "finished", validation_accuracy=0.9, validation_loss=1.0))
+    silent.record(claim, TrialResult(claim.key, "finished", validation_accuracy=0.1, validation_loss=1.0))
+    assert [r.validation_accuracy for r in other.results()] == [0.9]
+
+
+def test_evenkeel_worker_shares_a_comparison_and_nothing_depends_on_it(url, tmp_path):
+    arguments = ["--methods", "batch,none", "--batch-sizes", "32", "--seeds", "2", "--lr-points", "2", "--budget", "96"]
+    command = [sys.executable, "-m", "evenkeel.cli"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(
+        [
+            *command,
+            "compare",
+            *arguments,
+            "--storage",
+            url,
+            "--out",
+            str(tmp_path / "shared"),
+            "--workers",
+            "1",
+            "--quiet",
+        ],
+        env=environment,
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            if waiting_studies(url):
+                break
+        except StudyError:  # its tables are being made
+            pass
+        time.sleep(0.3)
+    worker = subprocess.run(
+        [*command, "worker", "--storage", url, "--workers", "1", "--checkpoints", str(tmp_path / "checkpoints")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert run.wait(timeout=120) == 0
+    assert "8 of 8 trials have ended" in worker.stdout
+    assert "1 study worked on" in worker.stdout
+    assert main(["compare", *arguments, "--out", str(tmp_path / "alone"), "--workers", "1", "--quiet"]) == 0
+    from evenkeel.study.compare import StudyFolder
+
+    shared, alone = (
+        StudyFolder.read(tmp_path / name).place(url if name == "shared" else None).store()
+        for name in ("shared", "alone")
+    )
+    outcomes = [{r.key: dataclasses.replace(r, seconds=0.0) for r in s.results()} for s in (shared, alone)]
+    assert outcomes[0] == outcomes[1]
+    written = "".join(p.read_text(errors="replace") for p in (tmp_path / "shared").rglob("*") if p.is_file())
+    assert "secret" not in written
+
+
+def test_a_study_that_is_not_there_is_named(url):
+    Store(url, "idle").open(idle_config(1))
+    with pytest.raises(StudyError, match="did you mean 'idle'"):
+        join(url, "idel", 1, None, lambda _: None, lambda _: None)
+
+
+def test_worker_without_a_storage_says_what_to_give(monkeypatch, capsys):
+    monkeypatch.delenv("EVENKEEL_STORAGE", raising=False)
+    assert main(["worker"]) == 2
+    assert re.search("--storage is empty; give the URL", capsys.readouterr().err)
+
+
+def test_the_heartbeat_thread_ends_with_the_trial(url):
+    store = Store(url, "idle")
+    store.open(idle_config(1))
+    before = threading.active_count()
+    with store.heartbeat(store.claim()):
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
