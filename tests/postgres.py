@@ -7,7 +7,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 
@@ -29,7 +29,7 @@ class Server:
         if os.geteuid() == 0:
             shutil.chown(folder, "postgres")
         self._run("initdb", "--pgdata", folder / "data", "--auth", "trust", "--no-sync", "--username", "evenkeel")
-        self.url = f"postgresql://evenkeel:secret@127.0.0.1:{self.port}/postgres"
+        self.url = f"postgresql+psycopg2://evenkeel:secret@127.0.0.1:{self.port}/postgres"
 
     def _run(self, program: str, *arguments: object) -> None:
         as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
@@ -54,7 +54,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def server() -> Iterator[Server]:
+def server() -> Generator[Server, None, None]:
     """A running server."""
     folder = Path(tempfile.mkdtemp(prefix="evenkeel-postgres-"))
     try:
