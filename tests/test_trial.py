@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from evenkeel.study import trial
+from evenkeel.study import loop, trial
 from evenkeel.study.batches import batches
 from evenkeel.study.plan import StudyConfig
 from evenkeel.study.records import TrialKey
-from evenkeel.study.trial import evaluate, load, make, run_trial, train_eval_gap, training_step, warm_up_and_cosine
+from evenkeel.study.trial import evaluate, load, make, run_trial, train_eval_gap
 
 CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(16,), budget=160)
 
@@ -46,7 +46,7 @@ def test_methods_start_from_the_same_weights(data):
 def test_only_final_runs_touch_the_test_split(data, monkeypatch):
     judged = []
     monkeypatch.setattr(
-        trial, "evaluate", lambda model, data, split: judged.append(split) or evaluate(model, data, split)
+        trial, "evaluate", lambda model, data, split, *rest: judged.append(split) or evaluate(model, data, split, *rest)
     )
     search = run_trial(CONFIG, key(phase="search"), data)
     assert (search.state, search.test_accuracy) == ("finished", None)
@@ -72,22 +72,10 @@ def test_a_failing_run_is_recorded_with_its_error(data, monkeypatch, error):
     def broken(*_):
         raise error
 
-    monkeypatch.setattr(trial, "training_step", broken)
+    monkeypatch.setattr(loop, "training_step", broken)
     result = run_trial(CONFIG, key(), data)
     assert result.state == "failed"
     assert result.error == f"{type(error).__name__}: {error}"
-
-
-def test_micro_batches_give_the_gradient_of_the_whole_batch(data):
-    inputs, labels = next(batches(data, data.train, batch_size=12, budget=12, seed=0))
-    gradients = []
-    for micro in (12, 5):
-        model, _ = make(CONFIG, key("none", lr=0.1), data)
-        model.double()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        training_step(model, optimizer, inputs.double(), labels, micro)
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*gradients, strict=True))
 
 
 def test_the_gap_is_measured_without_a_trace(data):
@@ -98,11 +86,3 @@ def test_the_gap_is_measured_without_a_trace(data):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     plain, _ = make(CONFIG, key("none"), data)
     assert train_eval_gap(plain, sample) == 0.0
-
-
-def test_the_schedule_warms_up_and_falls_to_zero():
-    factors = [warm_up_and_cosine(step, 100) for step in range(101)]
-    assert max(factors) == pytest.approx(1.0)
-    assert factors[:5] == sorted(factors[:5])
-    assert factors[-1] == pytest.approx(0.0, abs=1e-12)
-    assert warm_up_and_cosine(0, 1) > 0

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
 import warnings
 from collections import Counter
@@ -23,14 +24,16 @@ import optuna
 from filelock import FileLock
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import DBAPIError
 
 from evenkeel.study.errors import StudyError
-from evenkeel.study.patience import patient
+from evenkeel.study.patience import RETRY_SECONDS, patient
 from evenkeel.study.plan import Slot, StudyConfig, resolve, slots
 from evenkeel.study.records import CurvePoint, TrialKey, TrialResult
 
 HEARTBEAT_SECONDS = 15
 GRACE_SECONDS = 60
+CONNECT_ATTEMPTS = 5
 MAX_DEATHS = 3  # of workers on one trial before it is taken to be the reason
 MIN_PEERS = 2  # that must have reached a point before a run can be pruned there
 _HOST = f"{socket.gethostname()}-{uuid.getnode():x}"
@@ -57,16 +60,11 @@ class Store:
     def __init__(self, url: str, name: str, lock: Path | None = None) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
-            options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-            with warnings.catch_warnings():  # heartbeats are marked experimental since 2021
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                self.storage = RDBStorage(
-                    url, engine_kwargs=options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS
-                )
+            self.storage = _connect(url)
         except Exception as error:
+            reason = redact(str(error).partition("\n")[0], url)
             raise StudyError(
-                f"--storage {redact(url)}: cannot be opened ({redact(str(error), url)}); check the URL, "
-                "the server and the rights"
+                f"--storage {redact(url)}: cannot be opened ({reason}); check the URL, the server, its driver and the rights"
             ) from error
         self.name = name
         self._lock = FileLock(lock) if lock is not None else contextlib.nullcontext()
@@ -143,9 +141,9 @@ class Store:
             taken = self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
-        if taken:
-            self.storage.set_trial_user_attr(trial._trial_id, "owner", owner())
-            self.storage.record_heartbeat(trial._trial_id)
+        if taken:  # from here on the claim is this process's: only signing it is repeated while the storage is away
+            patient(self.storage.set_trial_user_attr)(trial._trial_id, "owner", owner())
+            patient(self.storage.record_heartbeat)(trial._trial_id)
         return taken
 
     @patient
@@ -258,6 +256,22 @@ class Store:
     def noted(self, name: str) -> Any:
         """The value kept under ``name``, or None."""
         return self.storage.get_study_user_attrs(self.study_id).get(name)
+
+
+def _connect(url: str) -> RDBStorage:
+    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    for attempts_left in reversed(range(CONNECT_ATTEMPTS)):
+        try:
+            with warnings.catch_warnings():  # heartbeats are marked experimental since 2021
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return RDBStorage(
+                    url, engine_kwargs=options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS
+                )
+        except DBAPIError as error:  # several processes may make the tables of a new storage at the same moment
+            if not attempts_left or "already exists" not in str(error):
+                raise
+            time.sleep(RETRY_SECONDS)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def difference(kept: dict[str, Any], given: dict[str, Any]) -> str:
