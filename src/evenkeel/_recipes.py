@@ -195,6 +195,8 @@ _RECIPES: tuple[Recipe, ...] = (
     Recipe("l2", "Normalization by the root mean square", _HELPS, 0.1, _converted("l2")),
     Recipe("bnp", "No layers: gradients preconditioned, steps bounded", _BNP, 0.1, _bnp("none", sgd, 0.1)),
     Recipe("bnp-paper", "The same as published, without a bound on the step", _BNP, 0.03, _bnp("none", sgd)),
+    Recipe("linf", "Normalization by the largest magnitude", _HELPS, 0.1, _converted("linf")),
+    Recipe("bnp", "No layers: gradients preconditioned by the inputs' statistics", _BNP, 0.1, _bnp("none", sgd)),
     Recipe("bnp-adam", "The same before Adam", _BNP, 0.001, _bnp("none", adam)),
     Recipe("group+bnp", "Group normalization and preconditioned gradients", _BNP, 0.1, _bnp("group", sgd, 0.1)),
     Recipe("batchless", "Normalization by learned Gaussians", _BATCHLESS, 0.03, _batchless("batchless", sgd)),
@@ -212,7 +214,6 @@ _RECIPES: tuple[Recipe, ...] = (
         0.03,
         _batchless("batchless-projected", sgd),
     ),
-    Recipe("linf", "Normalization by the largest magnitude", _HELPS, 0.1, _converted("linf")),
     Recipe("revisited", "Batch normalization from scale 0.1, its rate / 100", _REVISITED, 0.1, _revisited()),
     Recipe(
         "revisited+input",
