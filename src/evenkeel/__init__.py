@@ -4,6 +4,7 @@ from evenkeel import functional, instruments, moments
 from evenkeel._recipes import apply, recipes
 from evenkeel.folding import fold
 from evenkeel.groups import param_groups
+from evenkeel.instruments import doctor
 from evenkeel.invariance import scale_invariance
 from evenkeel.methods.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
@@ -41,6 +42,7 @@ __all__ = [
     "attach",
     "convert",
     "describe",
+    "doctor",
     "fold",
     "functional",
     "initialize",

@@ -11,6 +11,7 @@ from evenkeel.instruments._conditioning import Conditioning, conditioning
 from evenkeel.instruments._covariate_shift import CovariateShift, covariate_shift, snapshot
 from evenkeel.instruments._curvature import Curvature, curvature
 from evenkeel.instruments._discrepancy import Discrepancy, discrepancy
+from evenkeel.instruments._doctor import Diagnosis, doctor
 from evenkeel.instruments._gradient_removed import GradientRemoved, gradient_removed
 from evenkeel.instruments._landscape import Landscape, landscape
 from evenkeel.instruments.monitor import Monitor
@@ -22,6 +23,7 @@ __all__ = [
     "Conditioning",
     "CovariateShift",
     "Curvature",
+    "Diagnosis",
     "Discrepancy",
     "GradientRemoved",
     "Landscape",
@@ -33,6 +35,7 @@ __all__ = [
     "covariate_shift",
     "curvature",
     "discrepancy",
+    "doctor",
     "gradient_removed",
     "landscape",
     "snapshot",

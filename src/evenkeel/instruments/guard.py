@@ -7,6 +7,7 @@ observed stay as they were.
 
 import random
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -140,7 +141,9 @@ class Probe:
         for original, private in self._pairs:
             private.copy_(original)
         torch.clear_autocast_cache()  # it would hold casts of the weights before they were moved
-        loss = self.objective(self.model, self.batch)
+        with warnings.catch_warnings():  # of reentrant checkpointing, about forward passes without gradients
+            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
+            loss = self.objective(self.model, self.batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"objective(model, batch) must return a scalar tensor, got {got}; return loss.mean()?")
