@@ -18,6 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from evenkeel.graph import PRODUCERS, Dataflow, dataflow, is_norm
 from evenkeel.instruments.guard import Objective, Probe
+from evenkeel.methods.batch_renorm import _BatchRenorm
 from evenkeel.methods.lp_norm import LpNorm
 
 Rule: TypeAlias = Literal["exact", "paper"]
@@ -182,6 +183,8 @@ def _obstacle(norm: nn.Module, training: bool) -> str | None:
             if channels == 1
             else f"GroupNorm normalizes {channels} channels together: one filter may not be scaled"
         )
+    if isinstance(norm, _BatchRenorm):
+        return "batch renormalization divides by running statistics in part, and these follow a scale slowly"
     if not isinstance(norm, _PER_CHANNEL):
         return f"{type(norm).__name__} does not normalize each channel by its own batch statistics"
     if training and not norm.training and getattr(norm, "running_mean", None) is not None:

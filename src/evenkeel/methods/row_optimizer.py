@@ -165,9 +165,14 @@ class RowOptimizer(Optimizer):
             self._start(group, p, state)
         tau = local(state[self.tau]).permute(order)
         v = local(state["exp_avg_sq"]).flatten(1) if "exp_avg_sq" in state else None
-        return Filters(
-            local(p).permute(order), lambda: self._gradient(group, p, order), tau, v, self._correction(group, state)
-        )
+
+        def gradient() -> tuple[Tensor, Tensor | None]:
+            return self._gradient(group, p, order)
+
+        if hasattr(p, "full_tensor"):  # its collectives must come in the same order on all ranks: now
+            found = gradient()
+            gradient = lambda: found  # ruff: ignore[E731]
+        return Filters(local(p).permute(order), gradient, tau, v, self._correction(group, state))
 
     def _gradient(self, group: dict[str, Any], p: Tensor, order: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """Gradient rows, and the penalty's tangent gradient where that must not be clipped."""

@@ -72,7 +72,7 @@ def memory_order(x: Tensor) -> tuple[int, ...]:
 
 def rows(x: Tensor) -> Tensor:
     """``(C_out, ...)`` as ``(C_out, fan-in)``."""
-    return x.reshape(x.shape[0], -1)
+    return x.flatten(1)
 
 
 def rotate(y: Tensor, m: Tensor, scale: Tensor | None, shrink: Tensor) -> Tensor:
@@ -117,8 +117,8 @@ def advance(filters: Iterable[Filters], update: Update) -> None:
     stacks: dict[Hashable, list[Filters]] = {}
     for one in filters:
         if one.y.numel() == 0:
-            one.gradient()  # an empty shard still takes part in the collectives of the penalty
-        elif one.in_place and one.y.device.type == "cpu" and one.y.numel() > SMALL:
+            continue  # the shard of a rank that has no filter of this weight
+        if one.in_place and one.y.device.type == "cpu" and one.y.numel() > SMALL:
             _advance_in_place(one, update)
         else:
             stacks.setdefault((one.y.device, one.tau.dtype, one.fan_in, one.correction), []).append(one)

@@ -1,0 +1,72 @@
+"""What two ranks do in test_riemannian_distributed.py: train with half of the batch each, compare with one process."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from evenkeel import SGDG, AdamG
+
+RULES = {"sgdg": SGDG, "adamg": AdamG}
+STEPS = 4
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 5, 3, bias=False), nn.InstanceNorm2d(5), nn.ReLU()),
+        *(nn.Conv2d(5, 1, 3, bias=False), nn.InstanceNorm2d(1), nn.Flatten(), nn.Linear(16, 2)),
+    ).double()
+
+
+def optimizer_for(model, rule, **options):
+    groups = [
+        {"params": [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)], "manifold": True},
+        {"params": [p for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()], "lr": 0.01},
+    ]
+    return RULES[rule](groups, lr=0.1, **options)
+
+
+def train(model, optimizer, steps, rank=0, world=1):
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 3, 8, 8, generator=generator, dtype=torch.float64)
+        loss = nn.functional.cross_entropy(model(x[rank::world]), (torch.arange(8) % 3 % 2)[rank::world])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+def sharded(model):
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model:
+        if isinstance(layer, nn.Conv2d):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def compare(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for rule, options in (("sgdg", {"clip_orthogonality": False}), ("adamg", {"euclidean": "adam"})):
+        alone = build()
+        train(alone, optimizer_for(alone, rule, **options), range(STEPS))
+        for wrap in (DistributedDataParallel, sharded):
+            model = build()
+            wrapped = wrap(model)
+            optimizer = optimizer_for(model, rule, **options)
+            train(wrapped, optimizer, range(STEPS // 2), rank, 2)
+            resumed = optimizer_for(model, rule, **options)
+            resumed.load_state_dict(optimizer.state_dict())
+            train(wrapped, resumed, range(STEPS // 2, STEPS), rank, 2)
+            for mine, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+                assert torch.allclose(whole(mine), theirs, rtol=0, atol=1e-10), (rule, wrap.__name__, rank)
+            for p in resumed.param_groups[0]["params"]:
+                for name, value in resumed.state[p].items():
+                    assert name == "step" or (type(value), len(whole(value))) == (type(p.detach()), len(p))
+    dist.destroy_process_group()
