@@ -11,8 +11,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.sgd import sgd
 
-from evenkeel.methods.rows import Filters, advance, local, memory_order, rotate, rows, tangent, wide
+from evenkeel.methods.rows import Filters, advance, arranged, local, memory_order, rotate, rows, tangent, wide
 from evenkeel.methods.sphere import norm, project
 from evenkeel.moments import statistics_dtype
 
@@ -160,10 +161,10 @@ class RowOptimizer(Optimizer):
 
     def _filters(self, group: dict[str, Any], p: Tensor) -> Filters:
         state = self.state[p]
-        order = memory_order(local(p))
         if not state:
             self._start(group, p, state)
-        tau = local(state[self.tau]).permute(order)
+        order = memory_order(local(p))
+        tau = arranged(state[self.tau], order)
         v = local(state["exp_avg_sq"]).flatten(1) if "exp_avg_sq" in state else None
 
         def gradient() -> tuple[Tensor, Tensor | None]:
@@ -171,21 +172,23 @@ class RowOptimizer(Optimizer):
 
         if hasattr(p, "full_tensor"):  # its collectives must come in the same order on all ranks: now
             found = gradient()
-            gradient = lambda: found  # ruff: ignore[E731]
-        return Filters(local(p).permute(order), gradient, tau, v, self._correction(group, state))
+            gradient = lambda: found  # ruff: ignore[lambda-assignment]
+        return Filters(arranged(p, order), gradient, tau, v, self._correction(group, state))
 
-    def _gradient(self, group: dict[str, Any], p: Tensor, order: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    def _gradient(
+        self, group: dict[str, Any], p: Tensor, order: tuple[int, ...] | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Gradient rows, and the penalty's tangent gradient where that must not be clipped."""
         assert p.grad is not None
-        g = rows(local(p.grad).permute(order))
+        g = rows(arranged(p.grad, order))
         alpha = group["orthogonality"]
         if alpha == 0 or p.shape[0] >= math.prod(p.shape[1:]):
             return g, None
-        y = wide(rows(local(p).permute(order)))
+        y = wide(rows(arranged(p, order)))
         y = y / norm(y)
         others = None
         if hasattr(p, "full_tensor"):
-            others = wide(rows(p.full_tensor().permute(order)))  # pyright: ignore[reportAttributeAccessIssue]
+            others = wide(rows(arranged(p.full_tensor(), order)))  # pyright: ignore[reportAttributeAccessIssue]
             others = others / norm(others)
         penalty = orthogonality_gradient(y, alpha, others)
         if group["clip_orthogonality"]:
@@ -222,25 +225,26 @@ class RowOptimizer(Optimizer):
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        grads = [p.grad for p in params if p.grad is not None]
-        nesterov_(
-            params, grads, buffers, lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"]
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
+        grads = [local(p.grad) for p in params if p.grad is not None]
+        params = [local(p) for p in params]
+        if group["weight_decay"] != 0:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        # torch's foreach kernel writes to the gradients; its fused one does not, but wants contiguous memory
+        fused = all(x.is_contiguous() for x in (*params, *grads, *buffers))
+        sgd(
+            params,
+            grads if fused else [g.clone() for g in grads],
+            list(buffers),
+            fused=fused,
+            foreach=not fused,
+            weight_decay=0.0,
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=True,
+            maximize=False,
         )
-
-
-def nesterov_(
-    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], *, lr: Rate, momentum: float, weight_decay: float
-) -> None:
-    """``b <- momentum b + g``, ``p <- (1 - lr weight_decay) p - lr (g + momentum b)``, in place; ``g`` is only read."""
-    if weight_decay != 0:
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-    torch._foreach_mul_(buffers, momentum)
-    torch._foreach_add_(buffers, grads)
-    updates = torch._foreach_mul(buffers, momentum)
-    torch._foreach_add_(updates, grads)
-    torch._foreach_mul_(updates, -lr)  # a product and no alpha: lr may be a tensor on the device
-    torch._foreach_add_(params, updates)
 
 
 def _check(group: dict[str, Any], where: str) -> None:

@@ -19,7 +19,7 @@ from evenkeel.moments import statistics_dtype
 
 # On a CPU the step is bound by memory: weights above SMALL elements are worked on where they lie, in runs of rows of at
 # most CHUNK elements that stay in the cache from the first product to the last. Elsewhere the number of calls counts.
-SMALL = 1 << 15
+SMALL = 1 << 16
 CHUNK = 1 << 19
 
 Update = Callable[["Filters", Tensor, Tensor, Tensor | None, Tensor, Tensor | None], Tensor]
@@ -59,15 +59,21 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def memory_order(x: Tensor) -> tuple[int, ...]:
-    """Dimensions of ``x`` by falling stride, the first kept first: a permutation that makes rows views where possible.
+def memory_order(x: Tensor) -> tuple[int, ...] | None:
+    """Dimensions of ``x`` by falling stride, the first kept first, or None where they are in that order already.
 
     Examples:
         >>> x = torch.zeros(8, 3, 5, 5)
         >>> memory_order(x), memory_order(x.to(memory_format=torch.channels_last))
-        ((0, 1, 2, 3), (0, 2, 3, 1))
+        (None, (0, 2, 3, 1))
     """
-    return (0, *sorted(range(1, x.ndim), key=lambda dim: -x.stride(dim)))
+    return None if x.is_contiguous() else (0, *sorted(range(1, x.ndim), key=lambda dim: -x.stride(dim)))
+
+
+def arranged(x: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    """This rank's part of ``x`` with its dimensions in the given order."""
+    x = local(x)
+    return x if order is None else x.permute(order)
 
 
 def rows(x: Tensor) -> Tensor:
