@@ -86,6 +86,24 @@ def test_it_is_a_network_of_scale_one_with_scaled_features_rates_and_eps(scale, 
         assert (parameter - factor * expected[name]).abs().max() < 1e-12, name
 
 
+def test_evaluation_before_training_is_that_network_too_and_trained_statistics_stay():
+    torch.manual_seed(0)
+    model = SmallResNet().double()
+    reference = SmallResNet(feature_scale=0.1).double()
+    reference.load_state_dict(model.state_dict())
+    for norm in reference.norms()[1:]:
+        norm.eps *= 100
+    revisit(model)
+    x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    assert torch.allclose(model.eval()(x), reference.eval()(x), rtol=0, atol=1e-12)
+
+    trained = SmallResNet().double()
+    trained(x)
+    before = [norm.running_var.clone() for norm in trained.norms()]
+    revisit(trained)
+    assert all(torch.equal(a, norm.running_var) for a, norm in zip(before, trained.norms(), strict=True))
+
+
 def test_arm_both_is_the_paper_at_its_defaults():
     """The arm trains the same logits as the recipe, once eps is scaled with it."""
     torch.manual_seed(0)

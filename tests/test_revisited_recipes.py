@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import evenkeel
+from evenkeel._recipes import _RECIPES
 from evenkeel.methods.revisited import revision_of
 from evenkeel.study.models import build_model
 
@@ -70,3 +71,7 @@ def test_zero_gamma_recipe_changes_the_last_scales_and_nothing_else():
     changed = [key for key, value in model.state_dict().items() if not torch.equal(plain[key], value)]
     assert len(changed) == 9
     assert all(key.endswith("norm2.weight") for key in changed)
+
+
+def test_no_recipe_hides_another_of_its_name():
+    assert len(evenkeel.recipes()) == len(_RECIPES)

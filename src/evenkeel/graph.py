@@ -84,6 +84,14 @@ class Dataflow:
         """Indices of the steps that take the output of step ``index``."""
         return self._consumers[index]
 
+    @cached_property
+    def ancestors(self) -> tuple[frozenset[int], ...]:
+        """For each step, all steps that its output depends on."""
+        table: list[frozenset[int]] = []
+        for step in self.steps:
+            table.append(frozenset(step.inputs).union(*(table[i] for i in step.inputs)))
+        return tuple(table)
+
     def calls(self, path: str) -> tuple[int, ...]:
         """Indices of the steps at which the module ``path`` is called (empty where the trace did not reach it)."""
         return self._calls.get(path, ())

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from evenkeel.graph import dataflow
 from evenkeel.methods.input_norm import InputNorm
 
 Arm: TypeAlias = Literal["paper", "logit_scale", "shift_lr", "both", "scale_lr"]
@@ -109,6 +110,9 @@ def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 1
     those groups. The marks survive ``deepcopy`` and pickling; layers without a scale (``affine=False``) are passed
     over.
 
+    Running variances that have seen no batch start at ``scale ** 2`` instead of 1 behind another BatchNorm: that is what
+    they are going to see, and evaluation in the first hundred steps is far off without it (our addition).
+
     Args:
         model: Any module; changed in place.
         scale: Initial scale gamma_0.
@@ -140,14 +144,26 @@ def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 1
         if classifier is None:
             raise ValueError(f"revisit: arm {arm!r} scales the input of the classifier; the model has no linear layer")
         classifier.register_forward_pre_hook(FeatureScale(change.logit_scale))
+    behind = _behind_a_norm(model)
     for norm in norms:
         if isinstance(norm, InputNorm):
             norm.weight.mul_(change.scale)
         else:
             norm.weight.fill_(change.scale)
             norm.bias.zero_()
+            if norm in behind and norm.running_var is not None and norm.num_batches_tracked is not None:
+                fresh = norm.num_batches_tracked == 0
+                norm.running_var.copy_(torch.where(fresh, norm.running_var * change.scale**2, norm.running_var))
         mark(norm, change)
     return model
+
+
+def _behind_a_norm(model: nn.Module) -> set[nn.Module]:
+    """The layers to revisit whose input is known to depend on the output of another one."""
+    flow, modules = dataflow(model), dict(model.named_modules())
+    layers = [modules.get(step.path or "") if step.name == "module" else None for step in flow.steps]
+    norms = {index for index, layer in enumerate(layers) if isinstance(layer, _BatchNorm | InputNorm)}
+    return {layer for i in norms if norms & flow.ancestors[i] and (layer := layers[i]) is not None}
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm | InputNorm]:

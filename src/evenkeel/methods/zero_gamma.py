@@ -28,7 +28,7 @@ def last_norms(model: nn.Module, flow: Dataflow | None = None) -> list[str]:
     """
     flow = dataflow(model) if flow is None else flow
     modules = dict(model.named_modules())
-    before = _ancestors(flow)
+    before = flow.ancestors
     found: list[str] = []
     for step in flow.steps:
         if step.name != "add" or len(step.inputs) != 2:
@@ -40,14 +40,6 @@ def last_norms(model: nn.Module, flow: Dataflow | None = None) -> list[str]:
         if weights[0] != weights[1] and path in modules and is_norm(modules[path]) and path not in found:
             found.append(path)
     return found
-
-
-def _ancestors(flow: Dataflow) -> list[frozenset[int]]:
-    """For each step, all steps it depends on."""
-    before: list[frozenset[int]] = []
-    for step in flow.steps:
-        before.append(frozenset(step.inputs).union(*(before[i] for i in step.inputs)))
-    return before
 
 
 def _skip(flow: Dataflow, modules: dict[str, nn.Module], index: int) -> int:
