@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import evenkeel
-from evenkeel.methods.input_norm_folding import fold_input_norm
+from evenkeel.affine import PadChannels
 
 SHAPES = {"tabular": (7, 3), "sequence": (7, 3, 5), "image": (7, 3, 4, 5), "volume": (7, 3, 2, 3, 4)}
 
@@ -163,18 +163,9 @@ def test_folding_into_the_first_layer_is_exact_at_the_border_too(layer, shape):
     x = torch.rand(shape, dtype=torch.float64) * 3 + 7
     norm(x)
     expected = layer(norm.eval()(x))
-    stand_in, folded = fold_input_norm(norm, layer)
-    assert torch.allclose(folded(stand_in(x)), expected, rtol=1e-10, atol=1e-10)
-    assert not any(isinstance(m, evenkeel.InputNorm) for m in (stand_in, folded))
-
-
-def test_folding_leaves_the_layer_as_it_was_and_refuses_transposed_convolutions():
-    norm, conv = evenkeel.InputNorm(4), nn.Conv2d(4, 2, 3, padding=1)
-    before = copy.deepcopy(conv.state_dict())
-    fold_input_norm(norm, conv)
-    assert all(torch.equal(before[key], value) for key, value in conv.state_dict().items())
-    assert conv.padding == (1, 1)
-    with pytest.raises(ValueError, match="transposed convolution"):
-        fold_input_norm(norm, nn.ConvTranspose2d(4, 2, 3))
-    with pytest.raises(ValueError, match="last dimension"):
-        fold_input_norm(evenkeel.InputNorm(4, channel_dim=-1), conv)
+    model = nn.Sequential(norm, layer)
+    folded = evenkeel.fold(model)
+    assert torch.allclose(folded(x), expected, rtol=1e-10, atol=1e-10)
+    assert torch.allclose(model(x), expected, rtol=1e-10, atol=1e-10)  # the model is as it was
+    pads = isinstance(layer, nn.modules.conv._ConvNd) and layer.padding_mode == "zeros" and layer.padding != (0, 0)
+    assert type(folded[0]) is (PadChannels if pads else nn.Identity)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
@@ -22,11 +23,13 @@ class Affine:
         scale: ``(C,)``.
         shift: ``(C,)``.
         channel_dim: Dimension of the channels, 1 or -1.
+        zero: What is mapped to 0, ``(C,)``, where zeros that follow may be replaced by it; else None.
     """
 
     scale: Tensor
     shift: Tensor
     channel_dim: int
+    zero: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """The map, applied to ``x``."""
@@ -61,7 +64,8 @@ def _read(layer: Any) -> Affine | str:
     if mean is None or var is None:
         return "it keeps no running statistics"
     scale = (var + getattr(norm, "eps", 1e-5)).rsqrt() * (1 if weight is None else weight)
-    return Affine(scale, (0 if bias is None else bias) - mean * scale, channel_dim)
+    # without a shift the mean is mapped to 0, and if the scale is 0 nothing that follows can see the difference
+    return Affine(scale, (0 if bias is None else bias) - mean * scale, channel_dim, mean if bias is None else None)
 
 
 @torch.no_grad()
@@ -81,11 +85,11 @@ def _confirmed(layer: nn.Module, affine: Affine) -> bool:
 
 
 @torch.no_grad()
-def fold_behind(layer: Producer, affine: Affine) -> str:
+def fold_behind(layer: Producer, affine: Affine) -> nn.Module | str:
     """Let ``layer`` compute ``affine(layer(x))``.
 
     Returns:
-        Empty, or why it cannot; then it is unchanged.
+        What stands for the map, or why it cannot be; then the layer is unchanged.
     """
     conv = isinstance(layer, _ConvNd)
     if affine.scale.numel() != (layer.out_channels if conv else layer.out_features):
@@ -101,15 +105,18 @@ def fold_behind(layer: Producer, affine: Affine) -> str:
         weight = weight * affine.scale.reshape(-1, *[1] * (weight.dim() - 1))
     bias = affine.shift if layer.bias is None else layer.bias.double() * affine.scale + affine.shift
     _set(layer, weight, bias)
-    return ""
+    return nn.Identity()
 
 
 @torch.no_grad()
-def fold_before(layer: Producer, affine: Affine) -> str:
+def fold_before(layer: Producer, affine: Affine) -> nn.Module | str:
     """Let ``layer`` compute ``layer(affine(x))``.
 
+    Zero padding puts zeros behind the map: where ``affine.zero`` says what becomes zero, padding with that before the
+    map is the same, and the layer pads no more.
+
     Returns:
-        Empty, or why it cannot; then it is unchanged.
+        What stands for the map (an identity or :class:`PadChannels`), or why it cannot be; then the layer is unchanged.
     """
     if isinstance(layer, _ConvTransposeNd):
         return "a transposed convolution behind it takes the shift for fewer inputs at the border"
@@ -118,7 +125,8 @@ def fold_before(layer: Producer, affine: Affine) -> str:
         return "the layer behind it has another number of channels"
     if conv and affine.channel_dim != 1:
         return "it normalises another dimension than the channels of the layer behind it"
-    if conv and _pads_zeros(layer) and bool(affine.shift.any()):
+    padded = conv and _pads_zeros(layer) and bool(affine.shift.any())
+    if padded and affine.zero is None:
         return "the convolution behind it pads with zeros, which are not normalised"
     weight = layer.weight.double()
     out, space = weight.shape[0], [1] * (weight.dim() - 2)
@@ -129,7 +137,41 @@ def fold_before(layer: Producer, affine: Affine) -> str:
     )
     offset = (weight * shift).flatten(1).sum(1)
     _set(layer, weight * scale, offset if layer.bias is None else layer.bias.double() + offset)
-    return ""
+    if not padded or affine.zero is None or not isinstance(layer, _ConvNd):
+        return nn.Identity()
+    return _take_padding(layer, affine.zero)
+
+
+class PadChannels(nn.Module):
+    """Pads maps with one value per channel.
+
+    Args:
+        values: Value of each channel, ``(C,)``.
+        padding: As in ``torch.nn.functional.pad``: before and after, last dimension first.
+    """
+
+    values: Tensor
+
+    def __init__(self, values: Tensor, padding: list[int]) -> None:
+        super().__init__()
+        self.padding = padding
+        self.register_buffer("values", values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pad ``(N, C, ...)``."""
+        border = F.pad(torch.zeros_like(x[:1, :1]), self.padding, value=1.0)
+        return F.pad(x, self.padding) + border * self.values.reshape(-1, *([1] * (x.ndim - 2)))
+
+    def extra_repr(self) -> str:
+        """Arguments of the layer."""
+        return f"{len(self.values)}, padding={self.padding}"
+
+
+def _take_padding(layer: _ConvNd, values: Tensor) -> PadChannels:
+    padding = list(layer._reversed_padding_repeated_twice)
+    layer.padding = (0,) * len(layer.kernel_size)
+    layer._reversed_padding_repeated_twice = [0] * len(padding)
+    return PadChannels(values.to(layer.weight.dtype), padding)
 
 
 def _pads_zeros(layer: _ConvNd) -> bool:

@@ -27,7 +27,8 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
 
     Batch normalization (also Sync, frozen, Renorm, noisy), batchless, l_p, input and tracking instance normalization
     are folded into the linear, convolutional or transposed layer whose output they alone take, or else into the linear
-    or unpadded convolutional layer that alone takes theirs; :class:`torch.nn.Identity` stands in their place. What
+    or unpadded convolutional layer that alone takes theirs; :class:`torch.nn.Identity` stands in their place. Before a
+    zero-padded convolution an input normalization becomes padding with the mean, so that the border is exact too. What
     stays is named in a warning, with the reason. Hooks of this package are not in the copy.
 
     Args:
@@ -62,11 +63,13 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
             source, consumer = source_of(flow, modules, path), sole_consumer(flow, modules, path)
             if consumer is not None and source_of(flow, modules, consumer) != path:
                 consumer = None
-            reasons[path] = _try(modules[path], modules.get(source or ""), modules.get(consumer or ""))
-            if not reasons[path]:
-                del reasons[path]
-                folded = _replace(folded, modules[path], nn.Identity())
-                modules[path], progress = nn.Identity(), True
+            outcome = _try(modules[path], modules.get(source or ""), modules.get(consumer or ""))
+            if isinstance(outcome, str):
+                reasons[path] = outcome
+                continue
+            del reasons[path]
+            folded = _replace(folded, modules[path], outcome)
+            modules[path], progress = outcome, True
     if reasons:
         kept = "; ".join(f"{path or 'the model'} ({type(modules[path]).__name__}): {reasons[path]}" for path in reasons)
         warnings.warn(f"fold: {len(reasons)} layers stay: {kept}", stacklevel=2)
@@ -80,10 +83,10 @@ def _is_candidate(module: nn.Module) -> bool:
     return is_norm(module) or is_frozen_norm(module) or isinstance(module, (InputNorm, Removed))
 
 
-def _try(norm: nn.Module, source: nn.Module | None, consumer: nn.Module | None) -> str:
-    """Fold ``norm`` into one of its neighbours; empty, or why that cannot be."""
+def _try(norm: nn.Module, source: nn.Module | None, consumer: nn.Module | None) -> nn.Module | str:
+    """Fold ``norm`` into one of its neighbours; what stands in its place, or why that cannot be."""
     if isinstance(norm, Removed) and norm.bias is None:
-        return ""
+        return nn.Identity()
     affine = affine_of(norm)
     if isinstance(affine, str):
         return affine
@@ -93,10 +96,10 @@ def _try(norm: nn.Module, source: nn.Module | None, consumer: nn.Module | None) 
     for layer, merge, side in ((source, fold_behind, "before"), (consumer, fold_before, "behind")):
         if not isinstance(layer, PRODUCERS):
             continue
-        reason = _obstacle(layer, side) or merge(_plain(layer), affine)
-        if not reason:
-            return ""
-        reasons.append(reason)
+        outcome = _obstacle(layer, side) or merge(_plain(layer), affine)
+        if isinstance(outcome, nn.Module):
+            return outcome
+        reasons.append(outcome)
     return ", and ".join(reasons) or "no linear or convolutional layer is its only neighbour on either side"
 
 
