@@ -205,7 +205,7 @@ class Wild(nn.Module):
 
 def test_an_example_makes_untraceable_models_foldable():
     model, x = randomized(Wild()), torch.randn(2, 4, 5, 5).double()
-    with pytest.warns(UserWarning, match="fold: 2 layers stay: norms.0"):
+    with pytest.warns(UserWarning, match="fold: 2 layers stay. norms.0"):
         evenkeel.fold(model)
     folded = evenkeel.fold(model, example={"x": x})
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())

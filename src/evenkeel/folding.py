@@ -71,12 +71,19 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
             folded = _replace(folded, modules[path], outcome)
             modules[path], progress = outcome, True
     if reasons:
-        kept = "; ".join(f"{path or 'the model'} ({type(modules[path]).__name__}): {reasons[path]}" for path in reasons)
-        warnings.warn(f"fold: {len(reasons)} layers stay: {kept}", stacklevel=2)
+        warnings.warn(f"fold: {len(reasons)} layers stay. {_grouped(reasons, modules)}", stacklevel=2)
     if example is not None:
         with evaluating(folded):
             _check_same(expected, forward(folded, example))
     return folded
+
+
+def _grouped(reasons: dict[str, str], modules: dict[str, nn.Module]) -> str:
+    """One sentence per reason, with the layers it holds for."""
+    layers: dict[str, list[str]] = {}
+    for path, reason in reasons.items():
+        layers.setdefault(reason, []).append(f"{path or 'the model'} ({type(modules[path]).__name__})")
+    return " ".join(f"{', '.join(names)}: {reason}." for reason, names in layers.items())
 
 
 def _is_candidate(module: nn.Module) -> bool:
