@@ -1,6 +1,7 @@
 """The pure functions of the methods, without state."""
 
 from evenkeel.methods.batch_renorm import renorm_correction
+from evenkeel.methods.batchless_forecast import forecast
 from evenkeel.methods.batchless_functions import gaussian_nll_gradients
 from evenkeel.methods.batchless_projected import projected_gradient
 from evenkeel.methods.preconditioning import bounded_step, guarded_variance, precondition, step_divisor, update_running
@@ -13,6 +14,7 @@ __all__ = [
     "bounded_step",
     "clip_rows",
     "exponential_map",
+    "forecast",
     "gaussian_nll_gradients",
     "guarded_variance",
     "logarithmic_map",

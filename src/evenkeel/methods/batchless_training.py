@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evenkeel.methods.batchless import BatchlessNorm, batchless_layers
-from evenkeel.moments import empty, reduce
+from evenkeel.methods.batchless_forecast import Forecaster, forecasters
+from evenkeel.moments import Moments, Tally, empty, reduce
 from evenkeel.stepping import StepHandle, before_step
 
 RATE = 0.05
@@ -56,52 +57,67 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
         layer.set_collected(True)
     _move_to_own_group(optimizer, [p for layer in plain for p in (layer.mean, layer.rho)])
 
+    watchers = forecasters(model)
+
     @torch.no_grad()
     def prepare() -> None:
-        collect(layers)
+        collect(layers, watchers)
         restrain(optimizer, layers)
         for layer in natural:
             layer.step(rate)
 
-    def forget() -> None:
+    def finish() -> None:
+        for watcher in watchers:
+            watcher.after()
         for layer in plain:
             layer.mean.grad = layer.rho.grad = None
 
     def discard() -> None:
         for layer in layers:
             layer.discard()
+        for watcher in watchers:
+            watcher.tally.take()
 
-    handle = before_step(optimizer, prepare, after=forget, discard=discard, owner="evenkeel.attach")
+    handle = before_step(optimizer, prepare, after=finish, discard=discard, owner="evenkeel.attach")
 
     def release() -> None:
         for layer in layers:
             layer.set_collected(False)
+        for watcher in watchers:
+            watcher.remove()
 
     return StepHandle([handle.remove, release])
 
 
 @torch.no_grad()
-def collect(layers: list[BatchlessNorm]) -> None:
-    """Write the gradient of the likelihood into ``mean.grad`` and ``rho.grad`` of every layer that observed something.
+def collect(layers: list[BatchlessNorm], watchers: list[Forecaster] | None = None) -> None:
+    """Write every layer's gradient of the likelihood into ``mean.grad`` and ``rho.grad``; update the projections.
 
     Args:
         layers: The layers, in the same order on every rank.
+        watchers: Forecasters of some of the layers, told the moments of their inputs.
     """
-    pending = [
-        layer.tally.take() or empty(layer.num_features, dtype=layer.mean.dtype, device=layer.mean.device)
-        for layer in layers
-    ]
+    watchers = watchers or []
+    pending = [_taken(layer.tally, layer.num_features, layer.mean) for layer in layers]
+    inputs = [_taken(w.tally, w.features, w.norm.mean) for w in watchers]
     controlled = [(i, layer.control) for i, layer in enumerate(layers) if layer.control is not None]
     products = [control.take(pending[i].count) for i, control in controlled]
-    reduced = reduce([*pending, *products])
+    reduced = reduce([*pending, *inputs, *products])
+    for watcher, moments in zip(watchers, reduced[len(layers) :], strict=False):
+        watcher.before(moments)
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    for (i, control), product in zip(controlled, reduced[len(layers) :], strict=True):
+    for (i, control), product in zip(controlled, reduced[len(layers) + len(inputs) :], strict=True):
         control.update(product, *layers[i].normalized_moments(reduced[i]), ranks)
     for layer, moments in zip(layers, reduced, strict=False):
         seen = moments.count > 0
         layer.mismatch = torch.where(seen, layer.normalized_moments(moments)[1].mean() - 1, 0) / 2
         d_mean, d_rho = layer.likelihood_gradients(moments)
         layer.mean.grad, layer.rho.grad = torch.where(seen, d_mean, 0), torch.where(seen, d_rho, 0)
+
+
+def _taken(tally: Tally, features: int, like: Tensor) -> Moments:
+    """What was counted since the last step, if need be nothing."""
+    return tally.take() or empty(features, dtype=like.dtype, device=like.device)
 
 
 @torch.no_grad()
