@@ -4,6 +4,7 @@ How does batch normalization help optimization? Shibani Santurkar, Dimitris Tsip
 NeurIPS 2018, arXiv 1805.11604.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,13 +55,14 @@ def _distance(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)
 
 
-def activations(model: nn.Module, objective: Objective, batch: Any) -> Activations:
+def activations(model: nn.Module, objective: Objective, batch: Any, *, at: Sequence[str] | None = None) -> Activations:
     """Measure the outputs of the layers in one forward pass, in the modes the model is in.
 
     Args:
         model: Any module.
         objective: ``loss = objective(model, batch)``.
         batch: The batch; the same one at every measurement makes them comparable.
+        at: Paths of modules whose outputs to look at, default all normalization, linear and convolution layers.
 
     Returns:
         The measurement.
@@ -74,6 +76,8 @@ def activations(model: nn.Module, objective: Objective, batch: Any) -> Activatio
             means[name] = tuple(seen.mean.tolist())
             variances[name] = tuple(seen.variance.tolist())
 
-    with Probe(model, objective, batch) as probe, watched(layers(probe.model), look), torch.no_grad():
-        probe.loss()
+    with Probe(model, objective, batch) as probe, torch.no_grad():
+        chosen = layers(probe.model) if at is None else [(path, probe.model.get_submodule(path)) for path in at]
+        with watched(chosen, look):
+            probe.loss()
     return Activations(means, variances)

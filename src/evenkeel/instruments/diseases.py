@@ -54,8 +54,8 @@ def poisoned(seen: Examination) -> Finding | None:
     return _sick(
         "running statistics poisoned by non-finite values",
         layers,
-        "one overflowed batch is enough; reset them (layer.reset_running_stats()), recalibrate on clean batches, and skip "
-        "steps whose loss is not finite",
+        "one overflowed batch is enough; reset them (layer.reset_running_stats()), evenkeel.recalibrate(model, batches) on "
+        "clean batches, and skip steps whose loss is not finite",
     )
 
 
@@ -116,8 +116,8 @@ def far_running(seen: Examination) -> Finding | None:
     return _sick(
         "running statistics far from the batches'",
         layers,
-        "recalibrate them on training batches; if it comes back, check that train and eval data are prepared alike, that "
-        "the momentum is not too small, and that the weights were not changed after training",
+        "evenkeel.recalibrate(model, batches) on training batches; if it comes back, check that train and eval data are "
+        "prepared alike, that the momentum is not too small, and that the weights were not changed after training",
     )
 
 
@@ -164,7 +164,7 @@ def disagreement(seen: Examination) -> Finding | None:
     return _sick(
         "train and eval mode disagree",
         {cause: evidence},
-        "recalibrate the running statistics of this layer and those after it; if the batch is small, use a method whose two "
+        "evenkeel.recalibrate(model, batches); if the batch is small, use a method whose two "
         'modes agree: evenkeel.apply("bnp", ...), evenkeel.convert(model, "batchless")',
     )
 

@@ -45,6 +45,8 @@ class Monitor:
         objective: ``loss = objective(model, batch)``.
         optimizer: Its optimizer; the learning rate of its first group is the unit of the walk.
         every: Steps from one measurement to the next.
+        steps: Number of step sizes of the walk.
+        span: Smallest and largest step size of the walk, in units of the learning rate.
         path: JSON lines file to append to, one line per step.
         tensorboard: Folder for TensorBoard.
 
@@ -73,12 +75,15 @@ class Monitor:
         optimizer: Optimizer,
         every: int = 200,
         *,
+        steps: int = 8,
+        span: tuple[float, float] = (1 / 8, 4),
         path: Path | str | None = None,
         tensorboard: Path | str | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"every is {every}; it counts steps and must be at least 1")
         self.model, self.objective, self.optimizer, self.every = model, objective, optimizer, every
+        self.steps, self.span = steps, span
         self.history: list[dict[str, Any]] = []
         self._step = 0
         self._waiting: list[tuple[dict[str, Any], Tensor]] = []
@@ -125,7 +130,7 @@ class Monitor:
             directional = along(probe, gradient)
             found: dict[str, Any] = {"curvature": {"directional": directional, "stability": lr * directional / 2}}
             if lr > 0:  # a warm-up may start at zero, from where there is no step to look along
-                path = walk(probe, loss, gradient, step_sizes(lr))
+                path = walk(probe, loss, gradient, step_sizes(lr, self.steps, self.span))
                 found["landscape"] = {
                     "loss_low": path.loss_band[0],
                     "loss_high": path.loss_band[1],

@@ -29,6 +29,7 @@ def _image_models() -> dict[str, tuple[int, Callable[..., nn.Module]]]:
     }
     for depth in (13, 19):
         table[f"vgg{depth}"] = (17, lambda c, h, w, k, depth=depth: vgg(depth, c, k))
+        table[f"vgg{depth}-small"] = (17, lambda c, h, w, k, depth=depth: vgg(depth, c, k, divisor=4))
     for depth in (18, 20, 34, 50, 56, 110):
         table[f"resnet{depth}"] = (1, lambda c, h, w, k, depth=depth: resnet(depth, c, k))
     return table
