@@ -177,6 +177,23 @@ def test_one_layer_at_two_places_is_replaced_by_one_layer_at_both():
     assert model[0] is model[2] is model.again["norm"] is norm
 
 
+def test_layers_that_a_model_also_keeps_in_plain_containers_are_exchanged_there_too():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(8)
+            self.listed, self.pair, self.named = [self.norm, 3], (self.norm, None), {"a": self.norm}
+
+        def forward(self, x):
+            return self.listed[0](self.pair[0](self.named["a"](x)))
+
+    model = convert(Listed(), "group")
+    assert model.listed[0] is model.pair[0] is model.named["a"] is model.norm
+    assert isinstance(model.norm, nn.GroupNorm)
+    assert is_batchnorm(revert(model).listed[0])
+    assert model.listed[1] == 3
+
+
 def test_parameters_that_two_norms_share_stay_shared():
     model = nn.Sequential(nn.BatchNorm2d(8), nn.BatchNorm2d(8))
     model[1].weight = model[0].weight

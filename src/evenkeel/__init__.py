@@ -2,6 +2,7 @@
 
 from evenkeel import functional, instruments, moments
 from evenkeel._recipes import apply, recipes
+from evenkeel.description import describe
 from evenkeel.folding import fold
 from evenkeel.groups import param_groups
 from evenkeel.instruments import doctor
@@ -17,7 +18,7 @@ from evenkeel.methods.noisy_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, Nois
 from evenkeel.methods.revisited import revisit
 from evenkeel.methods.riemannian import SGDG, AdamG
 from evenkeel.recalibration import recalibrate
-from evenkeel.surgery import convert, describe, revert
+from evenkeel.surgery import convert, revert
 
 __version__ = "0.1.0"
 

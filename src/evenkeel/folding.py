@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -32,7 +33,7 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
     stays is named in a warning, with the reason. Hooks of this package are not in the copy.
 
     Args:
-        model: Any module; not changed.
+        model: Any module; not changed. Of one wrapped in DistributedDataParallel, the module inside is folded.
         example: One batch. With it the model is run instead of traced, so that nothing about its data flow stays
             unknown, and the copy is checked against it.
         forward: How to run the model on ``example``; by default a mapping goes in as keyword arguments, of a tuple or
@@ -52,7 +53,7 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
           (2): ReLU()
         )
     """
-    folded = _bare_copy(model).eval()
+    folded = _bare_copy(model.module if isinstance(model, DistributedDataParallel) else model).eval()
     flow, expected = (dataflow(folded), None) if example is None else record(folded, example, forward=forward)
     modules = dict(folded.named_modules())
     reasons = {path: "" for path, module in modules.items() if _is_candidate(module)}

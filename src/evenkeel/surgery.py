@@ -6,58 +6,25 @@ optimizer goes on, handles still remove their hooks, and state dicts of the one 
 has a meaning.
 """
 
-import copy
 import difflib
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from evenkeel.graph import PRODUCERS, is_norm, producers
-from evenkeel.methods.revisited import Revision, mark, revision_of
+from evenkeel.origins import Origin, Producer, default_bias, lend, origin_of, restored, translate
 from evenkeel.regroup import check_optimizer, regroup
-from evenkeel.targets import TARGETS, Removed, features_of, spatial_dims
+from evenkeel.targets import TARGETS, Removed, spatial_dims
 
-Producer = nn.Linear | _ConvNd
 Where = Callable[[str, nn.Module], bool] | Iterable[str] | None
-
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_is_full_backward_hook",
-)
-
-
-@dataclass
-class Origin:
-    """What stood where a converted layer stands now.
-
-    Attributes:
-        module: The replaced layer.
-        to: The target it was converted to.
-        settings: Settings of the layer that stands in for it.
-        biased: The layer before it that got a bias in exchange, if one did.
-    """
-
-    module: nn.Module
-    to: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    biased: Producer | None = None
-    _bias_hook: RemovableHandle | None = None
 
 
 @dataclass(frozen=True)
@@ -138,63 +105,7 @@ def revert(model: nn.Module, *, where: Where = None, optimizer: Optimizer | None
     """
     _check(model, optimizer)
     converted = [(layer, origin) for layer in _select(model, where).values() if (origin := origin_of(layer))]
-    return _carry_out(model, [_Swap(layer, o.module, _restored(layer, o)) for layer, o in converted], optimizer)
-
-
-@dataclass(frozen=True)
-class LayerDescription:
-    """One normalization layer, or what stands in for one.
-
-    Attributes:
-        path: Its path in the model.
-        kind: Class of the layer that is there.
-        features: Its number of features.
-        replaced: Class of the layer it replaced, or None.
-        lost: What the replaced layer did or kept that this one does not; empty if nothing, or if nothing was replaced.
-        biased: Path of the layer that got a bias in exchange, or None.
-        revision: What :func:`evenkeel.revisit` did to it, or None.
-    """
-
-    path: str
-    kind: str
-    features: int
-    replaced: str | None = None
-    lost: str = ""
-    biased: str | None = None
-    revision: Revision | None = None
-
-    def __str__(self) -> str:
-        words = f"{self.path or '(the model)'}: {self.kind}({self.features})"
-        words += f" in place of {self.replaced}" if self.replaced else ""
-        words += f", {self.biased} has a bias instead" if self.biased else ""
-        words += f"; {self.lost}" if self.lost else ""
-        return words + (f"; {self.revision}" if self.revision else "")
-
-
-def describe(model: nn.Module) -> list[LayerDescription]:
-    """What every normalization layer of ``model`` is, what it replaced and what was lost by it.
-
-    Examples:
-        >>> print(*describe(convert(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)), "group")))
-        1: GroupNorm(4) in place of BatchNorm1d; running statistics are kept but neither used nor updated
-    """
-    paths = {module: path for path, module in model.named_modules()}
-    rows = []
-    for path, layer in _select(model, None).items():
-        origin = origin_of(layer)
-        if origin is None:
-            rows.append(LayerDescription(path, type(layer).__name__, features_of(layer), revision=revision_of(layer)))
-            continue
-        biased = None if origin.biased is None else paths.get(origin.biased)
-        kind, replaced = type(layer).__name__, type(origin.module).__name__
-        features, lost = features_of(origin.module), TARGETS[origin.to].lost
-        rows.append(LayerDescription(path, kind, features, replaced, lost, biased, revision_of(layer)))
-    return rows
-
-
-def origin_of(module: nn.Module) -> Origin | None:
-    """What ``module`` was converted from, or None."""
-    return vars(module).get("evenkeel_origin")
+    return _carry_out(model, [_Swap(layer, o.module, restored(layer, o)) for layer, o in converted], optimizer)
 
 
 def feeding(model: nn.Module) -> dict[nn.Module, Producer]:
@@ -266,10 +177,10 @@ def _plan(
         return None
     if origin is None and target.is_native(layer) and not settings:
         return None
-    restored = None if origin is None else _restored(layer, origin)
+    was = None if origin is None else restored(layer, origin)
     if origin is not None and target.is_native(origin.module) and not settings:
-        return _Swap(layer, origin.module, restored)
-    source = layer if restored is None else restored
+        return _Swap(layer, origin.module, was)
+    source = layer if was is None else was
     if any(is_lazy(tensor) for tensor in (*source.parameters(), *source.buffers())):
         raise ValueError(
             f"{path}: {type(source).__name__} does not know its features yet; run one batch through the model first"
@@ -283,52 +194,11 @@ def _plan(
         new, biased = Removed(), producer if producer.bias is None else None
     else:
         new = target.build(source, lambda: spatial_dims(path, source, producer, model), **settings)
-    _lend(source, new)
+    lend(source, new)
     module = layer if origin is None else origin.module
     vars(new)["evenkeel_origin"] = Origin(module, to, settings, biased)
-    new.register_load_state_dict_pre_hook(_translate)
-    return _Swap(layer, new, restored)
-
-
-def _lend(source: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` what ``source`` has beside its function: hooks, training flag, buffers (so the keys stay), marks."""
-    mark(new, revision_of(source))
-    for name in _HOOKS:
-        vars(new)[name] = vars(source)[name]
-    new.train(source.training)
-    if isinstance(new, nn.GroupNorm):
-        for name, buffer in source._buffers.items():
-            new.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
-
-
-def _restored(layer: nn.Module, origin: Origin) -> nn.Module:
-    """A copy of the layer that ``layer`` replaced, holding the tensors it would have now."""
-    module = _twin(origin.module)
-    parameters, buffers = module._parameters, module._buffers
-    if not isinstance(layer, Removed):
-        parameters.update({name: p for name, p in layer._parameters.items() if name in ("weight", "bias")})
-    had = {name for name, buffer in buffers.items() if buffer is not None}
-    buffers.update({name: b for name, b in layer._buffers.items() if name in had})
-    if isinstance(module, _BatchNorm) and hasattr(layer, "to_batchnorm") and not _untouched(layer, origin):
-        now: _BatchNorm = layer.to_batchnorm()  # pyright: ignore[reportCallIssue]
-        buffers.update({name: b for name, b in now._buffers.items() if name in had - {"num_batches_tracked"}})
-        module.eps = now.eps
-    bias = (layer if origin.biased is None else origin.biased).bias if isinstance(layer, Removed) else None
-    mean = buffers.get("running_mean")
-    if mean is not None and bias is not None:
-        buffers["running_mean"] = mean.to(bias.device) - bias.detach().to(mean.dtype)
-    return module.train(layer.training)
-
-
-def _untouched(layer: nn.Module, origin: Origin) -> bool:
-    """Whether the statistics of ``layer`` are those that the conversion gave it, so the old ones are exact."""
-    then = _rebuilt(origin.module, layer, origin).state_dict()
-    now = layer.state_dict()
-    return all(
-        name in ("weight", "bias")
-        or (t.device == now[name].device and t.dtype == now[name].dtype and t.equal(now[name]))
-        for name, t in then.items()
-    )
+    new.register_load_state_dict_pre_hook(translate)
+    return _Swap(layer, new, was)
 
 
 def _carry_out(model: nn.Module, swaps: list[_Swap], optimizer: Optimizer | None) -> nn.Module:
@@ -337,13 +207,27 @@ def _carry_out(model: nn.Module, swaps: list[_Swap], optimizer: Optimizer | None
         _settle(swap)
     replaced = {swap.old: swap.new for swap in swaps}
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in replaced:
-                parent._modules[name] = replaced[child]
+        for name, value in list(vars(parent).items()):
+            vars(parent)[name] = _exchanged(value, replaced)
     model = replaced.get(model, model)
     if optimizer is not None:
         regroup(optimizer, before, dict(model.named_parameters()))
     return model
+
+
+def _exchanged(value: Any, replaced: dict[nn.Module, nn.Module]) -> Any:
+    """``value`` with the replaced layers exchanged: a layer, or a dictionary, list or tuple that may hold some."""
+    if isinstance(value, nn.Module):
+        return replaced.get(value, value)
+    if isinstance(value, dict):
+        value.update({
+            key: replaced[item] for key, item in value.items() if isinstance(item, nn.Module) and item in replaced
+        })
+    elif isinstance(value, list):
+        value[:] = [replaced.get(item, item) if isinstance(item, nn.Module) else item for item in value]
+    elif type(value) is tuple:
+        return tuple(replaced.get(item, item) if isinstance(item, nn.Module) else item for item in value)
+    return value
 
 
 def _settle(swap: _Swap) -> None:
@@ -363,43 +247,4 @@ def _settle(swap: _Swap) -> None:
         features = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
         trainable = layer.weight.requires_grad if beta is None else beta.requires_grad
         layer.bias = nn.Parameter(layer.weight.new_zeros(features), requires_grad=trainable)
-        future._bias_hook = layer.register_load_state_dict_pre_hook(_default_bias)
-
-
-def _default_bias(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A state dict from before a normalization was removed has no bias for the layer before it: it is 0."""
-    if prefix + "weight" in state and layer.bias is not None:
-        state.setdefault(prefix + "bias", torch.zeros_like(layer.bias))  # pyright: ignore[reportArgumentType]
-
-
-def _translate(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a converted layer load a state dict of the layer it replaced, or of one that was its kind from the start."""
-    origin = origin_of(layer)
-    if origin is None:
-        return
-    given = {key[len(prefix) :] for key in state if key.startswith(prefix)}
-    own, old = layer.state_dict(), set(origin.module.state_dict())
-    if given == old and given != set(own):
-        twin = _twin(origin.module)
-        for tensors in (twin._parameters, twin._buffers):
-            tensors.update({name: nn.Parameter(state[prefix + name], False) for name in tensors.keys() & old})
-        for name in old:
-            del state[prefix + name]
-        fresh = _rebuilt(twin, layer, origin).state_dict()
-        state.update({prefix + name: fresh[name] for name in own})
-    elif given and given < set(own):
-        state.update({prefix + name: own[name] for name in dict(layer.named_buffers()).keys() & own.keys() - given})
-
-
-def _rebuilt(source: nn.Module, layer: nn.Module, origin: Origin) -> nn.Module:
-    """What the conversion that made ``layer`` makes of ``source``."""
-    new = TARGETS[origin.to].build(source, lambda: spatial_dims("", layer, None, layer), **origin.settings)
-    _lend(source, new)
-    return new
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """A shallow copy whose tensors can be exchanged without changing ``module``."""
-    twin = copy.copy(module)
-    vars(twin).update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
-    return twin
+        future._bias_hook = layer.register_load_state_dict_pre_hook(default_bias)
