@@ -19,6 +19,7 @@ import torch
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from evenkeel._recipes import recipes
+from evenkeel.cli_instruments import Doctor, Landscape
 from evenkeel.study.training import Training
 
 
@@ -199,7 +200,14 @@ class Recipes:
         return 0
 
 
-COMMANDS: dict[str, Any] = {"compare": Compare, "worker": Worker, "report": Report, "recipes": Recipes}
+COMMANDS: dict[str, Any] = {
+    "compare": Compare,
+    "worker": Worker,
+    "report": Report,
+    "recipes": Recipes,
+    "landscape": Landscape,
+    "doctor": Doctor,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

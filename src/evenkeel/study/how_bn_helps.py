@@ -222,9 +222,11 @@ def findings(traces: Sequence[Trace], *, deep_linear: bool) -> tuple[Finding, ..
     ]
     if deep_linear:
         best = min((*pair, *lp), key=lambda m: end[m])
-        judged.append(
-            ("On the deep linear network l_1 is best", best == "l1", f"loss at the end: {_losses(end, (*pair, *lp))}")
-        )
+        judged.append((
+            "On the deep linear network l_1 is best",
+            best == "l1",
+            f"loss at the end: {_losses(end, (*pair, *lp))}",
+        ))
     return tuple(Finding(claim, "reproduced" if holds else "not reproduced", text) for claim, holds, text in judged)
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -289,6 +290,6 @@ def run_landscape(
     for method in config.methods:
         show(f"{method}: {config.steps} steps of {config.batch_size} examples")
         traces.append(watch(task, method, every=config.every, span=config.span, seed=config.seed))
-    title = f"{config.model} on {config.data}: the landscape of {', '.join(config.methods)}"
+    title = f"{config.model} on {Path(config.data).name}: the landscape of {', '.join(config.methods)}"
     notes = (data.note,) if data.note else ()
     return LandscapeRecord(title, asdict(config), tuple(traces), command, environment(config.device), notes)
