@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import evenkeel
 from evenkeel.affine import PadChannels
+from evenkeel.methods.input_norm import with_input_norm
 
 SHAPES = {"tabular": (7, 3), "sequence": (7, 3, 5), "image": (7, 3, 4, 5), "volume": (7, 3, 2, 3, 4)}
 
@@ -79,16 +80,6 @@ def test_gradients_in_train_mode_are_those_of_batch_normalization():
     x = torch.rand(6, 3, 4, dtype=torch.float64, requires_grad=True)
     norm = evenkeel.InputNorm(3, dtype=torch.float64)
     assert torch.autograd.gradcheck(norm, x)
-
-
-def test_affine_form_is_the_layer_in_eval_mode():
-    torch.manual_seed(0)
-    norm = evenkeel.InputNorm(3)
-    x = torch.rand(8, 3, 4, 4)
-    norm(x)
-    norm.eval()
-    gain, offset = norm.affine()
-    assert torch.allclose(norm(x), gain.reshape(-1, 1, 1) * x + offset.reshape(-1, 1, 1), atol=1e-6)
 
 
 def test_bfloat16_input_keeps_fp32_statistics():
@@ -169,3 +160,9 @@ def test_folding_into_the_first_layer_is_exact_at_the_border_too(layer, shape):
     assert torch.allclose(model(x), expected, rtol=1e-10, atol=1e-10)  # the model is as it was
     pads = isinstance(layer, nn.modules.conv._ConvNd) and layer.padding_mode == "zeros" and layer.padding != (0, 0)
     assert type(folded[0]) is (PadChannels if pads else nn.Identity)
+
+
+def test_putting_it_in_front_keeps_the_modes_of_the_model():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3).eval())
+    assert [m.training for m in with_input_norm(model).modules()] == [True, True, True, True, False]
+    assert not any(m.training for m in with_input_norm(model.eval()).modules())

@@ -75,3 +75,15 @@ def test_zero_gamma_recipe_changes_the_last_scales_and_nothing_else():
 
 def test_no_recipe_hides_another_of_its_name():
     assert len(evenkeel.recipes()) == len(_RECIPES)
+
+
+def test_deployed_model_has_no_normalization_left_and_is_the_same_function():
+    model, optimizer = evenkeel.apply("revisited+input", resnet().double(), lr=0.1)
+    x, y = torch.rand(8, 3, 8, 8, dtype=torch.float64), torch.arange(8) % 4
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    folded = evenkeel.fold(model)
+    assert not any(isinstance(m, nn.BatchNorm2d | evenkeel.InputNorm) for m in folded.modules())
+    assert torch.allclose(folded(x), model.eval()(x), rtol=0, atol=1e-10)

@@ -97,11 +97,6 @@ class InputNorm(nn.Module):
         self.running_var.copy_(torch.where(seen.count > 0, seen.variance, self.running_var))
         self.rows_seen.copy_(seen.count.long())
 
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """Gain and offset per channel, each ``(C,)``, of what the layer is in eval mode: ``y = gain * x + offset``."""
-        gain = self.weight.to(self.running_var.dtype) * (self.running_var + self.eps).rsqrt()
-        return gain, -self.running_mean * gain
-
     def extra_repr(self) -> str:
         """Arguments of the layer."""
         return f"{self.channels}, eps={self.eps}, channel_dim={self.channel_dim}"
@@ -123,9 +118,11 @@ def with_input_norm(model: nn.Module, batches: Iterable[Any] | None = None) -> n
     """
     first = next(iter(batches), None) if batches is not None else None
     channels = first.shape[1] if isinstance(first, Tensor) and first.ndim > 1 else _input_channels(model)
-    like = next(model.parameters())
-    norm = InputNorm(channels, device=like.device, dtype=like.dtype if like.is_floating_point() else None)
-    return nn.Sequential(OrderedDict(input_norm=norm, model=model)).train(model.training)
+    like = next(model.parameters(), torch.empty(0))
+    norm = InputNorm(channels, device=like.device, dtype=like.dtype)
+    both = nn.Sequential(OrderedDict(input_norm=norm.train(model.training), model=model))
+    both.training = model.training  # not train(): parts of the model may be in eval mode on purpose
+    return both
 
 
 def _input_channels(model: nn.Module) -> int:
