@@ -245,7 +245,7 @@ def test_scale_of_an_input_norm_is_multiplied():
     assert torch.allclose(model[0].weight, torch.tensor(0.058))
 
 
-def test_trains_on_every_model_of_the_papers_kind():
+def test_a_residual_network_trains_from_the_small_scale():
     torch.manual_seed(0)
     model = revisit(build_model("resnet20", input_shape=(3, 8, 8), classes=4))
     optimizer = torch.optim.SGD(evenkeel.param_groups(model, lr=0.1, weight_decay=1e-4), momentum=0.9)
