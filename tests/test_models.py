@@ -62,6 +62,8 @@ SMALL = {
     "batchless-cnn": IMAGE,
     "vgg13": IMAGE,
     "vgg19": (1, 28, 28),
+    "vgg13-small": IMAGE,
+    "vgg19-small": IMAGE,
     "resnet18": (3, 8, 8),
     "resnet20": (1, 8, 8),
     "resnet34": (3, 8, 8),
