@@ -3,8 +3,8 @@
 Riemannian approach to batch normalization, Minhyung Cho and Jaehyung Lee, NIPS 2017, arXiv 1709.09603.
 
 A filter ``y`` (a row of the weight, seen as ``(C_out, fan-in)``) stays on the unit sphere. Its gradient is
-projected and clipped, and it moves along a geodesic; the momentum ``tau`` moves with it. Not to be confused with the AdamG of arXiv
-2405.04376, another method.
+projected and clipped, and it moves along a geodesic; the momentum ``tau`` moves with it. Not to be confused with the
+AdamG of arXiv 2405.04376, another method.
 """
 
 from collections.abc import Iterable
@@ -126,6 +126,9 @@ class SGDG(RowOptimizer):
         }
         super().__init__(params, defaults)
 
+    def _numbers(self, group: dict[str, Any]) -> dict[str, float]:
+        return {"lr": group["lr"], "keep": group["momentum"]}
+
     def _move(self, group: dict[str, Any], one: Filters, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor, None]:
         return *sgdg(y, h, rows(one.tau), lr=group["lr"], momentum=group["momentum"]), None
 
@@ -222,6 +225,9 @@ class AdamG(RowOptimizer):
         step = state["step"] if group["capturable"] or torch.compiler.is_compiling() else state["step"].item()
         beta1, beta2 = group["betas"]
         return (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+
+    def _numbers(self, group: dict[str, Any]) -> dict[str, float]:
+        return {"lr": group["lr"], "keep": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
 
     def _move(self, group: dict[str, Any], one: Filters, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         assert one.v is not None

@@ -3,6 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 # (torch's optimizers are written with the same _foreach functions)
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -109,11 +110,41 @@ class RowOptimizer(Optimizer):
             if not group["manifold"]:
                 self._step_euclidean(group, params)
             elif group["foreach"]:
-                advance([self._filters(group, p) for p in params], self._update(group))
+                filters = [one for p in params if (one := self._filters(group, p)).y.numel() > 0]
+                kernel = self._kernel(group, filters)
+                if kernel is None:
+                    advance(filters, self._update(group))
+                else:
+                    kernel.advance(filters, max_norm=group["max_norm"], **self._numbers(group))
             else:
                 for p in params:
                     self._step_readable(group, self._filters(group, p))
         return loss
+
+    def _kernel(self, group: dict[str, Any], filters: list[Filters]) -> Any:
+        """The fused kernel where it can do the group's step, else None.
+
+        Raises:
+            RuntimeError: ``fused=True`` was asked for and is not possible.
+        """
+        if group["fused"] is False or (group["fused"] is None and not all(one.y.is_cuda for one in filters)):
+            return None
+        floats = all(one.in_place and one.y.dtype == torch.float32 for one in filters)
+        floats = floats and len({one.y.device for one in filters}) == 1
+        numbers = not any(torch.is_tensor(x) for x in (group["lr"], *(one.correction for one in filters)))
+        clipped = group["clip_orthogonality"] or group["orthogonality"] == 0
+        if importlib.util.find_spec("triton") and floats and numbers and clipped and filters:
+            from evenkeel.methods.row_kernel import FusedRows
+
+            kernels = vars(self).setdefault("_kernels", {})
+            return kernels.setdefault(id(group), FusedRows())
+        if group["fused"] and filters:
+            raise RuntimeError(
+                f"{type(self).__name__}: fused=True needs Triton, contiguous float32 weights, a learning rate that is a "
+                "number (capturable=False), and clip_orthogonality=True or orthogonality=0; leave fused at None to use "
+                "it where it is possible"
+            )
+        return None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; what is float32 beside a half-precision weight stays so.
@@ -202,6 +233,10 @@ class RowOptimizer(Optimizer):
     def _correction(self, group: dict[str, Any], state: dict[str, Any]) -> Rate:
         """Bias correction of the learning rate at this step."""
         return 1.0
+
+    def _numbers(self, group: dict[str, Any]) -> dict[str, float]:
+        """What the fused kernel must know of the rule."""
+        raise NotImplementedError
 
     def _move(self, group: dict[str, Any], one: Filters, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The rule for unit rows: new ``y``, ``tau`` and ``v``."""

@@ -122,8 +122,6 @@ def advance(filters: Iterable[Filters], update: Update) -> None:
     """
     stacks: dict[Hashable, list[Filters]] = {}
     for one in filters:
-        if one.y.numel() == 0:
-            continue  # the shard of a rank that has no filter of this weight
         if one.in_place and one.y.device.type == "cpu" and one.y.numel() > SMALL:
             _advance_in_place(one, update)
         else:
