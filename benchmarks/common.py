@@ -30,11 +30,11 @@ def ratio(above: list[float], below: list[float]) -> dict[str, float]:
     return {"median": median(ratios), "low": ratios[count // 4], "high": ratios[-1 - count // 4]}
 
 
-def save(name: str, command: str, result: Any) -> None:
+def save(name: str, command: str, result: Any, device: str = "cpu") -> None:
     """Write ``results/NAME.json`` and say where."""
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     file = folder / f"{name}.json"
-    text = {"command": command, "environment": environment("cpu"), "result": result}
+    text = {"command": command, "environment": environment(device), "result": result}
     file.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
     print(f"written: {file}")

@@ -4,16 +4,14 @@ Every contender steps in turn, again and again, so that what disturbs the machin
 within each round and their median and quartiles reported. Convolution weights are on the sphere where the optimizer knows
 one (ours, geoopt); all other parameters follow ordinary SGD or Adam.
 
-    python benchmarks/riemannian.py [--shapes resnet50 resnet20] [--device cpu] [--quick] [--json FILE]
+    python benchmarks/riemannian.py [--shapes resnet50 resnet20] [--device cpu] [--quick] [--save NAME]
 """
 
 import argparse
-import json
-import platform
 import statistics
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common import ratio, save
 from evenkeel import SGDG, AdamG
 
 
@@ -126,9 +125,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(  # ruff: ignore[bad-dunder-method-name]
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count one operation."""
         self.count += not func.is_view
         return func(*args, **(kwargs or {}))
@@ -166,9 +163,8 @@ def benchmark(shapes: str, device: str, rounds: int, repeats: int) -> dict[str, 
     rows = {}
     for name, series in times.items():
         row: dict[str, Any] = {"milliseconds": 1e3 * statistics.median(series), "operations": counts[name]}
-        for label, reference in (("torch SGD foreach", "torch SGD foreach"), ("SGDG", "SGDG"), ("AdamG", "AdamG")):
-            ratios = sorted(a / b for a, b in zip(series, times[reference], strict=True))
-            row[f"over {label}"] = [ratios[len(ratios) * k // 4] for k in (2, 1, 3)]
+        for reference in ("torch SGD foreach", "SGDG", "AdamG"):
+            row[f"over {reference}"] = ratio(series, times[reference])
         rows[name] = row
     return rows
 
@@ -180,25 +176,21 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="few rounds")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--save", help="name of the file under benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    machine = {
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
-        "threads": options.threads,
-    }
-    results: dict[str, Any] = {"machine": machine, "shapes": {}}
+    results: dict[str, Any] = {"device": options.device, "threads": options.threads}
     for shapes in options.shapes:
         rounds, repeats = (5 if options.quick else 20), (1 if shapes == "resnet50" else 10)
-        rows = results["shapes"][shapes] = benchmark(shapes, options.device, rounds, repeats)
+        rows = results[shapes] = benchmark(shapes, options.device, rounds, repeats)
         print(f"\n{shapes}, {options.device}, {options.threads} threads: median [quartiles] over {rounds} rounds")
         print(f"{'':26}{'ms':>9}{'operations':>12}   over torch SGD foreach   over SGDG")
         for name, row in rows.items():
-            ratios = [f"{m:6.2f} [{a:.2f}, {b:.2f}]" for m, a, b in (row["over torch SGD foreach"], row["over SGDG"])]
+            over = row["over torch SGD foreach"], row["over SGDG"]
+            ratios = [f"{x['median']:6.2f} [{x['low']:.2f}, {x['high']:.2f}]" for x in over]
             print(f"{name:26}{row['milliseconds']:9.3f}{row['operations']:12}   {ratios[0]:22}   {ratios[1]}")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    if options.save:
+        save(options.save, " ".join(sys.argv), results, options.device)
 
 
 if __name__ == "__main__":

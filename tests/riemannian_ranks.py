@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from evenkeel import SGDG, AdamG
+from evenkeel import SGDG, AdamG, param_groups, scale_invariance
 
 RULES = {"sgdg": SGDG, "adamg": AdamG}
 STEPS = 4
@@ -16,17 +16,16 @@ STEPS = 4
 def build():
     torch.manual_seed(0)
     return nn.Sequential(
-        *(nn.Conv2d(3, 5, 3, bias=False), nn.InstanceNorm2d(5), nn.ReLU()),
+        *(nn.Conv2d(3, 5, 3), nn.InstanceNorm2d(5, track_running_stats=True), nn.ReLU()),
         *(nn.Conv2d(5, 1, 3, bias=False), nn.InstanceNorm2d(1), nn.Flatten(), nn.Linear(16, 2)),
     ).double()
 
 
+REPORT = scale_invariance(build())
+
+
 def optimizer_for(model, rule, **options):
-    groups = [
-        {"params": [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)], "manifold": True},
-        {"params": [p for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()], "lr": 0.01},
-    ]
-    return RULES[rule](groups, lr=0.1, **options)
+    return RULES[rule](param_groups(model, lr=0.01, manifold_lr=0.1, rule=REPORT), **options)
 
 
 def train(model, optimizer, steps, rank=0, world=1):
@@ -55,18 +54,21 @@ def compare(rank, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     for rule, options in (("sgdg", {"clip_orthogonality": False}), ("adamg", {"euclidean": "adam"})):
         alone = build()
-        train(alone, optimizer_for(alone, rule, **options), range(STEPS))
+        optimizer = optimizer_for(alone, rule, **options)
+        expected_variance = alone[1].running_var.clone()
+        train(alone, optimizer, range(STEPS))
         for wrap in (DistributedDataParallel, sharded):
             model = build()
             wrapped = wrap(model)
             optimizer = optimizer_for(model, rule, **options)
+            assert torch.allclose(model[1].running_var, expected_variance, rtol=1e-12)
             train(wrapped, optimizer, range(STEPS // 2), rank, 2)
             resumed = optimizer_for(model, rule, **options)
             resumed.load_state_dict(optimizer.state_dict())
             train(wrapped, resumed, range(STEPS // 2, STEPS), rank, 2)
             for mine, theirs in zip(model.parameters(), alone.parameters(), strict=True):
                 assert torch.allclose(whole(mine), theirs, rtol=0, atol=1e-10), (rule, wrap.__name__, rank)
-            for p in resumed.param_groups[0]["params"]:
+            for p in next(g["params"] for g in resumed.param_groups if g["manifold"]):
                 for name, value in resumed.state[p].items():
                     assert name == "step" or (type(value), len(whole(value))) == (type(p.detach()), len(p))
     dist.destroy_process_group()

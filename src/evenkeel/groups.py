@@ -4,6 +4,7 @@ A parameter's kind comes from the type of the module that owns it (subclasses in
 number of dimensions: a ``(1, n)`` linear weight is a weight, a one-dimensional parameter of an unknown module no norm.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
@@ -12,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from evenkeel.graph import is_norm
 from evenkeel.instruments.guard import Objective
-from evenkeel.invariance import Rule, scale_invariance
+from evenkeel.invariance import Invariance, Rule, scale_invariance
 from evenkeel.methods.input_norm import InputNorm
 from evenkeel.methods.revisited import lr_factors
 from evenkeel.unit_filters import normalize_filters
@@ -83,7 +84,7 @@ def param_groups(
     lr: float,
     weight_decay: float = 0.0,
     manifold_lr: float | None = None,
-    rule: Rule = "exact",
+    rule: Rule | Mapping[str, Invariance] = "exact",
     objective: Objective | None = None,
     batch: Any = None,
 ) -> list[dict[str, Any]]:
@@ -108,7 +109,8 @@ def param_groups(
         lr: Learning rate.
         weight_decay: Weight decay of the group ``weights``.
         manifold_lr: Learning rate of weights on the sphere; None puts none there.
-        rule: Which weights those are, see :func:`evenkeel.scale_invariance`.
+        rule: Which weights those are, see :func:`evenkeel.scale_invariance`; or its report, made before the model was
+            sharded (which hides its structure), or with ``manifold`` as you want it.
         objective: ``loss = objective(model, batch)``, to measure the invariance of what cannot be traced.
         batch: What the objective understands.
 
@@ -125,7 +127,7 @@ def param_groups(
     """
     on_sphere: set[nn.Parameter] = set()
     if manifold_lr is not None:
-        report = scale_invariance(model, objective, batch, rule=rule)
+        report = rule if isinstance(rule, Mapping) else scale_invariance(model, objective, batch, rule=rule)
         normalize_filters(model, report)
         on_sphere = {model.get_parameter(name) for name, entry in report.items() if entry.manifold}
     groups: dict[tuple[Kind, float, bool], dict[str, Any]] = {}

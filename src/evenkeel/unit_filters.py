@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 
 from evenkeel.invariance import Invariance, weight_users
 from evenkeel.methods.lp_norm import LpNorm
+from evenkeel.methods.rows import local
 
 
 @torch.no_grad()
-def normalize_filters(model: nn.Module, report: dict[str, Invariance]) -> None:
+def normalize_filters(model: nn.Module, report: Mapping[str, Invariance]) -> None:
     """Bring the filters of all weights that the report puts on the manifold to length 1, in place.
 
     Running statistics of the normalizations they feed are scaled along, so that the network's function stays in
@@ -27,7 +29,8 @@ def normalize_filters(model: nn.Module, report: dict[str, Invariance]) -> None:
         ValueError: A filter has no direction (length zero or not finite).
     """
     chosen = {name: model.get_parameter(name) for name, entry in report.items() if entry.manifold}
-    lengths = {name: torch.linalg.vector_norm(weight.flatten(1).double(), dim=1) for name, weight in chosen.items()}
+    shards = {name: torch.linalg.vector_norm(weight.flatten(1).double(), dim=1) for name, weight in chosen.items()}
+    lengths = {name: _whole(length) for name, length in shards.items()}
     for name, length in lengths.items():
         bad = (~(length.isfinite() & (length > 0))).nonzero().flatten().tolist()
         if bad:
@@ -41,7 +44,7 @@ def normalize_filters(model: nn.Module, report: dict[str, Invariance]) -> None:
     for name, weight in chosen.items():
         length = lengths[name]
         moves = bool(((length - 1).abs() > 1e-6).any())
-        weight.div_(length.to(weight.dtype).view(-1, *(1,) * (weight.ndim - 1)))
+        local(weight).div_(local(shards[name]).to(weight.dtype).view(-1, *(1,) * (weight.ndim - 1)))
         if not moves:
             continue
         norms = report[name].norms
@@ -70,9 +73,14 @@ def _rescale_running(norm: Any, length: Tensor, bias: Tensor | None) -> None:
     if mean is None:
         return
     length = length.to(mean.dtype)
-    shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
+    shift = torch.zeros_like(mean) if bias is None else _whole(bias).to(mean.dtype)
     mean.sub_(shift).div_(length).add_(shift)
     if isinstance(norm, LpNorm):
         norm.running_scale = norm.running_scale / length if norm.running_scale is not None else None
     else:
         norm.running_var.div_(length.square())
+
+
+def _whole(x: Any) -> Tensor:
+    """All of a DTensor; any other tensor as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
