@@ -40,7 +40,7 @@ def test_no_terminal_gets_one_plain_line_per_trial(trials):
         display.update(trials[:3], [])
     lines = out.file.getvalue().splitlines()
     assert len(lines) == 3
-    assert lines[0].startswith("[1/6] batch, batch size 64, lr 0.01, seed 1000: ")
+    assert lines[0].startswith("[1/6] batch, batch size 64, search at lr 0.01: ")
     assert "\x1b" not in out.file.getvalue()
 
 
@@ -85,16 +85,17 @@ def test_trials_of_an_earlier_start_are_told_once_and_do_not_speed_up_the_estima
     assert out.file.getvalue() == "going on: 4 of 6 trials are done\n"
 
 
-def test_time_left_waits_for_a_trial_of_every_batch_size():
+def test_time_left_scales_from_the_nearest_batch_size_until_one_is_known():
     planned = [result(size=size, seed=seed) for size in (64, 1) for seed in range(4)]
     clock = Clock()
     display = Display(console(terminal=False), clock=clock, quiet=True)
     display.plan([slot(t) for t in planned])
     with display:
         display.update([], [])
+        assert display.seconds_left() is None
         clock.now = 1.0
         display.update(planned[:4], [])
-        assert display.seconds_left() is None
+        assert display.seconds_left() == pytest.approx(4 * 1.25 * (64 / 1) ** 0.5 / 5.0)
         slow = dataclasses.replace(planned[4], seconds=10.0)
         clock.now = 7.5  # 15 s of work in 7.5 s: two side by side
         display.update([*planned[:4], slow], [])

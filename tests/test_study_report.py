@@ -91,6 +91,7 @@ PARTIAL = {
     ),
     "twenty methods": lambda: realistic(methods=("batch", *(f"method-{k}" for k in range(19)))),
     "non-finite loss": lambda: record([result(curve=(CurvePoint(10, float("nan")), CurvePoint(20, float("inf"))))]),
+    "all pruned": lambda: record([result("search", state="pruned", error="below the median")], planned=9),
     "hostile": hostile,
 }
 

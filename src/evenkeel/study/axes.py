@@ -50,7 +50,9 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> tuple[float, ...]:
 
 
 def log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Powers of ten within [low, high]; where they are fewer than two, with 3, or else with 2 and 5 between them.
+    """Powers of ten within [low, high], as far as there are two, else more.
+
+    Else with 3 between them, or with 2 and 5; the ends themselves where nothing else is within.
 
     >>> log_ticks(0.01, 1.0), log_ticks(0.002, 0.05)
     ((0.01, 0.1, 1.0), (0.003, 0.01, 0.03))
@@ -62,7 +64,7 @@ def log_ticks(low: float, high: float) -> tuple[float, ...]:
         found = tuple(value for value in values if low * 0.999 <= value <= high * 1.001)
         if len(found) > 1:
             break
-    return found
+    return found or tuple(dict.fromkeys((low, high)))
 
 
 def spread(wanted: Sequence[float], low: float, high: float, gap: float) -> list[float]:

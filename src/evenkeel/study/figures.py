@@ -114,17 +114,10 @@ def by_learning_rate(record: StudyRecord) -> list[Panel]:
             trials = _of(record, "search", method, size)
             rates = sorted({trial.key.lr for trial in trials})
             scores = [(lr, finite(t.validation_accuracy for t in trials if t.key.lr == lr)) for lr in rates]
-            if all(trial.state == "failed" for trial in trials):
-                continue
-            series.append(
-                Series(
-                    method,
-                    index,
-                    points=tuple((lr, float(np.mean(values))) for lr, values in scores if values),
-                    crosses=tuple(lr for lr in rates if any(t.key.lr == lr and t.state == "diverged" for t in trials)),
-                    ring=chosen.get((method, size)),
-                )
-            )
+            points = tuple((lr, float(np.mean(values))) for lr, values in scores if values)
+            crosses = tuple(lr for lr in rates if any(t.key.lr == lr and t.state == "diverged" for t in trials))
+            if points or crosses:
+                series.append(Series(method, index, points, crosses=crosses, ring=chosen.get((method, size))))
         rates = [value for s in series for value in (*(lr for lr, _ in s.points), *s.crosses)]
         if not rates:
             continue
@@ -132,11 +125,8 @@ def by_learning_rate(record: StudyRecord) -> list[Panel]:
             "learning rate (log scale)", min(rates), max(rates), log_ticks(min(rates), max(rates)), scale=math.log10
         )
         y = _accuracy_axis("validation accuracy, %", [value for s in series for _, value in s.points])
-        tops = [max(s.points, key=lambda point: point[1]) for s in series if s.points]
-        told = [
-            f"{s.label} is best at {best[0]:g} with {percent(best[1])}"
-            for s, best in zip([s for s in series if s.points], tops, strict=True)
-        ]
+        tops = [(s.label, *max(s.points, key=lambda point: point[1])) for s in series if s.points]
+        told = [f"{method} is best at {lr:g} with {percent(accuracy)}" for method, lr, accuracy in tops]
         alt = f"Validation accuracy against learning rate at batch size {size}. {', '.join(told)}."
         panels.append(Panel(f"Batch size {size}", line_chart(series, x, y, size=PANEL, alt=alt)))
     return panels

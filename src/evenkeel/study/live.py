@@ -1,8 +1,10 @@
 """What is seen while a study runs: a bar per method on a terminal, a line per trial elsewhere, nothing when quiet."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -85,10 +87,11 @@ class Display:
                 self.message(f"[{place}/{len(self.planned)}] {describe(result.key)}: {outcome(result)}{self._ending()}")
 
     def seconds_left(self) -> float | None:
-        """Estimated seconds to the end; None before a trial of every batch size has ended.
+        """Estimated seconds to the end; None before a trial has ended.
 
-        A trial is expected to take as long as those of its method and batch size did, else as those of its batch size;
-        what ran side by side so far is expected to go on doing so.
+        A trial is expected to take as long as those of its method and batch size did, else as those of its batch size.
+        Before there is one, the nearest batch size stands in, scaled with the square root of the number of steps: more
+        steps take longer, but larger ones do too. As many trials as so far are expected to run side by side.
         """
         by_cell: dict[tuple[str, int], list[float]] = defaultdict(list)
         by_size: dict[int, list[float]] = defaultdict(list)
@@ -100,13 +103,14 @@ class Display:
             by_cell[key.method, key.batch_size].append(result.seconds)
             by_size[key.batch_size].append(result.seconds)
         here = sum(result.seconds for key, result in self._results.items() if key not in self._before)
+        if not by_size:
+            return None
         elapsed = self.clock() - self._start
         work = 0.0
         for (method, size), count in waiting.items():
-            known = by_cell.get((method, size)) or by_size.get(size)
-            if count > 0 and not known:
-                return None
-            work += count * sum(known or [0.0]) / max(1, len(known or ()))
+            near = min(by_size, key=lambda known: abs(math.log(known / size)))
+            seconds = fmean(by_cell.get((method, size)) or by_size[near]) * math.sqrt(near / size)
+            work += max(0, count) * seconds
         return work / max(1.0, here / elapsed if elapsed > 0 else 1.0)
 
     def _ending(self) -> str:
@@ -132,7 +136,7 @@ class Display:
         parts = [f"{duration(self.clock() - self._start)} so far"]
         if self._results and left:
             parts.append(f"about {duration(left)} left")
-        lost = sum(result.state != "finished" for result in self._results.values())
+        lost = sum(result.state in {"diverged", "failed"} for result in self._results.values())
         if lost:
             parts.append(f"{lost} diverged or failed")
         names = [describe(slot) for slot in self._running[:_RUNNING_SHOWN]]
@@ -145,19 +149,23 @@ class Display:
 def describe(key: TrialKey | Slot) -> str:
     """A trial in a few words.
 
-    >>> describe(TrialKey("final", "group", 8, 0.1, 2))
-    'group, batch size 8, lr 0.1, seed 2'
+    >>> describe(TrialKey("final", "group", 8, 0.1, 2)), describe(TrialKey("search", "group", 8, 0.1, 1_000_000))
+    ('group, batch size 8, lr 0.1, seed 2', 'group, batch size 8, search at lr 0.1')
     """
-    rate = f", lr {key.lr:.3g}" if key.lr is not None else ""
-    return f"{key.method}, batch size {key.batch_size}{rate}, seed {key.seed}"
+    rate = f"lr {key.lr:.3g}" if key.lr is not None else "lr to be chosen"
+    return f"{key.method}, batch size {key.batch_size}, " + (
+        f"search at {rate}" if key.phase == "search" else f"{rate}, seed {key.seed}"
+    )
 
 
 def outcome(result: TrialResult) -> str:
     """How a trial ended, in a few words."""
     if result.state != "finished":
         return f"{result.state}{f' ({result.error})' if result.error else ''}"
-    accuracy = result.test_accuracy if result.test_accuracy is not None else result.validation_accuracy
-    return f"{percent(accuracy) if accuracy is not None else 'finished'} in {duration(result.seconds)}"
+    split = "validation" if result.test_accuracy is None else "test"
+    accuracy = result.validation_accuracy if result.test_accuracy is None else result.test_accuracy
+    reached = f"{percent(accuracy)} on {split}" if accuracy is not None else "finished"
+    return f"{reached} in {duration(result.seconds)}"
 
 
 def best(results: Sequence[TrialResult]) -> str:

@@ -135,6 +135,7 @@ def _render(template: str, record: StudyRecord, **figures: Any) -> str:
         "verdict": judge(record),
         "tables": tables(record),
         "edges": edges(record),
+        "pruned": sum(trial.state == "pruned" for trial in record.trials),
         "troubles": troubles(record),
         "data_line": data_line(record.config),
     }

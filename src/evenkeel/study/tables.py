@@ -69,7 +69,7 @@ def troubles(record: StudyRecord) -> list[Trouble]:
     alike = Counter(
         (t.key.phase, t.key.method, t.key.batch_size, f"{t.state}: {t.error}" if t.error else t.state)
         for t in record.trials
-        if t.state != "finished"
+        if t.state in {"diverged", "failed"}
     )
     alike.update(("cost", c.method, c.batch_size, f"not measured: {c.error}") for c in record.costs if c.error)
     return [Trouble(runs, *what) for what, runs in alike.items()]
