@@ -61,7 +61,7 @@ def test_a_repeated_step_is_orthogonal_to_one_and_to_n_wherever_mu_and_sigma_are
     norm.set_statistics(torch.randn(3).double(), torch.rand(3).double() + 0.5)
     x = torch.randn(shape).double() * 2 + 1
     coefficients = torch.randn(shape).double()
-    for _ in range(60):
+    for _ in range(300):
         leaf = x.clone().requires_grad_()
         (norm(leaf) * coefficients).sum().backward()
         collect([norm])
@@ -107,7 +107,7 @@ def trained_norm():
     norm.set_collected(True)
     torch.manual_seed(0)
     x, coefficients = torch.randn(16, 3).double() + 1, torch.randn(16, 3).double()
-    for _ in range(40):
+    for _ in range(100):
         step(norm, x, coefficients)
     return norm, x, coefficients
 
@@ -127,7 +127,7 @@ def test_repeating_the_rows_of_a_mean_loss_does_not_change_what_is_learned():
     norm, x, coefficients = trained_norm()
     twice = BatchlessNorm1d(3, projected=True, dtype=torch.float64)
     twice.set_collected(True)
-    for _ in range(40):
+    for _ in range(100):
         step(twice, x.repeat(2, 1), coefficients.repeat(2, 1))
     torch.testing.assert_close(twice.control.shift, norm.control.shift, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(twice.control.slope, norm.control.slope, rtol=1e-9, atol=1e-9)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.compilation import eager
-from evenkeel.methods.batchless_functions import Gradient, affine_map, gaussian_nll_gradients
+from evenkeel.methods.batchless_functions import Gradient, affine_map, gaussian_nll_gradients, moments_about
 from evenkeel.methods.batchless_projected import GradientControl
-from evenkeel.moments import Moments, Tally, observe, observing, statistics_dtype
+from evenkeel.moments import Moments, Tally, observe_unchecked, observing, statistics_dtype
 
 Scale = Literal["log", "abs"]
 _Self = TypeVar("_Self", bound="BatchlessNorm")
@@ -177,17 +177,21 @@ class BatchlessNorm(nn.Module):
         rows = x.reshape(-1, self.num_features) if last else x
         learns = self.training and torch.is_grad_enabled()
         if learns and self.control is not None:
+            self.control.positions = x.numel() // (self.num_features * max(1, x.shape[0]))
             y = self.control(rows, self.mean, self.sigma, self.weight, self.bias)
         else:
             y = affine_map(rows, self.mean, self.sigma, self.weight, self.bias)
         y = y.view_as(x) if last else y
         if learns and observing():
-            self._count(x, y, mask)
+            self._count(rows if mask is None else x, y, mask)
         return y
 
     @eager
     def _count(self, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
-        moments = observe(x, self.feature_dim, mask)
+        if mask is None:
+            moments = moments_about(x, self.mean.detach(), self.sigma)
+        else:
+            moments = observe_unchecked(x, self.feature_dim, mask)
         if y.requires_grad:
             self.tally.offer(moments, y)
         else:  # raw inputs without affine: no gradient will ever come by

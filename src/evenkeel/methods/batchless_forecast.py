@@ -19,7 +19,7 @@ from evenkeel.compilation import eager
 from evenkeel.graph import producers
 from evenkeel.methods.batchless import BatchlessNorm
 from evenkeel.methods.observed import row_count
-from evenkeel.moments import Moments, Tally, merge, observe, observing
+from evenkeel.moments import Moments, Tally, observing, totals
 
 
 def forecast(old: Tensor, new: Tensor, mean: Tensor, variance: Tensor, *, groups: int = 1) -> tuple[Tensor, Tensor]:
@@ -83,12 +83,12 @@ class Forecaster:
     def _see(self, producer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if not (self.norm.training and output.requires_grad and observing() and self.norm.is_collected):
             return
-        dim = 1 if isinstance(producer, _ConvNd) else -1
-        moments = observe(args[0], dim)
-        padding = row_count(self.producer, args[0].shape) - args[0].numel() / args[0].shape[dim]
-        if padding:  # zeros are inputs as well
-            zeros = torch.zeros_like(moments.mean)
-            moments = merge(moments, Moments(torch.where(moments.count > 0, padding, 0), zeros, zeros))
+        x = args[0]
+        total, square = totals(x, 1 if isinstance(producer, _ConvNd) else -1)
+        rows = row_count(self.producer, x.shape)  # with the zeros of padding
+        count = torch.full((), rows, dtype=total.dtype, device=x.device)
+        mean = total / count.clamp(min=1)
+        moments = Moments(count, mean, (square - total * mean).clamp(min=0))
         self.tally.offer(moments, output)
 
     def before(self, moments: Moments) -> None:

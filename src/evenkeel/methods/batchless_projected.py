@@ -20,7 +20,16 @@ from evenkeel.compilation import eager
 from evenkeel.methods.batchless_functions import affine_map
 from evenkeel.moments import Moments, observing
 
-GAIN = 0.5
+GAIN, INSTANCES = 0.5, 8.0  # the share of the newest step: half of it from many, a sixteenth from one instance
+
+
+def gain(instances: Tensor) -> Tensor:
+    """Share ``N / (2 (N + 8))`` of a step of N instances in A and B: what few instances say about them is mostly noise.
+
+    Args:
+        instances: N, over all micro-batches and ranks.
+    """
+    return GAIN * instances / (instances + INSTANCES)
 
 
 def projected_gradient(grad_n: Tensor, n: Tensor, shift: Tensor, slope: Tensor) -> Tensor:
@@ -82,6 +91,7 @@ class GradientControl(nn.Module):
         self.register_buffer("slope", torch.zeros(features, device=device, dtype=dtype))
         self.register_buffer("rows", torch.ones(2, device=device, dtype=dtype))
         self.sums: Tensor | None = None
+        self.positions = 1  # rows of one instance
 
     def forward(self, x: Tensor, mean: Tensor, sigma: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """The affine map of the layer with the projected gradient."""
@@ -105,8 +115,9 @@ class GradientControl(nn.Module):
         sum_grad, sum_grad_n = (products.mean * rows).chunk(2)
         shift, slope = regression(sum_grad, sum_grad_n, m1, m2)
         valid = (products.count > 0) & torch.isfinite(shift).all() & torch.isfinite(slope).all()
-        self.shift.copy_(torch.where(valid, self.shift.lerp(shift, GAIN), self.shift))
-        self.slope.copy_(torch.where(valid, self.slope.lerp(slope, GAIN), self.slope))
+        share = gain(products.count / self.positions)
+        self.shift.copy_(torch.where(valid, self.shift.lerp(shift, share), self.shift))
+        self.slope.copy_(torch.where(valid, self.slope.lerp(slope, share), self.slope))
         self.rows.copy_(torch.where(valid, torch.stack([rows, self.rows[0]]), self.rows))
 
 
@@ -134,16 +145,22 @@ class _ProjectedAffine(torch.autograd.Function):
         (dy,) = grads
         x, weight, mean, sigma, shift, slope = ctx.saved_tensors
         gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-        dx, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(
-            dy, x, gamma, mean, sigma.square(), None, None, False, 0.0, [True, True, True]
+        _, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(
+            dy, x, gamma, mean, sigma.square(), None, None, False, 0.0, [False, True, True]
         )
         if ctx.add is not None:
             ctx.add(torch.stack([gamma * d_beta, gamma * d_gamma]).detach())
-        if ctx.first:
+        dx = None
+        if ctx.needs_input_grad[0]:
+            if not ctx.first:  # A and B belong to the sum of all backward passes: they go once
+                shift, slope = torch.zeros_like(shift), torch.zeros_like(slope)
             ctx.first = False
             shape = (-1, *[1] * (x.dim() - 2))
-            dx = dx - ((shift - slope * mean / sigma) / sigma).view(shape).to(dx.dtype)
-            dx = torch.addcmul(dx, x, (slope / sigma.square()).view(shape).to(dx.dtype), value=-1)
+            constant, linear, outer = (
+                t.view(shape).to(dy.dtype)
+                for t in ((slope * mean / sigma - shift) / sigma, -slope / sigma.square(), gamma / sigma)
+            )
+            dx = torch.addcmul(constant, x, linear).addcmul_(dy, outer)
         if weight is None:
             d_gamma = d_beta = None
         return dx, d_gamma, d_beta, None, None, None, None, None

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from evenkeel.methods.batchless import BatchlessNorm, batchless_layers
 from evenkeel.methods.batchless_forecast import Forecaster, forecasters
-from evenkeel.moments import Moments, Tally, empty, reduce
+from evenkeel.moments import Moments, Tally, empty, finite, reduce
 from evenkeel.stepping import StepHandle, before_step
 
 RATE = 0.05
@@ -102,7 +102,7 @@ def collect(layers: list[BatchlessNorm], watchers: list[Forecaster] | None = Non
     inputs = [_taken(w.tally, w.features, w.norm.mean) for w in watchers]
     controlled = [(i, layer.control) for i, layer in enumerate(layers) if layer.control is not None]
     products = [control.take(pending[i].count) for i, control in controlled]
-    reduced = reduce([*pending, *inputs, *products])
+    reduced = [finite(moments) for moments in reduce([*pending, *inputs, *products])]
     for watcher, moments in zip(watchers, reduced[len(layers) :], strict=False):
         watcher.before(moments)
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,0 +1,107 @@
+"""Accuracy after few examples: batchless normalization, paper's and projected gradient, against its neighbours.
+
+A net of five small convolutions on CIFAR-10; every method at every learning rate and batch size, one line per run.
+
+    python benchmarks/batchless_projected.py --data PATH/TO/cifar10 [--methods ...] [--batch-sizes ...] [--lrs ...] [--quick]
+"""
+
+import argparse
+import sys
+from time import process_time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import evenkeel
+from common import save
+from evenkeel.methods.batchless import batchless_layers
+from evenkeel.study.data import load_data
+
+
+def network() -> nn.Sequential:
+    """Five 3x3 convolutions of 16, 32, 32, 64, 64 channels, batch normalization and ReLU after each."""
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride in ((3, 16, 2), (16, 32, 1), (32, 32, 2), (32, 64, 1), (64, 64, 2)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def run(
+    method: str,
+    lr: float,
+    batch_size: int,
+    seed: int,
+    budget: int,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    optimizer: str,
+) -> dict[str, float | str]:
+    """One training run; accuracy in per cent, the mean training loss over its last fifth, mean log sigma at the end."""
+    torch.manual_seed(seed)
+    x, labels = train
+    start = process_time()
+    model, stepped = evenkeel.apply(method, network(), lr=lr, batches=[x[:512]], optimizer=optimizer)
+    order = torch.cat([torch.randperm(len(x)) for _ in range(1 + budget // len(x))])[:budget]
+    losses = []
+    for index in order.split(batch_size):
+        stepped.zero_grad()
+        loss = F.cross_entropy(model(x[index]), labels[index])
+        loss.backward()
+        stepped.step()
+        losses.append(loss.item())
+        if loss.isnan():
+            break
+    model.eval()
+    with torch.no_grad():
+        guesses = torch.cat([model(part).argmax(1) for part in test[0].split(500)])
+    tail = losses[-max(1, len(losses) // 5) :]
+    layers = batchless_layers(model)
+    return {
+        "method": method,
+        "optimizer": optimizer,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "examples": budget,
+        "accuracy": 100 * (guesses == test[1]).float().mean().item(),
+        "train_loss": sum(tail) / len(tail),
+        "log_sigma": sum(layer.sigma.log().mean().item() for layer in layers) / max(1, len(layers)),
+        "cpu_seconds": process_time() - start,
+    }
+
+
+def main() -> None:
+    """Parse, run, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--methods", nargs="+", default=["batch", "group", "batchless", "batchless-projected"])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16, 128])
+    parser.add_argument("--lrs", nargs="+", type=float, default=[0.01, 0.03])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--examples", type=int, default=20_000)
+    parser.add_argument("--optimizer", default="sgd")
+    parser.add_argument("--name", default="batchless_projected", help="of the file in results/")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the examples")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    data = load_data(args.data)
+    train, test = (
+        (data.normalise(split.inputs[:count]), split.labels[:count])
+        for split, count in ((data.train, 20_000), (data.test, 2_000))
+    )
+    budget = args.examples // (10 if args.quick else 1)
+    results = []
+    for batch_size in args.batch_sizes:
+        for lr in args.lrs:
+            for method in args.methods:
+                for seed in args.seeds:
+                    result = run(method, lr, batch_size, seed, budget, train, test, args.optimizer)
+                    results.append(result)
+                    cells = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in result.items())
+                    print(*cells, flush=True)
+    save(args.name, "python benchmarks/batchless_projected.py " + " ".join(sys.argv[1:]), results)
+
+
+if __name__ == "__main__":
+    main()
