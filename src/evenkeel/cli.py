@@ -75,7 +75,8 @@ class Compare:
 
     def run(self, arguments: list[str]) -> int:
         """Run the study."""
-        from evenkeel.study.compare import compare
+        from evenkeel.study.compare import assist, compare
+        from evenkeel.study.parallel import launched_rank
         from evenkeel.study.plan import StudyConfig
 
         config = StudyConfig(
@@ -97,10 +98,14 @@ class Compare:
             alternative=self.alternative,
             device=self.device,
         )
+        out = Path(self.out) if self.out else None
+        if launched_rank():  # rank 0 does what a single process does, the others help it train
+            assist(config, out)
+            return 0
         try:
             record, folder = compare(
                 config,
-                Path(self.out) if self.out else None,
+                out,
                 storage=self.storage or None,
                 workers=self.workers or None,
                 quiet=self.quiet,

@@ -17,14 +17,18 @@ class CheckpointFile:
     Args:
         folder: Where the files are; made when first needed.
         name: File name without its ending.
+        writes: Whether this process keeps the files; of several ranks only one does.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, *, writes: bool = True) -> None:
+        self.writes = writes
         self.latest = folder / f"{name}.ckpt"
         self.previous = folder / f"{name}.previous.ckpt"
 
     def save(self, state: dict[str, Any]) -> None:
         """Write ``state``; a process killed at any moment leaves the last complete checkpoint readable."""
+        if not self.writes:
+            return
         self.latest.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -39,18 +43,18 @@ class CheckpointFile:
             self.latest.replace(self.previous)
         part.replace(self.latest)
 
-    def load(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-        """The newest state that is whole, or None when there is none: a damaged file counts as absent."""
+    def load(self) -> dict[str, Any] | None:
+        """The newest state that is whole, in main memory, or None: a damaged file counts as absent."""
         for path in (self.latest, self.previous):
             try:
                 raw = path.read_bytes()
             except OSError:
                 continue
             if hashlib.sha256(raw[_DIGEST:]).digest() == raw[:_DIGEST]:
-                return torch.load(io.BytesIO(raw[_DIGEST:]), map_location=device, weights_only=True)
+                return torch.load(io.BytesIO(raw[_DIGEST:]), map_location="cpu", weights_only=True)
         return None
 
     def remove(self) -> None:
         """Delete both generations: the trial has ended."""
-        for path in (self.latest, self.previous):
+        for path in (self.latest, self.previous) if self.writes else ():
             path.unlink(missing_ok=True)

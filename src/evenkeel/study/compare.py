@@ -16,6 +16,7 @@ from evenkeel.study.environment import command_line, environment
 from evenkeel.study.errors import StudyError
 from evenkeel.study.live import Display
 from evenkeel.study.models import build_model
+from evenkeel.study.parallel import follow, launched_rank, lead, rank_count
 from evenkeel.study.plan import StudyConfig, slots, validate
 from evenkeel.study.records import Cost, StudyRecord
 from evenkeel.study.store import Store, difference, redact
@@ -23,6 +24,7 @@ from evenkeel.study.trial import load
 from evenkeel.study.worker import Place, lock_file, run_workers
 
 STUDY_FILE = "study.json"
+CHECKPOINTS = "checkpoints"
 STORAGE_VARIABLE = "EVENKEEL_STORAGE"
 
 
@@ -91,14 +93,14 @@ class StudyFolder:
         """
         if self.storage is None and storage is None:
             url = f"sqlite:///{self.path / 'study.db'}"
-            return Place(url, study_name(self.config), lock_file(url), self.path / "checkpoints")
+            return Place(url, study_name(self.config), lock_file(url), self.path / CHECKPOINTS)
         url = storage or os.environ.get(STORAGE_VARIABLE) or self.storage or ""
         if "***" in url:
             raise StudyError(
                 f"--storage: the trials are in {url}, and its password is kept nowhere; give the URL with --storage or in the "
                 f"environment variable {STORAGE_VARIABLE}"
             )
-        return Place(url, study_name(self.config), lock_file(url), self.path / "checkpoints")
+        return Place(url, study_name(self.config), lock_file(url), self.path / CHECKPOINTS)
 
 
 def study_name(config: StudyConfig) -> str:
@@ -160,6 +162,11 @@ def check(config: StudyConfig) -> Data:
     return data
 
 
+def assist(config: StudyConfig, out: Path | None = None) -> None:
+    """What the ranks other than 0 do in :func:`compare` under ``torchrun``: train along, report nothing."""
+    follow(config, (out or Path("runs") / study_name(config)) / CHECKPOINTS)
+
+
 def compare(
     config: StudyConfig,
     out: Path | None = None,
@@ -186,10 +193,9 @@ def compare(
         StudyError: Bad input; nothing was run.
         KeyboardInterrupt: The user stopped it; there is a report of what has ended, and the same call goes on.
     """
+    path = out or Path("runs") / study_name(config)
     data = check(config)
-    folder = StudyFolder(
-        out or Path("runs") / study_name(config), config, command_line(arguments), redact(storage) if storage else None
-    )
+    folder = StudyFolder(path, config, command_line(arguments), redact(storage) if storage else None)
     folder.save()
     place = folder.place(storage)
     store = place.store()
@@ -198,7 +204,10 @@ def compare(
     try:
         with Display(quiet=quiet) as shown:
             shown.plan(slots(config))
-            run_workers(place, config, count, shown.update)
+            if launched_rank() is None:
+                run_workers(place, config, count, shown.update)
+            else:
+                lead(place, config, data, shown.update)
             if store.noted("costs") is None:
                 shown.message("measuring time and memory per step")
                 torch.set_num_threads(1)
@@ -215,7 +224,7 @@ def report(folder: StudyFolder, store: Store, data: Data | None = None) -> Study
 
     config = folder.config
     if data is not None:
-        store.note("environment", environment(config.device))
+        store.note("environment", environment(config.device) | rank_count())
         store.note("data", {"classes": data.classes, "data_summary": _summary(data)})
     facts = store.noted("data") or {"classes": None, "data_summary": config.data}
     record = StudyRecord(

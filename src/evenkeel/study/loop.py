@@ -40,6 +40,15 @@ def ranks() -> tuple[int, int]:
     return 0, 1
 
 
+def from_first(value: Any) -> Any:
+    """Rank 0's value on every rank; without ranks the value itself."""
+    if ranks()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
 def precision(training: Training, device: torch.device) -> AbstractContextManager[Any]:
     """Autocast to bfloat16 where the study asks for it."""
     return torch.autocast(device.type, torch.bfloat16) if training.amp else nullcontext()
@@ -143,7 +152,8 @@ class Loop:
         self.curve: list[CurvePoint] = []
         self.seen, self.seconds = 0, 0.0
         self._total, self._count = torch.zeros((), device=config.device), 0
-        torch.manual_seed(key.seed)  # dropout and noise: alike for every method, however its model was built
+        rank, _ = ranks()  # dropout and noise: alike for every method, however its model was built, other on every rank
+        torch.manual_seed(key.seed + (rank << 32))
 
     def points(self, checkpoint: CheckpointFile | None = None) -> Iterator[CurvePoint]:
         """Train to the end of the budget.
@@ -184,9 +194,10 @@ class Loop:
             self._count, self.seen = self._count + 1, self.seen + examples
             now = time.perf_counter()
             self.seconds = earlier + now - started
-            if step % loss_every == 0 or step == self.steps:
+            at_point = step % loss_every == 0 or step == self.steps
+            if at_point:
                 yield self._point(step % accuracy_every == 0 or step == self.steps)
-            if checkpoint is not None and rank == 0 and now - saved >= CHECKPOINT_SECONDS:
+            if checkpoint is not None and (world == 1 or at_point) and from_first(now - saved >= CHECKPOINT_SECONDS):
                 checkpoint.save(self.state_dict())
                 saved = time.perf_counter()
 
@@ -214,12 +225,17 @@ class Loop:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, random number generators included."""
         cuda = torch.cuda.get_rng_state() if self.config.device.startswith("cuda") else None
+        random: list[Any] = [(torch.get_rng_state(), cuda)]
+        rank, world = ranks()
+        if world > 1:
+            random *= world
+            dist.all_gather_object(random, random[rank])
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
-            "random": (torch.get_rng_state(), cuda),
+            "random": random,
             "progress": (self.seen, self.seconds, self._total, self._count),
             "curve": [asdict(point) for point in self.curve],
         }
@@ -231,9 +247,14 @@ class Loop:
         self.schedule.load_state_dict(state["schedule"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        cpu, cuda = state["random"]
+        rank, world = ranks()
+        if len(state["random"]) == world:  # on another number of ranks the run goes on with other random numbers
+            self._set_random(*state["random"][rank])
+        self.seen, self.seconds, total, self._count = state["progress"]
+        self._total = total.to(self.config.device)
+        self.curve = [CurvePoint(**point) for point in state["curve"]]
+
+    def _set_random(self, cpu: Tensor, cuda: Tensor | None) -> None:
         torch.set_rng_state(cpu.cpu())
         if cuda is not None:
             torch.cuda.set_rng_state(cuda.cpu())
-        self.seen, self.seconds, self._total, self._count = state["progress"]
-        self.curve = [CurvePoint(**point) for point in state["curve"]]

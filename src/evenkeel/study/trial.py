@@ -20,7 +20,7 @@ import evenkeel
 from evenkeel.study.batches import batches
 from evenkeel.study.checkpoint import CheckpointFile
 from evenkeel.study.data import Data, load_data
-from evenkeel.study.loop import Diverged, Loop, evaluate, ranks
+from evenkeel.study.loop import Diverged, Loop, evaluate, from_first, ranks
 from evenkeel.study.models import build_model
 from evenkeel.study.plan import StudyConfig
 from evenkeel.study.records import CurvePoint, TrialKey, TrialResult
@@ -100,7 +100,7 @@ def run_trial(
     Returns:
         The result.
     """
-    checkpoint = CheckpointFile(folder, _name(config, key)) if folder is not None else None
+    checkpoint = CheckpointFile(folder, _name(config, key), writes=ranks()[0] == 0) if folder is not None else None
     loop: Loop | None = None
 
     def ended(state: str, **values: float | str | None) -> TrialResult:
@@ -112,7 +112,7 @@ def run_trial(
     try:
         model, optimizer = make(config, key, data)
         loop = Loop(config, key, data, model, optimizer)
-        saved = checkpoint.load(config.device) if checkpoint is not None else None
+        saved = from_first(checkpoint.load()) if checkpoint is not None else None
         if saved is not None:
             loop.load_state_dict(saved)
         for point in loop.points(checkpoint):

@@ -1,0 +1,78 @@
+"""Started by torchrun: trains every recipe on two ranks and writes what came out, and whether the ranks still agree."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import evenkeel
+from evenkeel.study import loop as loop_module
+from evenkeel.study.loop import Loop
+from evenkeel.study.plan import StudyConfig
+from evenkeel.study.records import TrialKey
+from evenkeel.study.trial import load, make, run_trial
+
+CONFIG = StudyConfig(methods=("batch",), batch_sizes=(12,), budget=48, micro_batch=4, lr=0.02)
+
+
+def key(method: str) -> TrialKey:
+    """The run that is trained on one process and on two ranks."""
+    return TrialKey("final", method, 12, 0.02, 0)
+
+
+def spread(model: torch.nn.Module) -> float:
+    """Largest difference between the ranks' parameters."""
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    other = flat.clone()
+    dist.broadcast(other, src=0)
+    return float((flat - other).abs().max())
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+def interrupted(folder: Path, data: object) -> float:
+    """Difference in validation loss of a run with dropout-like noise that is killed and goes on, to one that is not."""
+    config = dataclasses.replace(CONFIG, budget=144)
+    loop_module.CHECKPOINT_SECONDS = 0.0
+    whole = run_trial(config, key("noisy-batch"), data)
+    points = iter(range(100))
+
+    def kill(_: object) -> bool:
+        if next(points) == 6:
+            raise Killed
+        return False
+
+    try:
+        run_trial(config, key("noisy-batch"), data, folder=folder, watch=kill)
+    except Killed:
+        assert list(folder.glob("*.ckpt"))
+    torch.manual_seed(123)
+    again = run_trial(config, key("noisy-batch"), data, folder=folder)
+    return abs(again.validation_loss - whole.validation_loss)
+
+
+def main() -> None:
+    """Rank 1 writes, so that agreement is judged where it can fail."""
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    data = load(CONFIG)
+    outcome = {}
+    for method in evenkeel.recipes():
+        model, optimizer = make(CONFIG, key(method), data)
+        loop = Loop(CONFIG, key(method), data, model, optimizer)
+        losses = [point.train_loss for point in loop.points()]
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        outcome[method] = {"losses": losses, "norm": float(weights.norm()), "spread": spread(model)}
+    outcome["interrupted"] = interrupted(Path(sys.argv[1]), data)
+    if dist.get_rank() == 1:
+        (Path(sys.argv[1]) / "outcome.json").write_text(json.dumps(outcome))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

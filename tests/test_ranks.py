@@ -1,0 +1,78 @@
+"""Two data-parallel ranks: every method trains, the ranks agree, and what does not depend on batches is as on one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import evenkeel
+from evenkeel.study.loop import Loop
+from evenkeel.study.trial import load, make
+from ranks_program import CONFIG, key
+
+TORCHRUN = [
+    sys.executable,
+    *("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"),
+]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+# Statistics of a batch are those of each rank's share of it, so these differ from one process by what they are.
+PER_RANK = {"batch", "l1", "l2", "linf", "noisy-batch", "batch-renorm"}
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    program = os.path.join(os.path.dirname(__file__), "ranks_program.py")
+    done = subprocess.run(
+        [*TORCHRUN, program, str(folder)], env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "outcome.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load(CONFIG)
+
+
+@pytest.mark.parametrize("method", evenkeel.recipes())
+def test_ranks_keep_the_same_weights(outcome, method):
+    assert outcome[method]["spread"] == 0.0
+    assert outcome[method]["losses"][-1] < 10
+
+
+@pytest.mark.parametrize("method", [m for m in evenkeel.recipes() if m not in PER_RANK])
+def test_two_ranks_train_as_one_process_does(outcome, method, data):
+    model, optimizer = make(CONFIG, key(method), data)
+    losses = [point.train_loss for point in Loop(CONFIG, key(method), data, model, optimizer).points()]
+    assert outcome[method]["losses"] == pytest.approx(losses, rel=2e-3)
+
+
+def test_an_interrupted_run_goes_on_on_both_ranks_exactly(outcome):
+    assert outcome["interrupted"] == 0.0
+
+
+def test_compare_runs_under_torchrun(tmp_path):
+    arguments = ["--methods", "batch,none", "--batch-sizes", "32", "--seeds", "1", "--lr-points", "3", "--budget", "96"]
+    command = [
+        *TORCHRUN,
+        "-m",
+        "evenkeel.cli",
+        "compare",
+        *arguments,
+        "--prune",
+        "--out",
+        str(tmp_path / "out"),
+        "--quiet",
+    ]
+    done = subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["environment"]["data-parallel ranks"] == "2"
+    assert len(record["trials"]) == record["planned"] == 8
+    assert {t["state"] for t in record["trials"]} <= {"finished", "pruned"}
+    assert all(t["state"] == "finished" for t in record["trials"] if t["key"]["phase"] == "final")
