@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import evenkeel
+from evenkeel.origins import origin_of
 from evenkeel.surgery import convert, revert
 from evenkeel.targets import Removed, is_batchnorm
 
@@ -424,3 +425,15 @@ def test_every_recipe_trains(name):
     optimizer.step()
     assert all(p.isfinite().all() for p in model.parameters())
     assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_when_a_conversion_raises_the_model_is_as_it_was():
+    model = trained_net()
+    layers, state = list(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="gradient='bogus'"):
+        convert(model, "batchless", gradient="bogus")
+    with pytest.raises(ZeroDivisionError):
+        convert(model, "none", where=lambda path, layer: 1 / (path != "9"))
+    assert list(model) == layers
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(origin_of(layer) for layer in model)
