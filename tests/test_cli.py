@@ -28,6 +28,8 @@ QUICK = [
     "--quiet",
 ]
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
 
 def run(*arguments):
     """The exit code of the command in this process."""
@@ -95,7 +97,7 @@ def test_recipes_are_listed_with_their_papers(capsys):
         (["compare", "--model", "no.module:factory"], "no.module"),
         (["compare", "--data", "no/such/folder"], "--data"),
         (["compare", "--data", "digts"], "did you mean 'digits'?"),
-        (["compare", "--data", "spiral", "--methods", "batch"], "--model digits-cnn"),
+        (["compare", "--data", "spiral", "--methods", "batch"], "--model: model 'digits-cnn' takes images"),
         (["compare", "--device", "cuda"], "--device cuda: no CUDA device"),
         (["compar"], "did you mean 'compare'"),
         (["report", "/nonexistent"], "holds no study"),
@@ -192,11 +194,11 @@ def test_importing_evenkeel_is_quick_and_needs_torch_alone():
         "extras = {'sklearn', 'datasets', 'optuna', 'scipy', 'tyro', 'rich', 'matplotlib', 'jinja2'} & set(sys.modules)\n"
         "assert not extras, extras\nprint(took)"
     )
-    took = min(
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    took = [
+        subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=ENVIRONMENT)
         for _ in range(3)
-    )
-    assert took < 0.15
+    ]
+    assert min(float(process.stdout) for process in took) < 0.15
 
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
@@ -214,13 +216,13 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
         "--out",
         str(out),
     ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)
     running = []
     while not running and process.poll() is None:
         time.sleep(0.2)
         with contextlib.suppress(StudyError, KeyError):  # before the study is there
-            store = StudyFolder.read(out).place(None).store()
+            folder = StudyFolder.read(out)
+            store = folder.place(None).store()
             running = store.running()
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does: the workers get it too
     errors = process.communicate(timeout=60)[1]
@@ -228,4 +230,5 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     assert "the same command goes on where it was" in errors
     assert "Traceback" not in errors
     assert (out / "report.html").exists()
+    store.open(folder.config)
     assert store.free_dead() == 1  # the worker is gone, its slot waits again

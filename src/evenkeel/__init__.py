@@ -1,11 +1,12 @@
 """evenkeel keeps neural-network training on an even keel."""
 
-from evenkeel import functional, instruments, moments
+from typing import TYPE_CHECKING, Any
+
+from evenkeel import functional, moments
 from evenkeel._recipes import apply, recipes
 from evenkeel.description import describe
 from evenkeel.folding import fold
 from evenkeel.groups import param_groups
-from evenkeel.instruments import doctor
 from evenkeel.invariance import scale_invariance
 from evenkeel.methods.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
@@ -19,6 +20,10 @@ from evenkeel.methods.revisited import revisit
 from evenkeel.methods.riemannian import SGDG, AdamG
 from evenkeel.recalibration import recalibrate
 from evenkeel.surgery import convert, revert
+
+if TYPE_CHECKING:
+    from evenkeel import instruments
+    from evenkeel.instruments import doctor
 
 __version__ = "0.1.0"
 
@@ -56,3 +61,16 @@ __all__ = [
     "revisit",
     "scale_invariance",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the instruments where they are first used, so that training alone does not wait for them.
+
+    Raises:
+        AttributeError: There is no such name.
+    """
+    if name in ("instruments", "doctor"):
+        import evenkeel.instruments as loaded
+
+        return loaded if name == "instruments" else loaded.doctor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from evenkeel.graph import is_norm
-from evenkeel.instruments.guard import Objective
+from evenkeel.guard import Objective
 from evenkeel.invariance import Invariance, Rule, scale_invariance
 from evenkeel.methods.input_norm import InputNorm
 from evenkeel.methods.revisited import lr_factors

@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from evenkeel.graph import PRODUCERS, Dataflow, dataflow, is_norm
-from evenkeel.instruments.guard import Objective, Probe
+from evenkeel.guard import Objective, Probe
 from evenkeel.methods.batch_renorm import _BatchRenorm
 from evenkeel.methods.lp_norm import LpNorm
 

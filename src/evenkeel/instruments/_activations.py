@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from evenkeel import moments
-from evenkeel.instruments.guard import Objective, Probe
+from evenkeel.guard import Objective, Probe
 from evenkeel.instruments.layers import feature_dim, layers, tensor_in, watched
 from evenkeel.instruments.result import Result, axes, label
 

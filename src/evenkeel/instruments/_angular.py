@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.optim import SGD, AdamW, Optimizer
 
 from evenkeel.graph import producers
-from evenkeel.instruments.guard import unwrap
+from evenkeel.guard import unwrap
 from evenkeel.instruments.result import Result, axes, label
 from evenkeel.methods.lp_norm import LpNorm
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.graph import is_norm
-from evenkeel.instruments.guard import Objective, Probe
+from evenkeel.guard import Objective, Probe
 from evenkeel.instruments.layers import (
     Statistics,
     batch_statistics,

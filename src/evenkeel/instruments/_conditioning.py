@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from evenkeel.instruments.guard import Objective, Probe
+from evenkeel.guard import Objective, Probe
 from evenkeel.instruments.layers import WEIGHTED, tensor_in, watched
 from evenkeel.instruments.result import Result, axes, label
 

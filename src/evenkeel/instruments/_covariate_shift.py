@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from evenkeel.graph import is_norm
-from evenkeel.instruments.guard import Objective, Probe, dot, norm, unwrap
+from evenkeel.guard import Objective, Probe, dot, norm, unwrap
 from evenkeel.instruments.layers import in_order
 from evenkeel.instruments.result import Result, axes, label
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from evenkeel.instruments.guard import Objective, Probe, dot, norm
+from evenkeel.guard import Objective, Probe, dot, norm
 from evenkeel.instruments.layers import in_order
 from evenkeel.instruments.result import Result, axes, label
 

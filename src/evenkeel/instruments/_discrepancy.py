@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from evenkeel.instruments.guard import Objective, Probe
+from evenkeel.guard import Objective, Probe
 from evenkeel.instruments.layers import WEIGHTED, layers, tensor_in, watched
 from evenkeel.instruments.result import Result, axes, label
 

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from evenkeel.guard import Objective
 from evenkeel.instruments.diseases import DISEASES, Finding
 from evenkeel.instruments.examination import examine
-from evenkeel.instruments.guard import Objective
 from evenkeel.instruments.result import plain
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evenkeel.instruments.guard import Objective, Probe
+from evenkeel.guard import Objective, Probe
 from evenkeel.instruments.layers import tensor_in, uses_batch_statistics, watched
 from evenkeel.instruments.result import Result, axes, label
 from evenkeel.methods.noisy_norm import NoisyBatchNorm

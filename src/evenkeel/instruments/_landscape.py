@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from evenkeel.instruments.guard import Objective, Probe, norm
+from evenkeel.guard import Objective, Probe, norm
 from evenkeel.instruments.result import Result, axes, label, plain
 
 if TYPE_CHECKING:

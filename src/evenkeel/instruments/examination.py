@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from evenkeel.graph import dataflow, is_norm, producers
+from evenkeel.guard import Objective, Probe
 from evenkeel.instruments._channels import LayerChannels, watch_channels
 from evenkeel.instruments._discrepancy import Discrepancy, discrepancy
-from evenkeel.instruments.guard import Objective, Probe
 from evenkeel.instruments.layers import (
     Statistics,
     batch_statistics,

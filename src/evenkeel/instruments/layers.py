@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from evenkeel import moments
 from evenkeel.graph import dataflow, is_norm
-from evenkeel.instruments.guard import Probe
+from evenkeel.guard import Probe
 from evenkeel.methods.batchless import BatchlessNorm
 from evenkeel.methods.lp_norm import LpNorm, lp_statistics
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from evenkeel.guard import Objective
 from evenkeel.instruments import Monitor
-from evenkeel.instruments.guard import Objective
 from evenkeel.methods.batchless_training import RATE, attach
 from evenkeel.methods.bnp import BNP
 from evenkeel.stepping import StepHandle

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 import evenkeel
 from evenkeel.graph import is_norm
+from evenkeel.guard import Objective
 from evenkeel.instruments import Monitor, activations, covariate_shift, snapshot
-from evenkeel.instruments.guard import Objective
 from evenkeel.instruments.layers import WEIGHTED
 from evenkeel.methods.noisy_norm import MomentNoise
 from evenkeel.study.batches import batches
