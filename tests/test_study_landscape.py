@@ -13,7 +13,7 @@ from evenkeel.cli import main
 from evenkeel.instruments.result import plain
 from evenkeel.methods.noisy_norm import MomentNoise
 from evenkeel.study.errors import StudyError
-from evenkeel.study.how_bn_helps import HowBNHelps, deep_linear_task, findings, reproduce
+from evenkeel.study.how_bn_helps import HowBNHelps, deep_linear_task, findings
 from evenkeel.study.landscape import LandscapeConfig, Trace, apply, run_landscape, watch
 from evenkeel.study.landscape_report import figures_of, table, write_landscape
 
@@ -85,14 +85,6 @@ def test_a_diverging_run_is_told_and_the_others_go_on():
 def test_bad_input_is_named(change, message):
     with pytest.raises(StudyError, match=message):
         run_landscape(replace(SMALL, **change))
-
-
-def test_the_deep_linear_experiment_runs_and_judges(monkeypatch):
-    monkeypatch.setattr("evenkeel.study.how_bn_helps.MEASUREMENTS", 1)
-    found = reproduce(HowBNHelps(model="dln", scale=0.0003), command="evenkeel reproduce how-bn-helps")
-    assert len(found.traces) == 7
-    assert len(found.findings) == 10
-    assert any("3 steps instead of the paper's 10,000" in note for note in found.notes)
 
 
 def test_the_deep_linear_loss_is_that_of_the_paper():
@@ -231,3 +223,19 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path, capsys):
     for name, message in (("other.pt", "keys differ"), ("text.pt", "cannot be read")):
         assert main(["doctor", "--limit", "300", "--checkpoint", str(tmp_path / name)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_experiment_is_a_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("evenkeel.study.how_bn_helps.MEASUREMENTS", 1)
+    monkeypatch.setattr("evenkeel.study.how_bn_helps.METHODS", ("none", "batch", "noisy-batch", "none+noise", "l1"))
+    monkeypatch.setattr("evenkeel.study.how_bn_helps.LP", ("l1",))
+    arguments = ["reproduce", "how-bn-helps", "--model", "dln", "--scale", "0.0001", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    text = (tmp_path / "landscape.md").read_text()
+    assert "On the deep linear network l_1 is best" in text
+    assert "Scaled down: 1 steps instead of the paper's 10,000" in text
+    assert "evenkeel reproduce how-bn-helps --model dln --scale 0.0001" in text
+    assert main(["reproduce", "how-bn-helps", "--scale", "2"]) == 2
+    assert "--scale 2" in capsys.readouterr().err
+    assert main(["reproduce", "nothing"]) == 2
+    assert "reproduce how-bn-helps" in capsys.readouterr().err

@@ -19,7 +19,7 @@ import torch
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from evenkeel._recipes import recipes
-from evenkeel.cli_instruments import Doctor, Landscape
+from evenkeel.cli_instruments import Doctor, Landscape, ReproduceHowBNHelps
 from evenkeel.study.training import Training
 
 
@@ -212,6 +212,7 @@ COMMANDS: dict[str, Any] = {
     "recipes": Recipes,
     "landscape": Landscape,
     "doctor": Doctor,
+    "reproduce how-bn-helps": ReproduceHowBNHelps,
 }
 
 
@@ -236,10 +237,12 @@ def _parse(arguments: list[str]) -> Any:
         SystemExit: Help was asked for, and printed.
     """
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if name == "reproduce" and rest:  # a preset is a command of two words
+        name, rest = f"{name} {rest[0]}", rest[1:]
     described = {command: (kind.__doc__ or "").strip() for command, kind in COMMANDS.items()}
     if name in ("-h", "--help"):
         print("usage: evenkeel COMMAND [OPTIONS]; `evenkeel COMMAND --help` lists the options\n")
-        print("\n".join(f"  {command:<10} {text}" for command, text in described.items()))
+        print("\n".join(f"  {command:<22} {text}" for command, text in described.items()))
         sys.exit(0 if arguments else 2)
     if name not in COMMANDS:
         from evenkeel.study.errors import nearest

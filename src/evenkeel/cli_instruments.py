@@ -1,12 +1,15 @@
-"""The commands that look into a training run: ``landscape`` and ``doctor``."""
+"""The commands that look into a training run: ``landscape``, ``doctor`` and ``reproduce how-bn-helps``."""
 
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
+
+if TYPE_CHECKING:
+    from evenkeel.study.landscape import LandscapeRecord
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,6 @@ class Landscape:
         """Train, measure and write the page."""
         from evenkeel.study.environment import command_line
         from evenkeel.study.landscape import LandscapeConfig, run_landscape
-        from evenkeel.study.landscape_report import write_landscape
 
         config = LandscapeConfig(
             data=self.data,
@@ -62,11 +64,7 @@ class Landscape:
             limit=self.limit or None,
             device=self.device,
         )
-        record = run_landscape(config, command=command_line(arguments), show=_say)
-        page, text, _ = write_landscape(record, Path(self.out))
-        print(text.read_text(encoding="utf-8").split("## How to get this again")[0])
-        print(f"report: {page}")
-        return 0
+        return _written(run_landscape(config, command=command_line(arguments), show=_say), self.out)
 
 
 @dataclass(frozen=True)
@@ -115,6 +113,45 @@ class Doctor:
         )
         print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if self.json else found)
         return 0 if found.healthy else 1
+
+
+@dataclass(frozen=True)
+class ReproduceHowBNHelps:
+    """The experiments of "How does batch normalization help optimization?" (arXiv 1805.11604), its findings judged."""
+
+    model: Literal["vgg", "dln"] = "vgg"
+    """vgg on CIFAR-10, or dln, the deep linear network."""
+    data: str = "cifar10"
+    """CIFAR-10, a Hugging Face name or a local folder; for the VGG."""
+    scale: float = 0.01
+    """Share of the paper's number of steps (15,000 and 10,000)."""
+    width: Literal["full", "small"] = "small"
+    """full, or a VGG a quarter as wide."""
+    seed: int = 0
+    """Seed of weights and data."""
+    device: str = "cpu"
+    """cpu, or a CUDA device."""
+    out: Annotated[str, arg(metavar="FOLDER")] = "runs/how-bn-helps"
+    """Output folder."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def run(self, arguments: list[str]) -> int:
+        """Run the experiment and write the page."""
+        from evenkeel.study.environment import command_line
+        from evenkeel.study.how_bn_helps import HowBNHelps, reproduce
+
+        config = HowBNHelps(self.model, self.data, self.scale, self.width, self.seed, self.device)
+        return _written(reproduce(config, command=command_line(arguments), show=_say), self.out)
+
+
+def _written(record: "LandscapeRecord", folder: str) -> int:
+    from evenkeel.study.landscape_report import write_landscape
+
+    page, text, _ = write_landscape(record, Path(folder))
+    print(text.read_text(encoding="utf-8").split("## How to get this again")[0])
+    print(f"report: {page}")
+    return 0
 
 
 def _say(line: str) -> None:

@@ -90,7 +90,6 @@ def equilibrium(optimizer: Optimizer, group: Mapping[str, Any]) -> float | None:
     return None
 
 
-@torch.no_grad()
 def angular(model: nn.Module, optimizer: Optimizer, before: Mapping[str, Tensor]) -> Angular:
     """Compare the weights with those before the last step.
 
@@ -105,10 +104,17 @@ def angular(model: nn.Module, optimizer: Optimizer, before: Mapping[str, Tensor]
     Returns:
         The measurement.
     """
-    model = unwrap(model)
+    return rotation(unwrap(model), optimizer, before, producers(unwrap(model)))
+
+
+@torch.no_grad()
+def rotation(
+    model: nn.Module, optimizer: Optimizer, before: Mapping[str, Tensor], fed_by: Mapping[str, str]
+) -> Angular:
+    """:func:`angular` of a bare model whose layers before each normalization are known already."""
     modules, groups = dict(model.named_modules()), {p: g for g in optimizer.param_groups for p in g["params"]}
     found = []
-    for norm_path, path in producers(model).items():
+    for norm_path, path in fed_by.items():
         if not isinstance(modules[norm_path], _BatchNorm | LpNorm):
             continue
         weight = modules[path]._parameters.get("weight")

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from evenkeel.graph import producers
 from evenkeel.guard import Objective, Probe
-from evenkeel.instruments._angular import angular
+from evenkeel.instruments._angular import angular, rotation
 from evenkeel.instruments._channels import Channels, LayerChannels, watch_channels
 from evenkeel.instruments._covariate_shift import snapshot
 from evenkeel.instruments._curvature import along
 from evenkeel.instruments._gradient_removed import removed, watch_gradients
 from evenkeel.instruments._landscape import step_sizes, walk
+from evenkeel.instruments.guard import Objective, Probe, unwrap
 from evenkeel.instruments.layers import rectified
 from evenkeel.instruments.result import axes, label, plain
 
@@ -93,7 +95,9 @@ class Monitor:
         self._file = Path(path).open("a", encoding="utf-8") if path is not None and writes else None  # noqa: SIM115
         self._board = _board(tensorboard) if tensorboard is not None and writes else None
         self._hook = optimizer.register_step_post_hook(self._after_step)
-        self._before_relu: frozenset[str] | None = None
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._before_relu: frozenset[str] | None = None  # these two from tracing the model once
+        self._fed_by: dict[str, str] | None = None
 
     def observe(self, batch: Any, loss: Tensor | float) -> None:
         """Take note of one step: call it once per step, after ``backward()`` and before ``optimizer.step()``.
@@ -105,8 +109,7 @@ class Monitor:
             loss: Its loss.
         """
         record: dict[str, Any] = {"step": self._step, "lr": float(self.optimizer.param_groups[0]["lr"])}
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        size = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        size = _total_norm([p.grad for p in self._parameters if p.grad is not None])
         value = loss.detach() if isinstance(loss, Tensor) else torch.as_tensor(loss, device=size.device)
         if self._step % self.every == 0:
             record.update(self._measure(batch, record["lr"]))
@@ -145,7 +148,9 @@ class Monitor:
 
     def _after_step(self, *_: Any) -> None:
         if self._before is not None and self.history:
-            turned = angular(self.model, self.optimizer, self._before).layers
+            if self._fed_by is None:
+                self._fed_by = producers(unwrap(self.model))
+            turned = rotation(unwrap(self.model), self.optimizer, self._before, self._fed_by).layers
             self.history[-1]["angular"] = {a.layer: {"angle": a.angle, "equilibrium": a.equilibrium} for a in turned}
             self._before = None
 
@@ -193,6 +198,14 @@ class Monitor:
         low, high = ([record["landscape"][key] for record in walked] for key in ("loss_low", "loss_high"))
         ax.fill_between(steps, low, high, alpha=0.4)
         return label(ax, "loss along the gradient", "step", "loss")
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """Norm of all gradients together; much of ``nn.utils.get_total_norm``'s time is spent in Python."""
+    if not gradients:
+        return torch.zeros(())
+    norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]))
 
 
 def _board(folder: Path | str) -> "SummaryWriter":

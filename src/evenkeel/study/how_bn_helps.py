@@ -26,7 +26,8 @@ from evenkeel.study.landscape import (
 from evenkeel.study.landscape_report import figures_of
 from evenkeel.study.models import build_model
 
-METHODS = ("none", "batch", "noisy-batch", NOISE_ALONE, "l1", "l2", "linf")
+LP = ("l1", "l2", "linf")
+METHODS = ("none", "batch", "noisy-batch", NOISE_ALONE, *LP)
 VGG_STEPS, DEEP_LINEAR_STEPS = 15_000, 10_000
 MEASUREMENTS = 15  # per run
 DEEP_LINEAR = {"features": 10, "samples": 1000, "lr": 1e-6, "span": (1 / 100, 30.0)}
@@ -166,7 +167,6 @@ def findings(traces: Sequence[Trace], *, deep_linear: bool) -> tuple[Finding, ..
     def told(name: str, methods: Sequence[str]) -> str:
         return ", ".join(f"{m} {value(m, name):.3g}" for m in methods)
 
-    lp = ("l1", "l2", "linf")
     pair = ("none", "batch")
     ratio = value("none", "beta") / value("batch", "beta")
     early = value("none", "early_beta") / value("batch", "early_beta")
@@ -211,21 +211,21 @@ def findings(traces: Sequence[Trace], *, deep_linear: bool) -> tuple[Finding, ..
         ),
         (
             "l_p normalizations smooth like batch normalization ...",
-            all(value(m, "beta") < between for m in lp),
-            f"median beta: {told('beta', (*pair, *lp))}",
+            all(value(m, "beta") < between for m in LP),
+            f"median beta: {told('beta', (*pair, *LP))}",
         ),
         (
             "... while their activations shift more",
-            all(value(m, "variance_drift") > value("batch", "variance_drift") for m in lp),
-            f"median change of the variances by one step: {told('variance_drift', ('batch', *lp))}",
+            all(value(m, "variance_drift") > value("batch", "variance_drift") for m in LP),
+            f"median change of the variances by one step: {told('variance_drift', ('batch', *LP))}",
         ),
     ]
     if deep_linear:
-        best = min((*pair, *lp), key=lambda m: end[m])
+        best = min((*pair, *LP), key=lambda m: end[m])
         judged.append((
             "On the deep linear network l_1 is best",
             best == "l1",
-            f"loss at the end: {_losses(end, (*pair, *lp))}",
+            f"loss at the end: {_losses(end, (*pair, *LP))}",
         ))
     return tuple(Finding(claim, "reproduced" if holds else "not reproduced", text) for claim, holds, text in judged)
 

@@ -1,0 +1,102 @@
+"""What watching costs: python benchmarks/monitor.py [--quick] [--device cuda] [--threads 2].
+
+Three things are timed in turns: a plain training step, the same step with the Monitor between two measurements, and one
+with a measurement. The overhead at a cadence of ``every`` steps is put together from them, round by round:
+``((every - 1) * watched + measured) / (every * plain) - 1``.
+"""
+
+import argparse
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import evenkeel
+from common import interleaved, save
+from evenkeel.instruments import Monitor
+from evenkeel.study.models import build_model
+
+EVERY = 200
+CASES = (("resnet20", (3, 32, 32), 128), ("resnet20", (3, 32, 32), 8), ("digits-cnn", (1, 8, 8), 64))
+
+
+def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Cross-entropy."""
+    return cross_entropy(model(batch[0]), batch[1])
+
+
+def measure(method: str, name: str, shape: tuple[int, ...], batch_size: int, rounds: int, device: str) -> dict:
+    """Paired times of the three kinds of step, and the overhead at the default cadence."""
+    torch.manual_seed(0)
+    batch = torch.randn(batch_size, *shape, device=device), torch.randint(10, (batch_size,), device=device)
+    model = build_model(name, input_shape=shape, classes=10).to(device)
+    model, optimizer = evenkeel.apply(method, model, lr=0.01, batches=[batch[0]])
+    rare = Monitor(model, objective, optimizer, every=10**9)
+    always = Monitor(model, objective, optimizer, every=1)
+
+    def step(monitor: Monitor | None, count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            loss = objective(model, batch)
+            loss.backward()
+            if monitor is not None:
+                monitor.observe(batch, loss)
+            optimizer.step()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    rare.observe(batch, 0.0)  # its first step is a measurement
+    count = 3 if batch_size > 64 else 20
+    tasks = {
+        "plain": lambda: step(None, count),
+        "watched": lambda: step(rare, count),
+        "measured": lambda: step(always, 1),
+    }
+    seconds = interleaved(tasks, rounds)
+    rare.close()
+    always.close()
+    plain, watched = ([t / count for t in seconds[kind]] for kind in ("plain", "watched"))
+    overheads = sorted(
+        ((EVERY - 1) * w + m) / (EVERY * p) - 1 for p, w, m in zip(plain, watched, seconds["measured"], strict=True)
+    )
+    return {
+        "method": method,
+        "model": name,
+        "batch_size": batch_size,
+        "device": device,
+        "step_ms": 1e3 * median(plain),
+        "measurement_steps": median(m / p for p, m in zip(plain, seconds["measured"], strict=True)),
+        "overhead": {
+            "median": median(overheads),
+            "low": overheads[len(overheads) // 4],
+            "high": overheads[-1 - len(overheads) // 4],
+        },
+    }
+
+
+def main() -> None:
+    """Measure every case for batch normalization, and BNP on one of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few rounds only; the result is not written")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rounds = 2 if arguments.quick else 7
+    rows = []
+    for method, case in [("batch", case) for case in CASES] + [("bnp", CASES[0])]:
+        rows.append(measure(method, *case, rounds, arguments.device))
+        row, cost = rows[-1], rows[-1]["overhead"]
+        print(
+            f"{row['model']}, {method}, batch {row['batch_size']:>3}: {cost['median']:.1%} "
+            f"({cost['low']:.1%} to {cost['high']:.1%}) of the training time at one measurement in {EVERY} steps; "
+            f"a measurement costs {row['measurement_steps']:.1f} steps"
+        )
+    if not arguments.quick:
+        name = "monitor" if arguments.device == "cpu" else "monitor-gpu"
+        save(name, f"python benchmarks/monitor.py --device {arguments.device} --threads {arguments.threads}", rows)
+
+
+if __name__ == "__main__":
+    main()
