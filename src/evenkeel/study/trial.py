@@ -88,7 +88,9 @@ def run_trial(
     folder: Path | None = None,
     watch: Callable[[CurvePoint], bool] | None = None,
 ) -> TrialResult:
-    """Train and judge once; what goes wrong is in the result, never raised (but by one of several ranks).
+    """Train and judge once; what goes wrong is in the result, never raised.
+
+    Of several ranks one that fails does raise, since only its end makes the launcher end the others.
 
     Args:
         config: The study.
@@ -121,7 +123,7 @@ def run_trial(
         return ended("finished", **_judge(config, key, data, loop))
     except Diverged as error:
         return ended("diverged", error=str(error))
-    except (Exception, MemoryError) as error:  # the study goes on; the report shows the line
+    except Exception as error:  # the study goes on; the report shows the line
         if ranks()[1] > 1:  # the other ranks wait for this one: only its end makes the launcher end them too
             raise
         return ended("failed", error=f"{type(error).__name__}: {error}".splitlines()[0])
