@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evenkeel.functional import bounded_step, guarded_variance, precondition, step_divisor, update_running
+from evenkeel.functional import (
+    bounding_factors,
+    guarded_variance,
+    precondition,
+    step_divisor,
+    unit_changes,
+    update_running,
+)
 from evenkeel.methods.observed import geometry, row_count
 from evenkeel.methods.preconditioning import scale_units
 from evenkeel.moments import observe, totals
@@ -212,7 +219,7 @@ def test_the_gradient_of_a_bias_before_batch_normalization_vanishes_and_so_does_
     scaled, _ = precondition(conv.weight.grad, None, mean, variance, mean_removed=True)
     assert conv.bias.grad.abs().max() < 1e-15
     assert torch.allclose(centred, scaled, rtol=1e-12, atol=1e-15)
-    assert torch.equal(scaled, conv.weight.grad / variance.reshape(1, -1, 1, 1))
+    assert torch.allclose(scaled, conv.weight.grad / variance.reshape(1, -1, 1, 1), rtol=1e-15)
 
 
 def test_zero_padding_and_inserted_zeros_count_as_rows(case):
@@ -295,7 +302,8 @@ def test_a_bounded_step_changes_no_unit_by_more_than_its_share(case, bias):
     loss_of(positions_first(layer, layer(x))).backward()
     grads = layer.weight.grad, layer.bias.grad if bias else None
     ours = precondition(*grads, mean, variance, divisor=2.0, **layout)
-    factors = bounded_step(layer.weight, grads, ours, variance, rate=rate, max_change=limit, divisor=2.0, **layout)
+    squared, spreads = unit_changes(layer.weight, grads, ours, variance, **layout)
+    factors = bounding_factors(squared * rate**2 / 2, spreads, limit)
 
     # the change of an output in root mean square, were the channels and taps uncorrelated as the metric takes them to be
     step, taps = matrices(layer, ours[0]), stacked.shape[2]
@@ -314,7 +322,7 @@ def test_a_bounded_step_changes_no_unit_by_more_than_its_share(case, bias):
     change, spread = torch.stack(change), torch.stack(spread).clamp(min=0.1)
     assert torch.allclose(factors, (limit * spread / change).clamp(max=1), rtol=1e-9)
     assert (factors < 1).any()
-    small = bounded_step(layer.weight, grads, ours, variance, rate=1e-9, max_change=limit, divisor=2.0, **layout)
+    small = bounding_factors(squared * 1e-18, spreads, limit)
     assert torch.equal(small, torch.ones_like(small)), "steps within the bound are the paper's"
     scaled = matrices(layer, scale_units(ours[0], factors, **layout))
     for mine, d, f in zip(scaled, step, factors.chunk(shape.groups), strict=True):

@@ -194,10 +194,10 @@ _RECIPES: tuple[Recipe, ...] = (
     Recipe("l1", "Normalization by the mean magnitude", _HELPS, 0.1, _converted("l1")),
     Recipe("l2", "Normalization by the root mean square", _HELPS, 0.1, _converted("l2")),
     Recipe("linf", "Normalization by the largest magnitude", _HELPS, 0.1, _converted("linf")),
-    Recipe("bnp", "No layers: gradients preconditioned, steps bounded", _BNP, 0.1, _bnp("none", sgd, 0.1)),
+    Recipe("bnp", "No layers: gradients preconditioned, steps bounded", _BNP, 0.1, _bnp("none", sgd, 0.05)),
     Recipe("bnp-paper", "The same as published, without a bound on the step", _BNP, 0.03, _bnp("none", sgd)),
     Recipe("bnp-adam", "The same before Adam", _BNP, 0.001, _bnp("none", adam)),
-    Recipe("group+bnp", "Group normalization and preconditioned gradients", _BNP, 0.1, _bnp("group", sgd, 0.1)),
+    Recipe("group+bnp", "Group normalization and preconditioned gradients", _BNP, 0.1, _bnp("group", sgd, 0.05)),
     Recipe("batchless", "Normalization by learned Gaussians", _BATCHLESS, 0.03, _batchless("batchless", sgd)),
     Recipe(
         "batchless-adam",

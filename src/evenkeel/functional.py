@@ -4,14 +4,21 @@ from evenkeel.methods.batch_renorm import renorm_correction
 from evenkeel.methods.batchless_forecast import forecast
 from evenkeel.methods.batchless_functions import gaussian_nll_gradients
 from evenkeel.methods.batchless_projected import projected_gradient
-from evenkeel.methods.preconditioning import bounded_step, guarded_variance, precondition, step_divisor, update_running
+from evenkeel.methods.preconditioning import (
+    bounding_factors,
+    guarded_variance,
+    precondition,
+    step_divisor,
+    unit_changes,
+    update_running,
+)
 from evenkeel.methods.riemannian import adamg, sgdg
 from evenkeel.methods.row_optimizer import clip_rows, orthogonality_gradient
 from evenkeel.methods.sphere import exponential_map, logarithmic_map, parallel_transport, project
 
 __all__ = [
     "adamg",
-    "bounded_step",
+    "bounding_factors",
     "clip_rows",
     "exponential_map",
     "forecast",
@@ -26,5 +33,6 @@ __all__ = [
     "renorm_correction",
     "sgdg",
     "step_divisor",
+    "unit_changes",
     "update_running",
 ]

@@ -9,7 +9,7 @@ input, gathered by forward hooks, and the moment at which gradients are transfor
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evenkeel.methods.bnp_layers import choose, removed_means
-from evenkeel.methods.observed import Observed, geometry
-from evenkeel.methods.preconditioning import bounded_step, precondition, scale_units
+from evenkeel.methods.layer_steps import LayerStep, Rate, transform_
+from evenkeel.methods.observed import Observed
 from evenkeel.methods.row_statistics import RowStatistics, restored
 from evenkeel.stepping import StepHandle, before_step
-
-Rate: TypeAlias = Tensor | float
 
 
 class BNP:
@@ -39,7 +37,7 @@ class BNP:
         eps: Absolute guard of the variances.
         layers: Paths of the layers to precondition, default all.
         max_change: Largest change of a unit's output in one step, relative to its spread; None is the paper's form, which
-            bounds nothing. For SGD, whose step is the gradient times its rate; 0.1 is a good value, and with it no
+            bounds nothing. For SGD, whose step is the gradient times its rate; 0.05 is a good value, and with it no
             learning rate diverges that batch normalization survives.
         process_group: Ranks that share their statistics, default the world.
 
@@ -166,6 +164,11 @@ class BNP:
         finally:
             self._mask = previous
 
+    def discard(self) -> None:
+        """Forget the rows seen since the last step (an attached optimizer's ``zero_grad`` does it)."""
+        for seen in self._layers:
+            seen.discard()
+
     def remove(self) -> None:
         """Take all hooks off the model; an attached optimizer then steps on plain gradients."""
         for seen in self._layers:
@@ -175,6 +178,7 @@ class BNP:
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Running statistics per layer that has seen rows: ``{path: {"mean", "variance", "steps"}}``."""
         names = ("mean", "variance", "steps")
+        self._statistics.hand_back()
         return {
             seen.path: dict(zip(names, (t.clone() for t in seen.running), strict=True))
             for seen in self._layers
@@ -195,10 +199,11 @@ class BNP:
             raise ValueError(f"the state holds statistics of {', '.join(unknown)}, which this BNP does not observe")
         for path, entry in state.items():
             seen = paths[path]
-            if seen.materialized() and entry["mean"].shape != (geometry(seen.layer).features,):
+            if seen.materialized() and entry["mean"].shape != (seen.geometry.features,):
                 raise ValueError(
-                    f"{path}: the state has {entry['mean'].numel()} features, the layer {geometry(seen.layer).features}"
+                    f"{path}: the state has {entry['mean'].numel()} features, the layer {seen.geometry.features}"
                 )
+        self._statistics.hand_back()
         for seen in self._layers:
             entry = state.get(seen.path)
             device = seen.layer.weight.device
@@ -227,33 +232,14 @@ class BNP:
             return
         if self.max_change is not None and rates is None:
             raise ValueError("max_change bounds a step, so it needs the learning rate: attach the optimizer first")
-        for seen, (mean, variance, divisor) in zip(layers, self._statistics.advance(layers), strict=True):
+        steps = []
+        for seen, metric in zip(layers, self._statistics.advance(layers), strict=True):
             weight, bias = seen.layer.weight, seen.layer.bias
-            if weight.grad is None:
-                continue
-            shape = geometry(seen.layer)
-            layout = {"groups": shape.groups, "transposed": shape.transposed}
-            bias_grad = None if bias is None or (rates is not None and id(bias) not in rates) else bias.grad
-            grads = weight.grad, bias_grad
-            new_weight, new_bias = precondition(
-                *grads, mean, variance, divisor=divisor, mean_removed=seen.mean_removed, **layout
-            )
-            if self.max_change is not None and rates is not None:
-                factors = bounded_step(
-                    weight,
-                    grads,
-                    (new_weight, new_bias),
-                    variance,
-                    rate=rates[id(weight)],
-                    max_change=self.max_change,
-                    divisor=divisor,
-                    **layout,
-                )
-                new_weight = scale_units(new_weight, factors, **layout)
-                new_bias = None if new_bias is None else new_bias * factors
-            weight.grad.copy_(new_weight)
-            if bias_grad is not None and new_bias is not None:
-                bias_grad.copy_(new_bias)
+            if weight.grad is not None:
+                bias_grad = None if bias is None or (rates is not None and id(bias) not in rates) else bias.grad
+                rate = None if rates is None else rates.get(id(weight))
+                steps.append(LayerStep(seen, weight.grad, bias_grad, metric, rate))
+        transform_(steps, self.max_change)
 
 
 def _rates(optimizer: Optimizer) -> dict[int, Rate]:

@@ -6,6 +6,7 @@ inputs, are rows of its design matrix too: they add nothing to the sums, only to
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
@@ -115,6 +116,11 @@ class Observed:
         """Whether the mean of each unit is removed behind the layer (not by a batch normalization in eval mode)."""
         return self.norm is not None and (self.norm.training or getattr(self.norm, "running_mean", None) is None)
 
+    @cached_property
+    def geometry(self) -> Geometry:
+        """The geometry of the layer, which must have its shape by now."""
+        return geometry(self.layer)
+
     def materialized(self) -> bool:
         """Whether the layer has its shape by now (a lazy layer gets it in its first forward)."""
         return not isinstance(self.layer.weight, UninitializedParameter)
@@ -123,7 +129,7 @@ class Observed:
         """Make what compiled forwards add to, where the layer is by now: a graph can only change what exists."""
         device = self.layer.weight.device
         if self.materialized() and (self._accumulator is None or self._accumulator.device != device):
-            self._accumulator = _zeros(geometry(self.layer).features, device)
+            self._accumulator = _zeros(self.geometry.features, device)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -167,8 +173,7 @@ class Observed:
         return _CountOnBackward.apply(output, self._accumulator, packed)
 
     def _sums(self, layer: Layer, x: Tensor, output: Tensor) -> Sums:
-        shape = geometry(self.layer)
-        dim = shape.feature_dim
+        dim = self.geometry.feature_dim
         rows, positions = row_count(layer, x.shape), output.numel() / output.shape[dim]
         mask = self._matching_mask(x, dim)
         if mask is not None:

@@ -10,10 +10,13 @@ descent with the gradient multiplied by ``P P^T``: this file. Nothing in the net
 """
 
 from math import prod
+from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 SMALLEST_SPREAD = 0.1
+"""What a unit's output is taken to spread by at least, in :func:`bounding_factors`."""
 
 
 def guarded_variance(
@@ -28,7 +31,6 @@ def guarded_variance(
         largest: The largest variance of the layer per feature, when ``variance`` holds several layers in a row.
 
     Examples:
-        >>> import torch
         >>> guarded_variance(torch.tensor([0.0, 1.0]), eps_relative=0.5, eps=0.25).tolist()
         [0.75, 1.75]
     """
@@ -45,7 +47,6 @@ def step_divisor(fan_in: Tensor | float, positions: Tensor) -> Tensor:
         positions: Output positions of the whole optimizer step, ``N``, over all micro-batches and ranks.
 
     Examples:
-        >>> import torch
         >>> step_divisor(8.0, torch.tensor([1.0, 4.0, 100.0])).tolist()
         [8.0, 2.0, 1.0]
     """
@@ -61,7 +62,6 @@ def update_running(
     batch of one row, whose own variance is zero, has to say about the variance.
 
     Examples:
-        >>> import torch
         >>> zero, two = torch.zeros(1), torch.full((1,), 2.0)
         >>> [t.item() for t in update_running(zero, zero, two, zero, 0.5)]
         [1.0, 1.0]
@@ -115,92 +115,109 @@ def precondition(
     Examples:
         Features with mean 0 and variance 4 are scaled and not centred:
 
-        >>> import torch
         >>> w, b = precondition(torch.tensor([[8.0, 4.0]]), torch.tensor([1.0]), torch.zeros(2), torch.full((2,), 4.0))
         >>> w.tolist(), b.tolist()
         ([[2.0, 1.0]], [1.0])
     """
     _check(weight_grad, bias_grad, mean, variance, groups, transposed)
-    # (groups, out, in, taps) or, transposed, (groups, in, out, taps): views, so that every layer is one formula
-    grouped = weight_grad.reshape(groups, weight_grad.shape[0] // groups, weight_grad.shape[1], -1)
-    ins = (1, 3) if transposed else (2, 3)
-    per_in = (groups, -1, 1, 1) if transposed else (groups, 1, -1, 1)
-    per_out = (groups, 1, -1, 1) if transposed else (groups, -1, 1, 1)
-    mu, s = mean.reshape(per_in), variance.reshape(per_in)
+    grouped, per_in, per_out = _views(weight_grad, groups, transposed)
+    mu, scale = mean.reshape(per_in), (variance * divisor).reciprocal().reshape(per_in)
     if bias_grad is not None:
-        weight = (grouped - mu * bias_grad.reshape(per_out)) / (divisor * s)
-        bias = bias_grad / divisor - (weight * mu).sum(ins).reshape(-1)
+        weight = torch.addcmul(grouped.to(mu.dtype), mu, bias_grad.reshape(per_out).to(mu.dtype), value=-1).mul_(scale)
+        bias = bias_grad / divisor - _dot(weight, mean, groups, transposed)
         return weight.reshape(weight_grad.shape), bias
-    weight = grouped / s
+    weight = grouped * scale
     if not mean_removed:
-        v = mu / s
-        taps = grouped.shape[3]
-        share = (weight * mu).sum(ins, keepdim=True) / (1 + taps * (mu * v).sum(ins, keepdim=True))
-        weight = weight - share * v
-    return (weight / divisor).reshape(weight_grad.shape), None
+        v = mu * scale * divisor
+        taps, ins = grouped.shape[3], (1, 2)
+        norm = 1 + taps * (mu * v).sum(ins, keepdim=True)
+        weight = weight - _dot(weight, mean, groups, transposed).reshape(per_out) / norm * v
+    return weight.reshape(weight_grad.shape), None
 
 
-def bounded_step(
+def unit_changes(
     weight: Tensor,
     grads: tuple[Tensor, Tensor | None],
     preconditioned: tuple[Tensor, Tensor | None],
     variance: Tensor,
     *,
-    rate: Tensor | float,
-    max_change: float,
-    divisor: Tensor | float = 1.0,
     groups: int = 1,
     transposed: bool = False,
-) -> Tensor:
-    """Factor per output unit, so that no step changes its output by more than ``max_change`` of the output's spread.
+) -> tuple[Tensor, Tensor]:
+    """Per output unit: how far a step of rate 1 changes its output, and how far its output spreads, both squared.
 
-    A step ``-rate (W~, b~)`` changes the output of unit ``i``, over the rows it sees, by ``|dz_i|`` in root mean
-    square::
+    Over the rows the layer sees, a step ``-(W~, b~)`` changes the output of unit ``i`` in root mean square by ``|dz_i|``,
+    and the output spreads about its mean by ``|z_i|`` (inputs taken as uncorrelated)::
 
-        |dz_i|^2 = rate^2 (G_W,i . W~_i + G_b,i b~_i) / q^2
+        |dz_i|^2 = (G_W,i . W~_i + G_b,i b~_i) / q^2          |z_i|^2 = sum_c s_c w_ic^2
 
-    which the preconditioned gradient gives for nothing: the metric of the step is ``(P P^T)^-1``. The spread of the
-    output is ``|z_i|``, ``|z_i|^2 = sum_c s_c w_ic^2`` (inputs taken as uncorrelated), at least 0.1 so that a unit
-    that starts at zero can move. The factor is ``min(1, max_change max(|z_i|, 0.1) / |dz_i|)``.
+    The first is free: ``(P P^T)^-1`` is the metric in which outputs change, so no product with the inputs is needed.
 
     Args:
         weight: The weight, laid out as for :func:`precondition`.
         grads: Gradients of weight and bias (or None).
         preconditioned: What :func:`precondition` made of them.
         variance: Guarded variance of the input, ``(in,)``.
-        rate: Learning rate, over ``1 - momentum`` where there is momentum: how far a lasting gradient carries.
-        max_change: Largest relative change of a unit's output.
-        divisor: ``q^2``.
         groups: Groups of the convolution.
         transposed: Whether the weight is laid out as that of a transposed convolution.
 
     Returns:
-        Factors in (0, 1], ``(out,)``.
+        ``q^2 |dz_i|^2`` and ``|z_i|^2``, ``(out,)`` each.
 
     Examples:
-        A unit with spread 1 whose step would move it by 1 is allowed a tenth of that:
-
-        >>> import torch
-        >>> w, g, s = torch.tensor([[1.0]]), torch.tensor([[2.0]]), torch.ones(1)
-        >>> bounded_step(w, (g, None), (g, None), s, rate=0.5, max_change=0.1).tolist()
-        [0.10000000149011612]
+        >>> w, g, s = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 3.0]]), torch.tensor([1.0, 2.0])
+        >>> [t.tolist() for t in unit_changes(w, (g, None), (g / s, None), s)]
+        [[13.5], [9.0]]
     """
-    view = (groups, weight.shape[0] // groups, weight.shape[1], -1)
-    ins = (1, 3) if transposed else (2, 3)
-    s = variance.reshape((groups, -1, 1, 1) if transposed else (groups, 1, -1, 1))
-    change = (grads[0] * preconditioned[0]).reshape(view).sum(ins).reshape(-1)
+    product, _, per_out = _views(grads[0] * preconditioned[0], groups, transposed)
+    ins = tuple(d for d in (1, 2, 3) if per_out[d] == 1)
+    change = product.sum(ins).reshape(-1)
     if grads[1] is not None and preconditioned[1] is not None:
-        change = change + grads[1] * preconditioned[1]
-    spread = (weight.detach().square().reshape(view) * s).sum(ins).reshape(-1)
-    change = rate * (change.clamp(min=0) / divisor).sqrt()
-    return (max_change * spread.sqrt().clamp(min=SMALLEST_SPREAD) / change.clamp(min=1e-30)).clamp(max=1)
+        change = torch.addcmul(change, grads[1], preconditioned[1])
+    squares, _, _ = _views(weight.detach().square(), groups, transposed)
+    return change, _dot(squares, variance, groups, transposed)
+
+
+def bounding_factors(change: Tensor, spread: Tensor, max_change: float) -> Tensor:
+    """``min(1, max_change max(|z|, 0.1) / |dz|)``: no unit's output changes by more than ``max_change`` of its spread.
+
+    A unit that starts at zero is taken to spread by 0.1, so that it can move.
+
+    Args:
+        change: ``|dz|^2``, the squared change of each unit's output by the step as it is.
+        spread: ``|z|^2``, the squared spread of each unit's output.
+        max_change: Largest relative change.
+
+    Examples:
+        >>> bounding_factors(torch.tensor([4.0, 4.0, 0.0]), torch.tensor([16.0, 0.0, 1.0]), 0.125).tolist()
+        [0.25, 0.0062500000931322575, 1.0]
+    """
+    allowed = max_change * spread.sqrt().clamp(min=SMALLEST_SPREAD)
+    return (allowed / change.clamp(min=1e-30).sqrt()).clamp(max=1)
 
 
 def scale_units(weight: Tensor, factors: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
     """The weight-shaped tensor with each output unit multiplied by its factor, ``(out,)``."""
-    view = (groups, weight.shape[0] // groups, weight.shape[1], -1)
-    per_out = (groups, 1, -1, 1) if transposed else (groups, -1, 1, 1)
-    return (weight.reshape(view) * factors.reshape(per_out)).reshape(weight.shape)
+    grouped, _, per_out = _views(weight, groups, transposed)
+    return (grouped * factors.reshape(per_out)).reshape(weight.shape)
+
+
+_Shape: TypeAlias = tuple[int, int, int, int]
+
+
+def _views(weight: Tensor, groups: int, transposed: bool) -> tuple[Tensor, _Shape, _Shape]:
+    """The weight as (groups, out, in, taps), or (groups, in, out, taps) if transposed, and the shapes of vectors over it."""
+    grouped = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    first, second = (groups, -1, 1, 1), (groups, 1, -1, 1)
+    return (grouped, first, second) if transposed else (grouped, second, first)
+
+
+def _dot(grouped: Tensor, vector: Tensor, groups: int, transposed: bool) -> Tensor:
+    """For each output unit the sum over inputs and taps of weight times vector, ``(in,) -> (out,)``."""
+    matrix = grouped[..., 0] if grouped.shape[3] == 1 else grouped.sum(3)
+    if transposed:
+        matrix = matrix.transpose(1, 2)
+    return torch.bmm(matrix.to(vector.dtype), vector.reshape(groups, -1, 1)).reshape(-1)
 
 
 def _check(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from evenkeel.methods.observed import Observed, Sums, geometry, wide_dtype
+from evenkeel.methods.observed import Observed, Sums, wide_dtype
 from evenkeel.methods.preconditioning import guarded_variance, step_divisor, update_running
 
 
@@ -36,17 +36,16 @@ class RowStatistics:
     def __init__(self, decay: float, eps_relative: float, eps: float, group: dist.ProcessGroup | None) -> None:
         self.decay, self.eps_relative, self.eps, self.group = decay, eps_relative, eps, group
         self._layout: tuple[object, Tensor, Tensor] | None = None
+        self._held: tuple[Sequence[Observed], Tensor, Tensor, Tensor] | None = None
 
     def advance(self, layers: Sequence[Observed]) -> list[Metric]:
         """Take this step's rows into the running statistics; what preconditions each layer now."""
         device = layers[0].layer.weight.device
-        sizes = [geometry(seen.layer).features for seen in layers]
+        sizes = [seen.geometry.features for seen in layers]
         owner, fan_in = self._layout_of(layers, device)
         rows, positions, total, square = self._reduced([_summed(seen.take()) for seen in layers], sizes, device)
 
-        known = [seen.running or _nothing(size, total) for seen, size in zip(layers, sizes, strict=True)]
-        mean, variance = (torch.cat([k[i].to(device) for k in known]) for i in (0, 1))
-        steps = torch.stack([k[2].to(device) for k in known])
+        mean, variance, steps = self._running(layers, sizes, total)
 
         finite = total.isfinite() & square.isfinite()
         usable = (rows > 0) & (_largest((~finite).to(total.dtype), owner, len(layers)) == 0)
@@ -57,32 +56,50 @@ class RowStatistics:
         new_mean, new_variance = update_running(mean, variance, batch_mean, batch_variance, weight)
         mean = torch.where(usable[owner], new_mean, mean)
         variance = torch.where(usable[owner], new_variance, variance)
-        for seen, m, v, t in zip(layers, mean.split(sizes), variance.split(sizes), steps, strict=True):
-            seen.running = (m, v, t)
+        self._held = layers, mean, variance, steps
 
         largest = _largest(variance, owner, len(layers))[owner]
         guarded = guarded_variance(variance, self.eps_relative, self.eps, largest=largest)
         guarded = torch.where((steps > 0)[owner], guarded, 1)  # a layer that never saw a usable row steps as it is
         divisor = step_divisor(fan_in, positions)
-        by_dtype = {
-            dtype: (mean.to(dtype).split(sizes), guarded.to(dtype).split(sizes), divisor.to(dtype))
-            for dtype in {_compute_dtype(seen.layer.weight) for seen in layers}
+        kinds = [(_compute_dtype(weight), weight.device) for weight in (seen.layer.weight for seen in layers)]
+        metrics = {
+            kind: [t.to(device=kind[1], dtype=kind[0]) for t in (mean, guarded, divisor)]
+            for kind in dict.fromkeys(kinds)
         }
-        ready = []
-        for i, seen in enumerate(layers):
-            m, s, q = by_dtype[_compute_dtype(seen.layer.weight)]
-            ready.append(Metric(*(t.to(seen.layer.weight.device) for t in (m[i], s[i], q[i]))))
-        return ready
+        parts = {kind: list(zip(m.split(sizes), s.split(sizes), q, strict=True)) for kind, (m, s, q) in metrics.items()}
+        return [Metric(*parts[kind][i]) for i, kind in enumerate(kinds)]
+
+    def hand_back(self) -> None:
+        """Give each layer its own running statistics, which lie in one vector while the same layers step together."""
+        if self._held is not None:
+            layers, mean, variance, steps = self._held
+            sizes = [seen.geometry.features for seen in layers]
+            for seen, m, v, t in zip(layers, mean.split(sizes), variance.split(sizes), steps, strict=True):
+                seen.running = (m, v, t)
+            self._held = None
+
+    def _running(self, layers: Sequence[Observed], sizes: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Running mean and variance per feature and steps per layer, on the device of ``like``."""
+        if self._held is not None and self._held[1].device == like.device:
+            held, mean, variance, steps = self._held
+            if len(held) == len(layers) and all(a is b for a, b in zip(held, layers, strict=True)):
+                return mean, variance, steps
+        self.hand_back()
+        known = [seen.running or _nothing(size, like) for seen, size in zip(layers, sizes, strict=True)]
+        mean, variance = (torch.cat([_at(entry[i], like.device) for entry in known]) for i in (0, 1))
+        return mean, variance, torch.stack([_at(entry[2], like.device) for entry in known])
 
     def _reduced(
         self, sums: Sequence[Sums | None], sizes: Sequence[int], device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows and positions per layer, sums and squares per feature, over all ranks in one all-reduce."""
         wide = wide_dtype(device)
-        none = torch.zeros((), dtype=wide)
+        none = torch.zeros((), dtype=wide, device=device)
         given = [s or Sums(0.0, 0.0, none.expand(n), none.expand(n)) for s, n in zip(sums, sizes, strict=True)]
         counts = _to_device([s.rows for s in given] + [s.positions for s in given], wide, device)
-        flat = torch.cat([counts, *(t.to(device, wide) for t in [s.total for s in given] + [s.square for s in given])])
+        features = [_at(s.total, device) for s in given] + [_at(s.square, device) for s in given]
+        flat = torch.cat([counts, *features])  # promoted to the counts' dtype
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1:
             dist.all_reduce(flat, group=self.group)
         rows, positions, total, square = flat.split([len(sizes), len(sizes), sum(sizes), sum(sizes)])
@@ -92,11 +109,15 @@ class RowStatistics:
         """For each feature the index of its layer, and the fan-in of each layer; made once, as copying makes hosts wait."""
         key = (device, *(id(seen) for seen in layers))
         if self._layout is None or self._layout[0] != key:
-            shapes = [geometry(seen.layer) for seen in layers]
+            shapes = [seen.geometry for seen in layers]
             owner = torch.repeat_interleave(torch.arange(len(layers)), torch.tensor([s.features for s in shapes]))
             fan_in = torch.tensor([float(shape.fan_in) for shape in shapes], dtype=wide_dtype(device))
             self._layout = key, owner.to(device), fan_in.to(device)
         return self._layout[1:]
+
+
+def _at(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if tensor.device == device else tensor.to(device)
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
