@@ -269,6 +269,16 @@ def test_tensor_learning_rates_equal_numbers(rule):
     assert all(torch.allclose(p, q, rtol=0, atol=1e-7) for p, q in zip(*results, strict=True))
 
 
+def test_capturable_counting_gives_the_same_steps():
+    results = []
+    for capturable in (False, True):
+        params = weights()
+        optimizer = AdamG([{"params": params, "manifold": True}], capturable=capturable)
+        run(optimizer, params, 10)
+        results.append(params)
+    assert all(torch.allclose(p, q, rtol=0, atol=2e-6) for p, q in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_schedulers_and_closures_drive_both_kinds_of_group(rule):
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from evenkeel.methods.preconditioning import (
     update_running,
 )
 from evenkeel.methods.riemannian import adamg, sgdg
-from evenkeel.methods.row_optimizer import clip_rows, orthogonality_gradient
+from evenkeel.methods.rows import clip_rows, orthogonality_gradient
 from evenkeel.methods.sphere import exponential_map, logarithmic_map, parallel_transport, project
 
 __all__ = [

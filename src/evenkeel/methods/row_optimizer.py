@@ -14,40 +14,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
-from evenkeel.methods.rows import Filters, advance, arranged, local, memory_order, rotate, rows, tangent, wide
+from evenkeel.methods.row_groups import check_group, normalize_group
+from evenkeel.methods.rows import (
+    Filters,
+    advance,
+    arranged,
+    clip_rows,
+    local,
+    memory_order,
+    orthogonality_gradient,
+    rotate,
+    rows,
+    tangent,
+    wide,
+)
 from evenkeel.methods.sphere import norm, project
 from evenkeel.moments import statistics_dtype
 
 Rate: TypeAlias = float | Tensor
-
-
-def clip_rows(h: Tensor, max_norm: float) -> Tensor:
-    """Rows no longer than ``max_norm``: ``h min(1, max_norm / |h|)``, each filter on its own.
-
-    Examples:
-        >>> clip_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 1.0).tolist()
-        [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
-    """
-    return h * (max_norm / norm(h)).clamp(max=1)
-
-
-def orthogonality_gradient(y: Tensor, alpha: float, others: Tensor | None = None) -> Tensor:
-    """Gradient ``2 alpha (W W^T - I) W`` of the penalty ``(alpha / 2) |W W^T - I|_F^2`` on the filters ``W``.
-
-    Args:
-        y: Filters whose gradient is wanted, unit rows of shape ``(rows, n)``.
-        alpha: Strength.
-        others: All filters of the weight, shape ``(C_out, n)``, when ``y`` is a shard of them.
-
-    Returns:
-        The gradient, shape ``(rows, n)``.
-
-    Examples:
-        >>> orthogonality_gradient(torch.eye(2, 3), alpha=0.1).abs().max().item()
-        0.0
-    """
-    others = y if others is None else others
-    return torch.addmm(y, y @ others.T, others, beta=-2 * alpha, alpha=2 * alpha)
 
 
 class RowOptimizer(Optimizer):
@@ -63,7 +47,7 @@ class RowOptimizer(Optimizer):
         super().__init__(params, defaults)
         del self._normalize_added
         for group in self.param_groups:
-            _normalize(group)
+            normalize_group(group)
         if not any(group["manifold"] for group in self.param_groups):
             warnings.warn(
                 f"{type(self).__name__}: no group has manifold=True, so no weight is on the sphere; build the groups "
@@ -82,12 +66,12 @@ class RowOptimizer(Optimizer):
         """
         super().add_param_group(param_group)
         try:
-            _check(self.param_groups[-1], f"{type(self).__name__}, group {len(self.param_groups) - 1}")
+            check_group(self.param_groups[-1], f"{type(self).__name__}, group {len(self.param_groups) - 1}")
         except ValueError:
             self.param_groups.pop()
             raise
         if self._normalize_added:
-            _normalize(self.param_groups[-1])
+            normalize_group(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -280,57 +264,3 @@ class RowOptimizer(Optimizer):
             nesterov=True,
             maximize=False,
         )
-
-
-def _check(group: dict[str, Any], where: str) -> None:
-    """Say what is wrong with a group before anything is changed.
-
-    Args:
-        group: The group, defaults filled in.
-        where: What to call it.
-
-    Raises:
-        ValueError: An option is out of range, or a weight of a manifold group has no filters to put on the sphere.
-    """
-    for option, low, high in (
-        ("lr", 0, math.inf),
-        ("momentum", 0, 1),
-        ("max_norm", 0, math.inf),
-        ("orthogonality", 0, math.inf),
-        ("weight_decay", 0, math.inf),
-        ("eps", 0, math.inf),
-    ):
-        if not low <= group.get(option, low) <= high:
-            raise ValueError(f"{where}: {option}={group[option]} must be between {low} and {high}")
-    if group["max_norm"] == 0:
-        raise ValueError(f"{where}: max_norm=0 would stop all filters; use math.inf for no bound")
-    if not all(0 <= beta < 1 for beta in group.get("betas", ())):
-        raise ValueError(f"{where}: betas={group['betas']} must be at least 0 and below 1")
-    for index, p in enumerate(group["params"] if group["manifold"] else ()):
-        what = f"{where}, parameter {group['param_names'][index] if 'param_names' in group else index}"
-        if p.ndim < 2 or not p.is_floating_point():
-            raise ValueError(
-                f"{what}: shape {tuple(p.shape)}, {p.dtype} has no real filters to put on the sphere; put it in a "
-                "group with manifold=False (FSDP version 1 flattens weights: use fully_shard, which keeps filters)"
-            )
-        if any(getattr(placement, "dim", 0) != 0 for placement in getattr(p, "placements", ())):
-            raise ValueError(
-                f"{what}: placements {p.placements} cut through filters; shard dimension 0, or manifold=False"
-            )
-        lengths = torch.linalg.vector_norm(
-            local(p.detach()), dim=tuple(range(1, p.ndim)), dtype=statistics_dtype(p.dtype)
-        )
-        bad = (~(lengths.isfinite() & (lengths > 0))).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"{what}: filter {bad[0]} ({len(bad)} in all) has length {lengths[bad[0]].item()} and so no direction; "
-                "initialise it, or put the weight in a group with manifold=False"
-            )
-
-
-@torch.no_grad()
-def _normalize(group: dict[str, Any]) -> None:
-    """Bring the filters of a manifold group to length 1."""
-    for p in group["params"] if group["manifold"] else ():
-        y = wide(local(p))
-        local(p).copy_(y / torch.linalg.vector_norm(y, dim=tuple(range(1, p.ndim)), keepdim=True))

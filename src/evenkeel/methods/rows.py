@@ -81,6 +81,35 @@ def rows(x: Tensor) -> Tensor:
     return x.flatten(1)
 
 
+def clip_rows(h: Tensor, max_norm: float) -> Tensor:
+    """Rows no longer than ``max_norm``: ``h min(1, max_norm / |h|)``, each filter on its own.
+
+    Examples:
+        >>> clip_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 1.0).tolist()
+        [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    return h * (max_norm / norm(h)).clamp(max=1)
+
+
+def orthogonality_gradient(y: Tensor, alpha: float, others: Tensor | None = None) -> Tensor:
+    """Gradient ``2 alpha (W W^T - I) W`` of the penalty ``(alpha / 2) |W W^T - I|_F^2`` on the filters ``W``.
+
+    Args:
+        y: Filters whose gradient is wanted, unit rows of shape ``(rows, n)``.
+        alpha: Strength.
+        others: All filters of the weight, shape ``(C_out, n)``, when ``y`` is a shard of them.
+
+    Returns:
+        The gradient, shape ``(rows, n)``.
+
+    Examples:
+        >>> orthogonality_gradient(torch.eye(2, 3), alpha=0.1).abs().max().item()
+        0.0
+    """
+    others = y if others is None else others
+    return torch.addmm(y, y @ others.T, others, beta=-2 * alpha, alpha=2 * alpha)
+
+
 def rotate(y: Tensor, m: Tensor, scale: Tensor | None, shrink: Tensor) -> Tensor:
     """The geodesic step ``d = scale m`` from ``y shrink``: gives the new rows, and carries ``m`` along in place.
 
