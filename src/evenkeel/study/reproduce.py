@@ -1,0 +1,125 @@
+"""``evenkeel reproduce``: run a preset at a scale and put its figures beside the paper's."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from evenkeel.study.compare import compare
+from evenkeel.study.errors import StudyError, nearest
+from evenkeel.study.plan import StudyConfig
+from evenkeel.study.presets import PRESETS, Preset, Row, scaled
+from evenkeel.study.records import StudyRecord
+from evenkeel.study.statistics import Summary, summarize
+
+
+def listing() -> str:
+    """All presets with their cost at the papers' size."""
+    width = max(map(len, PRESETS))
+    lines = [
+        f"{name:<{width}}  {preset.summary}\n{'':<{width}}  {preset.paper}; {preset.runs:,} runs, "
+        f"{preset.examples / 1e6:,.0f} million training examples"
+        for name, preset in PRESETS.items()
+    ]
+    return "\n".join(lines)
+
+
+def find(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        StudyError: There is none.
+    """
+    if name not in PRESETS:
+        raise StudyError(f"unknown preset {name!r}; {nearest(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def reproduce(
+    name: str,
+    *,
+    scale: float,
+    out: Path,
+    changes: dict[str, Any],
+    workers: int | None,
+    quiet: bool,
+    arguments: Sequence[str],
+) -> str:
+    """Run all rows of a preset, each a study of its own in a folder under ``out``, and write ``reproduce.md`` there.
+
+    Args:
+        name: Name of the preset.
+        scale: Share of the paper's budget, in (0, 1].
+        out: Output folder.
+        changes: Fields of the configuration that the user sets: ``data``, ``seeds``, ``device`` ...
+        workers: Trials side by side; default one per core.
+        quiet: Show no progress.
+        arguments: The command line that was given.
+
+    Returns:
+        The page, Markdown.
+
+    Raises:
+        StudyError: Bad input.
+    """
+    if not 0 < scale <= 1:
+        raise StudyError(f"--scale {scale}: give a share of the paper's budget in (0, 1]")
+    preset = find(name)
+    results: list[tuple[Row, StudyConfig, StudyRecord, list[str]]] = []
+    for row in preset.rows:
+        config, less = scaled(row.config, scale)
+        config = replace(config, **changes)
+        less += [f"--{key.replace('_', '-')} {value}" for key, value in changes.items() if key != "device"]
+        folder = out / "".join(c if c.isalnum() or c == "-" else "-" for c in row.label)
+        record, _ = compare(config, folder, workers=workers, quiet=quiet, arguments=arguments)
+        results.append((row, config, record, less))
+    text = page(name, preset, results, scale)
+    (out / "reproduce.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def page(
+    name: str, preset: Preset, results: Sequence[tuple[Row, StudyConfig, StudyRecord, list[str]]], scale: float
+) -> str:
+    """Our figures beside the paper's, with the seeds and with what was scaled down."""
+    lines = [f"# {name}: {preset.summary}", "", f"{preset.paper}. {preset.note}".strip(), ""]
+    lines += [
+        "Every method has a learning rate of its own, picked from a grid of the same size on a validation split.",
+        "",
+    ]
+    lines += ["| | method | batch size | test accuracy, here (%) | seeds | learning rate | published (%) |"]
+    lines += ["|---|---|---:|---:|---|---:|---:|"]
+    for row, config, record, _ in results:
+        for summary in summarize(record):
+            published = row.published.get(summary.method)
+            lines.append(
+                f"| {row.label} | {summary.method} | {summary.batch_size} | {_accuracy(summary)} "
+                f"| {', '.join(map(str, range(config.seeds)))} | {_number(summary.lr, '{:g}')} "
+                f"| {_number(published, '{:.2f}')} |"
+            )
+    reduced = {row.label: less for row, _, _, less in results if less}
+    lines += ["", "## What was scaled down", ""]
+    if scale < 1:
+        lines += [
+            f"This is a run at scale {scale:g}: the published figures are those of full training, not a target here.",
+            "",
+        ]
+    lines += [f"- {label}: {'; '.join(less)}" for label, less in reduced.items()] or ["Nothing."]
+    lines += ["", "## Data", ""]
+    lines += sorted({
+        f"- {record.config['data_summary']}" for _, _, record, _ in results if record.config.get("data_summary")
+    })
+    lines += ["", "## How to get this again", "", "```", results[0][2].command, "```", ""]
+    return "\n".join(lines)
+
+
+def _accuracy(summary: Summary) -> str:
+    if summary.mean is None:
+        return "diverged" if summary.diverged else "failed" if summary.failed else "not run"
+    spread = f" ± {100 * summary.sd:.2f}" if summary.sd is not None else ""
+    lost = f" ({summary.diverged + summary.failed} lost)" if summary.diverged + summary.failed else ""
+    return f"{100 * summary.mean:.2f}{spread}{lost}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
