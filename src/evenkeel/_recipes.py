@@ -54,6 +54,7 @@ class Recipe:
         lr: Centre of the learning-rate grid in a study with this method, at batch size 64.
         build: Turns a request into (model, optimizer).
         lr_exponent: The centre moves with ``(batch_size / 64) ** lr_exponent``.
+        own_optimizer: Whether it brings its own optimizer, so that ``lr`` is a rate of that one.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Recipe:
     lr: float
     build: Callable[[Request], tuple[nn.Module, Optimizer]]
     lr_exponent: float = 0.5
+    own_optimizer: bool = False
 
 
 def sgd(request: Request, model: nn.Module, *, typed: bool = False) -> Optimizer:
@@ -188,15 +190,29 @@ _RECIPES: tuple[Recipe, ...] = (
         0.1,
         _converted("batch-renorm", warmup=100, r_steps=800, d_steps=500),  # a fiftieth of the paper's schedule
     ),
-    Recipe("sgd-g", "Scale-invariant filters on the unit sphere, SGD", _GRASSMANN, 0.2, _riemannian(SGDG, 20)),
-    Recipe("adam-g", "Scale-invariant filters on the unit sphere, Adam", _GRASSMANN, 0.05, _riemannian(AdamG, 5)),
+    Recipe(
+        "sgd-g",
+        "Scale-invariant filters on the unit sphere, SGD",
+        _GRASSMANN,
+        0.2,
+        _riemannian(SGDG, 20),
+        own_optimizer=True,
+    ),
+    Recipe(
+        "adam-g",
+        "Scale-invariant filters on the unit sphere, Adam",
+        _GRASSMANN,
+        0.05,
+        _riemannian(AdamG, 5),
+        own_optimizer=True,
+    ),
     Recipe("noisy-batch", "Batch normalization, then shifting noise: a probe", _HELPS, 0.1, _converted("noisy-batch")),
     Recipe("l1", "Normalization by the mean magnitude", _HELPS, 0.1, _converted("l1")),
     Recipe("l2", "Normalization by the root mean square", _HELPS, 0.1, _converted("l2")),
     Recipe("linf", "Normalization by the largest magnitude", _HELPS, 0.1, _converted("linf")),
     Recipe("bnp", "No layers: gradients preconditioned, steps bounded", _BNP, 0.1, _bnp("none", sgd, 0.05)),
     Recipe("bnp-paper", "The same as published, without a bound on the step", _BNP, 0.03, _bnp("none", sgd)),
-    Recipe("bnp-adam", "The same before Adam", _BNP, 0.001, _bnp("none", adam)),
+    Recipe("bnp-adam", "The same before Adam", _BNP, 0.001, _bnp("none", adam), own_optimizer=True),
     Recipe("group+bnp", "Group normalization and preconditioned gradients", _BNP, 0.1, _bnp("group", sgd, 0.05)),
     Recipe("batchless", "Normalization by learned Gaussians", _BATCHLESS, 0.03, _batchless("batchless", sgd)),
     Recipe(
@@ -205,6 +221,7 @@ _RECIPES: tuple[Recipe, ...] = (
         _BATCHLESS,
         0.001,
         _batchless("batchless", adam, gradient="plain"),
+        own_optimizer=True,
     ),
     Recipe(
         "batchless-projected",
@@ -226,7 +243,14 @@ _RECIPES: tuple[Recipe, ...] = (
     Recipe("revisited-both", "Its pieces: features x 0.1, beta's rate x 100", _REVISITED, 0.3, _revisited("both")),
     Recipe("revisited-scale-lr", "Its piece: learning rate of gamma / 100", _REVISITED, 0.1, _revisited("scale_lr")),
     Recipe("revisited-decay", "Its piece: no decay of norms and biases", _REVISITED, 0.1, _typed),
-    Recipe("revisited+sgd-g", "The revisited scale, filters on the unit sphere", _REVISITED, 0.2, _revisited_sgdg),
+    Recipe(
+        "revisited+sgd-g",
+        "The revisited scale, filters on the unit sphere",
+        _REVISITED,
+        0.2,
+        _revisited_sgdg,
+        own_optimizer=True,
+    ),
     Recipe("zero-gamma", "Residual blocks start as identity", "Goyal et al. 2017, arXiv 1706.02677", 0.1, _zero_gamma),
 )
 

@@ -234,7 +234,7 @@ class Reproduce:
 
     def run(self, arguments: list[str]) -> int:
         """Run the preset."""
-        from evenkeel.study.reproduce import listing, reproduce
+        from evenkeel.study.reproduce import LANDSCAPES, landscape, listing, reproduce
 
         if not self.preset:
             print(listing())
@@ -247,11 +247,15 @@ class Reproduce:
             "device": self.device,
         }
         out = Path(self.out) if self.out else Path("runs") / f"{self.preset}-{self.scale:g}"
+        changes = {name: value for name, value in given.items() if value and (name, value) != ("device", "cpu")}
+        if self.preset in LANDSCAPES:
+            print(landscape(self.preset, scale=self.scale, out=out, changes=changes, arguments=arguments))
+            return 0
         page = reproduce(
             self.preset,
             scale=self.scale,
             out=out,
-            changes={name: value for name, value in given.items() if value},
+            changes=changes,
             workers=self.workers or None,
             quiet=self.quiet,
             arguments=arguments,

@@ -136,11 +136,8 @@ def learning_rates(config: StudyConfig, method: str, batch_size: int) -> list[fl
     if config.lr != "auto":
         return [config.lr]
     recipe = recipes()[method]
-    centre = (
-        recipe.lr
-        * (ADAM_FACTOR if config.optimizer.startswith("adam") else 1)
-        * (batch_size / 64) ** recipe.lr_exponent
-    )
+    factor = ADAM_FACTOR if config.optimizer.startswith("adam") and not recipe.own_optimizer else 1
+    centre = recipe.lr * factor * (batch_size / 64) ** recipe.lr_exponent
     offset = (config.lr_points - 1) / 2
     return [float(f"{centre * GRID_STEP ** (i - offset):.3g}") for i in range(config.lr_points)]
 
