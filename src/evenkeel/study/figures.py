@@ -13,7 +13,7 @@ from evenkeel.study.statistics import finite, plan_axes, summarize
 from evenkeel.study.svg import Series, line_chart
 from evenkeel.study.verdict import percent
 
-WIDE, NARROW, PANEL = (1000, 420), (370, 340), (340, 250)
+WIDE, NARROW, PANEL = (1000, 420), (370, 340), (360, 260)
 _LOSS_HEADROOM = 1.5  # losses above 1.5 times that of guessing are cut off, or one bad start hides everything else
 
 

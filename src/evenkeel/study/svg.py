@@ -110,7 +110,7 @@ def line_chart(series: Sequence[Series], x: Axis, y: Axis, *, size: tuple[int, i
         One ``svg`` element.
     """
     width, height = size
-    room = min(max((len(s.label) for s in series), default=0) * _CHARACTER + 26, 0.36 * width)
+    room = min(max((len(s.label) for s in series), default=0) * _CHARACTER + 26, 0.45 * width)
     floor = height - 38.0
     bottom = floor - 20 if any(s.crosses for s in series) else floor
     plot = _Plot(x, y, 46.0, width - room, 28.0, bottom, floor)
