@@ -58,7 +58,7 @@ def hostile():
         sizes=(8, 1),
         data=HOSTILE,
         model=HOSTILE,
-        data_facts={"train": 9, "test": 8, "note": HOSTILE},
+        data_summary=HOSTILE,
     )
     failed = result("final", HOSTILE, 8, 0.02, 99, state="failed", error=f"boom {HOSTILE}")
     return dataclasses.replace(
@@ -177,3 +177,9 @@ def test_diverged_runs_are_told_in_verdict_table_figure_and_list():
     assert "diverged 1 of 3" in page
     assert 'class="cross' in page
     assert "loss became non-finite at example 512" in page
+
+
+def test_data_is_told_in_a_line_or_by_its_name():
+    assert "269 validation" in render_html(realistic())
+    assert "269 validation" in render_markdown(realistic())
+    assert "- Data `digits`" in render_markdown(realistic(data_summary=None))

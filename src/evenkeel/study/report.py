@@ -102,19 +102,6 @@ def markdown_code(text: object) -> str:
     return f"`{line}`" if line else ""
 
 
-def data_line(config: dict[str, Any]) -> str:
-    """How much data there is, and what a reader must know of it; empty where that was not noted.
-
-    >>> data_line({"data_facts": {"train": 1078, "test": 450, "note": "generated data"}, "classes": 3})
-    '1,078 examples to train and 450 to test, 3 classes; generated data'
-    """
-    facts = config.get("data_facts")
-    if not facts:
-        return ""
-    line = f"{facts['train']:,} examples to train and {facts['test']:,} to test, {config['classes']} classes"
-    return f"{line}; {facts['note']}" if facts["note"] else line
-
-
 def _render(template: str, record: StudyRecord, **figures: Any) -> str:
     environment = Environment(
         loader=PackageLoader("evenkeel.study", "templates"),
@@ -137,7 +124,6 @@ def _render(template: str, record: StudyRecord, **figures: Any) -> str:
         "edges": edges(record),
         "pruned": sum(trial.state == "pruned" for trial in record.trials),
         "troubles": troubles(record),
-        "data_line": data_line(record.config),
     }
     return environment.get_template(template).render(record=record, config=record.config, **found, **figures)
 
