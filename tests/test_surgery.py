@@ -160,6 +160,21 @@ def test_converting_on_is_as_if_reverted_first():
     assert model[0].bias is None
 
 
+def test_the_bias_before_a_batchless_layer_is_frozen_until_revert():
+    model = trained_net()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for to in ("batchless", "batchless-projected", "batchless"):
+        convert(model, to)
+        assert not model[3].bias.requires_grad
+    assert revert(model)[3].bias.requires_grad
+    recipe, _ = evenkeel.apply("batchless", small_net(), lr=0.1)
+    recipe.load_state_dict(state)
+    torch.testing.assert_close(recipe.eval()(X), model.eval()(X), rtol=1e-4, atol=1e-5)
+    assert revert(recipe).state_dict().keys() == state.keys()
+    model[3].bias.requires_grad_(False)
+    assert not revert(convert(model, "batchless"))[3].bias.requires_grad
+
+
 def test_a_layer_converted_with_other_settings_is_made_anew():
     model = convert(small_net(), "batchless")
     assert convert(model, "batchless", gradient="plain")[1].gradient == "plain"

@@ -11,15 +11,15 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from evenkeel.groups import param_groups
-from evenkeel.methods.batchless import BatchlessNorm, batchless_layers
-from evenkeel.methods.batchless_start import absorb_bias, initialize
+from evenkeel.methods.batchless import batchless_layers
+from evenkeel.methods.batchless_start import initialize
 from evenkeel.methods.batchless_training import attach
 from evenkeel.methods.bnp import BNP
 from evenkeel.methods.input_norm import with_input_norm
 from evenkeel.methods.revisited import Arm, revisit
 from evenkeel.methods.riemannian import SGDG, AdamG
 from evenkeel.methods.zero_gamma import zero_gamma
-from evenkeel.surgery import convert, feeding, honours_bias
+from evenkeel.surgery import convert
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,6 @@ def _batchless(
 ) -> Callable[[Request], tuple[nn.Module, Optimizer]]:
     def build(request: Request) -> tuple[nn.Module, Optimizer]:
         model = convert(request.model, to, **settings)
-        for norm, producer in feeding(model).items():
-            if isinstance(norm, BatchlessNorm) and honours_bias(producer):
-                absorb_bias(norm, producer)
         if request.batches is not None and batchless_layers(model):
             initialize(model, request.batches)
         stepped = optimizer(request, model)

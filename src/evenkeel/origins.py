@@ -36,12 +36,14 @@ class Origin:
         to: The target it was converted to.
         settings: Settings of the layer that stands in for it.
         biased: The layer before it that got a bias in exchange, if one did.
+        frozen: The layer before it whose bias is not trained any more, if one's was.
     """
 
     module: nn.Module
     to: str
     settings: dict[str, Any] = field(default_factory=dict)
     biased: Producer | None = None
+    frozen: Producer | None = None
     _bias_hook: RemovableHandle | None = None
 
 

@@ -189,14 +189,17 @@ def _plan(
         return None
     if isinstance(source, nn.RMSNorm) and to != "none":
         return None
-    biased = None
+    biased = frozen = None
     if to == "none" and producer is not None and honours_bias(producer):
         new, biased = Removed(), producer if producer.bias is None else None
     else:
         new = target.build(source, lambda: spatial_dims(path, source, producer, model), **settings)
+    if target.freezes_bias and producer is not None and producer.bias is not None:
+        trained = producer.bias.requires_grad or (origin is not None and origin.frozen is producer)
+        frozen = producer if trained else None
     lend(source, new)
     module = layer if origin is None else origin.module
-    vars(new)["evenkeel_origin"] = Origin(module, to, settings, biased)
+    vars(new)["evenkeel_origin"] = Origin(module, to, settings, biased, frozen)
     new.register_load_state_dict_pre_hook(translate)
     return _Swap(layer, new, was)
 
@@ -240,8 +243,12 @@ def _settle(swap: _Swap) -> None:
             origin.module.to(device=like.device)
         if origin.biased is not None:
             origin.biased.register_parameter("bias", None)
+        if origin.frozen is not None and origin.frozen.bias is not None:
+            origin.frozen.bias.requires_grad_(True)
         if origin._bias_hook is not None:
             origin._bias_hook.remove()
+    if future is not None and future.frozen is not None and future.frozen.bias is not None:
+        future.frozen.bias.requires_grad_(False)
     if future is not None and future.biased is not None:
         layer, beta = future.biased, getattr(future.module, "bias", None)
         features = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features

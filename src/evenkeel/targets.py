@@ -34,6 +34,9 @@ class Target:
         lost: What the layer no longer keeps or does, in words.
         takes_tokens: Whether it can stand in for a layer normalization, whose channels are the last dimension.
         configurable: Whether ``build`` takes settings of the new layer.
+        freezes_bias: Whether the bias of the layer before is no longer trained: the new layer takes a constant out, but,
+            without the projection of batch normalization's backward pass, does not stop it from being trained, and it
+            would grow for nothing.
     """
 
     build: Callable[..., nn.Module]
@@ -41,6 +44,7 @@ class Target:
     lost: str = ""
     takes_tokens: bool = False
     configurable: bool = False
+    freezes_bias: bool = False
 
 
 class Removed(nn.Identity):
@@ -179,7 +183,7 @@ def _ours(family: str, lost: str = "", takes_tokens: bool = False, **fixed: Any)
         fits = all(getattr(module, name, None) == value for name, value in fixed.items())
         return isinstance(module, tuple(classes.values())) and fits
 
-    return Target(build, is_native, lost, takes_tokens, configurable=True)
+    return Target(build, is_native, lost, takes_tokens, configurable=True, freezes_bias=family == "batchless")
 
 
 _FAMILIES: dict[str, dict[int, Any]] = {

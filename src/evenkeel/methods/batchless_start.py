@@ -1,4 +1,4 @@
-"""Starting batchless layers: mu and sigma from data, biases before them absorbed.
+"""Starting batchless layers: mu and sigma from data.
 
 Berger, Uc Cetina. "Batchless Normalization", arXiv 2212.14729: data-dependent initialization, layer after layer.
 """
@@ -6,12 +6,10 @@ Berger, Uc Cetina. "Batchless Normalization", arXiv 2212.14729: data-dependent i
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from evenkeel.layerwise import evaluating, layerwise, run_batch
-from evenkeel.methods.batchless import BatchlessNorm, batchless_layers
+from evenkeel.methods.batchless import batchless_layers
 
 
 def initialize(
@@ -71,18 +69,3 @@ def _first_tensor(batch: Any) -> Tensor | None:
         return batch if batch.dim() else None
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
     return next((t for t in map(_first_tensor, parts) if t is not None), None)
-
-
-@torch.no_grad()
-def absorb_bias(layer: BatchlessNorm, producer: nn.Linear | _ConvNd) -> None:
-    """Move the bias of the layer that feeds ``layer`` into its mu.
-
-    Without the projection of batch normalization's backward pass it would be trained, and grow, for nothing.
-
-    Args:
-        layer: A batchless layer.
-        producer: The linear or convolutional layer whose output goes into ``layer`` and nowhere else.
-    """
-    if producer.bias is not None:
-        layer.mean.sub_(producer.bias)
-        producer.register_parameter("bias", None)
