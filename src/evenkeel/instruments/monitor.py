@@ -13,14 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from evenkeel.graph import producers
-from evenkeel.guard import Objective, Probe
+from evenkeel.guard import Objective, Probe, unwrap
 from evenkeel.instruments._angular import angular, rotation
 from evenkeel.instruments._channels import Channels, LayerChannels, watch_channels
 from evenkeel.instruments._covariate_shift import snapshot
 from evenkeel.instruments._curvature import along
 from evenkeel.instruments._gradient_removed import removed, watch_gradients
 from evenkeel.instruments._landscape import step_sizes, walk
-from evenkeel.instruments.guard import Objective, Probe, unwrap
 from evenkeel.instruments.layers import rectified
 from evenkeel.instruments.result import axes, label, plain
 
