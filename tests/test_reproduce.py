@@ -7,7 +7,7 @@ from evenkeel.cli import main
 from evenkeel.study.models import build_model
 from evenkeel.study.plan import StudyConfig, validate
 from evenkeel.study.presets import PRESETS, scaled
-from evenkeel.study.reproduce import LANDSCAPES, listing, reproduce
+from evenkeel.study.reproduce import listing, reproduce
 
 SHAPES = {"digits": (1, 8, 8), "spiral": (2,)}
 ROWS = [pytest.param(row, id=f"{name}: {row.label}") for name, preset in PRESETS.items() for row in preset.rows]
@@ -38,7 +38,7 @@ def test_published_figures_are_those_of_the_papers_table():
 
 def test_the_listing_has_every_preset_with_its_cost():
     text = listing()
-    assert all(name in text for name in [*PRESETS, *LANDSCAPES])
+    assert all(name in text for name in [*PRESETS, "how-bn-helps"])
     assert "120 runs, 1,200 million training examples" in text
 
 
@@ -95,5 +95,5 @@ def test_bad_input_is_one_line(capsys):
     assert "did you mean 'riemannian-cifar10'?" in capsys.readouterr().err
     assert main(["reproduce", "batchless-spiral", "--scale", "2"]) == 2
     assert "--scale 2.0" in capsys.readouterr().err
-    assert main(["reproduce", "how-bn-helps-dln", "--seeds", "3"]) == 2
-    assert "--seeds: how-bn-helps-dln measures one run" in capsys.readouterr().err
+    assert main(["reproduce", "how-bn-help"]) == 2
+    assert "did you mean 'how-bn-helps" in capsys.readouterr().err

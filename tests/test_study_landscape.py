@@ -238,4 +238,4 @@ def test_the_experiment_is_a_command(tmp_path, capsys, monkeypatch):
     assert main(["reproduce", "how-bn-helps", "--scale", "2"]) == 2
     assert "--scale 2" in capsys.readouterr().err
     assert main(["reproduce", "nothing"]) == 2
-    assert "reproduce how-bn-helps" in capsys.readouterr().err
+    assert "how-bn-helps" in capsys.readouterr().err

@@ -234,7 +234,7 @@ class Reproduce:
 
     def run(self, arguments: list[str]) -> int:
         """Run the preset."""
-        from evenkeel.study.reproduce import LANDSCAPES, landscape, listing, reproduce
+        from evenkeel.study.reproduce import listing, reproduce
 
         if not self.preset:
             print(listing())
@@ -248,9 +248,6 @@ class Reproduce:
         }
         out = Path(self.out) if self.out else Path("runs") / f"{self.preset}-{self.scale:g}"
         changes = {name: value for name, value in given.items() if value and (name, value) != ("device", "cpu")}
-        if self.preset in LANDSCAPES:
-            print(landscape(self.preset, scale=self.scale, out=out, changes=changes, arguments=arguments))
-            return 0
         page = reproduce(
             self.preset,
             scale=self.scale,
@@ -298,7 +295,7 @@ def _parse(arguments: list[str]) -> Any:
         SystemExit: Help was asked for, and printed.
     """
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if name == "reproduce" and rest:  # a preset is a command of two words
+    if rest and f"{name} {rest[0]}" in COMMANDS:  # this preset is a command of its own
         name, rest = f"{name} {rest[0]}", rest[1:]
     described = {command: (kind.__doc__ or "").strip() for command, kind in COMMANDS.items()}
     if name in ("-h", "--help"):

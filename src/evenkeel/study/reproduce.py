@@ -3,62 +3,32 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from evenkeel.study.compare import compare
-from evenkeel.study.environment import command_line
 from evenkeel.study.errors import StudyError, nearest
-from evenkeel.study.how_bn_helps import DEEP_LINEAR_STEPS, VGG_STEPS, HowBNHelps
-from evenkeel.study.how_bn_helps import reproduce as measure
-from evenkeel.study.landscape_report import write_landscape
+from evenkeel.study.how_bn_helps import DEEP_LINEAR_STEPS, VGG_STEPS
 from evenkeel.study.plan import StudyConfig
 from evenkeel.study.presets import PRESETS, SANTURKAR, Preset, Row, scaled
 from evenkeel.study.records import StudyRecord
 from evenkeel.study.statistics import Summary, summarize
 
-LANDSCAPES: dict[str, tuple[Literal["vgg", "dln"], str]] = {
-    "how-bn-helps-vgg": ("vgg", "The smoothness of the landscape, covariate shift and stability of a VGG on CIFAR-10"),
-    "how-bn-helps-dln": ("dln", "The same for the deep linear network of 25 layers"),
-}
+MEASURED = "how-bn-helps"  # a command of its own: it measures single runs instead of comparing many
 
 
 def listing() -> str:
     """All presets with their cost at the papers' size."""
-    width = max(map(len, [*PRESETS, *LANDSCAPES]))
+    width = max(map(len, [*PRESETS, MEASURED]))
     lines = [
         f"{name:<{width}}  {preset.summary}\n{'':<{width}}  {preset.paper}; {preset.runs:,} runs, "
         f"{preset.examples / 1e6:,.0f} million training examples"
         for name, preset in PRESETS.items()
     ]
-    lines += [
-        f"{name:<{width}}  {summary}\n{'':<{width}}  {SANTURKAR}; 7 runs of "
-        f"{VGG_STEPS if model == 'vgg' else DEEP_LINEAR_STEPS:,} steps with measurements"
-        for name, (model, summary) in LANDSCAPES.items()
-    ]
+    lines.append(
+        f"{MEASURED:<{width}}  Smoothness of the landscape, covariate shift, stability of activations\n"
+        f"{'':<{width}}  {SANTURKAR}; 7 runs of {VGG_STEPS:,} steps (VGG) or {DEEP_LINEAR_STEPS:,} (deep linear network)"
+    )
     return "\n".join(lines)
-
-
-def landscape(name: str, *, scale: float, out: Path, changes: dict[str, Any], arguments: Sequence[str]) -> str:
-    """Run a preset of measurements, its findings judged; the page, Markdown.
-
-    Args:
-        name: One of ``LANDSCAPES``.
-        scale: Share of the paper's steps; below 1 the VGG is a quarter as wide.
-        out: Output folder.
-        changes: ``data`` and ``device`` where the user sets them.
-        arguments: The command line that was given.
-
-    Raises:
-        StudyError: Bad input, or a change that this preset does not know.
-    """
-    unknown = sorted(changes.keys() - {"data", "device"})
-    if unknown:
-        raise StudyError(
-            f"--{unknown[0]}: {name} measures one run of each method; give --data, --device and --scale only"
-        )
-    config = HowBNHelps(LANDSCAPES[name][0], scale=scale, width="full" if scale == 1 else "small", **changes)
-    _, text, _ = write_landscape(measure(config, command=command_line(arguments)), out)
-    return text.read_text(encoding="utf-8")
 
 
 def find(name: str) -> Preset:
@@ -68,7 +38,7 @@ def find(name: str) -> Preset:
         StudyError: There is none.
     """
     if name not in PRESETS:
-        raise StudyError(f"unknown preset {name!r}; {nearest(name, [*PRESETS, *LANDSCAPES])}")
+        raise StudyError(f"unknown preset {name!r}; {nearest(name, [*PRESETS, MEASURED])}")
     return PRESETS[name]
 
 
