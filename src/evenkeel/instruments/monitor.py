@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from evenkeel.graph import producers
 from evenkeel.guard import Objective, Probe, unwrap
-from evenkeel.instruments._angular import angular, rotation
+from evenkeel.instruments._angular import rotation
 from evenkeel.instruments._channels import Channels, LayerChannels, watch_channels
 from evenkeel.instruments._covariate_shift import snapshot
 from evenkeel.instruments._curvature import along
