@@ -239,3 +239,18 @@ def test_the_experiment_is_a_command(tmp_path, capsys, monkeypatch):
     assert "--scale 2" in capsys.readouterr().err
     assert main(["reproduce", "nothing"]) == 2
     assert "how-bn-helps" in capsys.readouterr().err
+    assert "reproduce how-bn-helps" in capsys.readouterr().err
+
+
+def test_compare_adds_the_landscape_to_its_report_and_keeps_it_in_the_store(tmp_path):
+    arguments = ["compare", "--methods", "none,batch", "--batch-sizes", "16", "--seeds", "1", "--budget", "64"]
+    arguments += ["--lr", "0.1", "--limit", "200", "--landscape", "--quiet", "--workers", "1", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    first = (tmp_path / "report.html").read_text()
+    assert "Effective beta-smoothness" in first
+    traces = json.loads((tmp_path / "results.json").read_text())["record"]["landscape"]
+    assert [trace["method"] for trace in traces] == ["none", "batch"]
+    assert [record["step"] for record in traces[0]["records"]] == [0, 1, 2, 3]
+    assert traces[0]["records"][0]["lr"] == 0.1
+    assert main(["report", str(tmp_path)]) == 0
+    assert "Effective beta-smoothness" in (tmp_path / "report.html").read_text()

@@ -54,6 +54,8 @@ class Compare:
     """Bring images to this height and width; 0: as they are."""
     limit: int = 0
     """At most this many examples of each split; 0: all."""
+    landscape: bool = False
+    """Train every method once more under the instruments, and add loss band, beta, covariate shift and so on to the report."""
     prune: bool = False
     """Give up search runs that are below the median of the other learning rates at the same point."""
     alternative: Literal["two-sided", "greater"] = "two-sided"
@@ -109,6 +111,7 @@ class Compare:
                 storage=self.storage or None,
                 workers=self.workers or None,
                 quiet=self.quiet,
+                landscape=self.landscape,
                 arguments=arguments,
             )
         except KeyboardInterrupt:

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 from evenkeel._recipes import recipes
+from evenkeel.instruments.result import plain
 from evenkeel.study.cost import measure_costs
 from evenkeel.study.data import Data
 from evenkeel.study.environment import command_line, environment
 from evenkeel.study.errors import StudyError
+from evenkeel.study.landscape import study_traces
 from evenkeel.study.live import Display
 from evenkeel.study.models import build_model
 from evenkeel.study.parallel import follow, launched_rank, lead, rank_count
@@ -174,6 +176,7 @@ def compare(
     storage: str | None = None,
     workers: int | None = None,
     quiet: bool = True,
+    landscape: bool = False,
     arguments: Sequence[str] = ("compare",),
 ) -> tuple[StudyRecord, Path]:
     """Run a study to its end, or on from where it was, and write its report.
@@ -184,6 +187,7 @@ def compare(
         storage: URL of an Optuna storage to share with other processes; default a SQLite file in ``out``.
         workers: Trials side by side; default one per core, one on a GPU.
         quiet: Show no progress.
+        landscape: Train every method once more under the instruments, and add what they show to the report.
         arguments: The command line that was given, for the report.
 
     Returns:
@@ -212,6 +216,9 @@ def compare(
                 shown.message("measuring time and memory per step")
                 torch.set_num_threads(1)
                 store.note("costs", [vars(cost) for cost in measure_costs(config, data)])
+            if landscape and store.noted("landscape") is None:
+                shown.message("looking at the landscape of every method")
+                store.note("landscape", [plain(trace) for trace in study_traces(config, data, store.results())])
     except KeyboardInterrupt:
         report(folder, store, data)  # of what there is
         raise
@@ -235,6 +242,7 @@ def report(folder: StudyFolder, store: Store, data: Data | None = None) -> Study
         costs=tuple(Cost(**cost) for cost in store.noted("costs") or ()),
         planned=len(slots(config)),
         recipes={m: {"summary": recipes()[m].summary, "paper": recipes()[m].paper} for m in config.methods},
+        landscape=tuple(store.noted("landscape") or ()),
     )
     write_report(record, folder.path)
     return record

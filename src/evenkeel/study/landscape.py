@@ -29,6 +29,8 @@ from evenkeel.study.errors import StudyError, nearest
 from evenkeel.study.loop import evaluate
 from evenkeel.study.models import build_model
 from evenkeel.study.models.layers import glorot_initialize
+from evenkeel.study.plan import StudyConfig
+from evenkeel.study.records import TrialResult
 
 NOISE_ALONE = "none+noise"  # not a recipe: the noise of noisy-batch on a net without normalization
 LOSS_POINTS = 200
@@ -156,17 +158,17 @@ class LandscapeRecord:
         return asdict(self)
 
 
-def classification(config: LandscapeConfig, data: Data) -> Task:
-    """The task of a classification data set."""
+def classification(config: LandscapeConfig, data: Data, **options: Any) -> Task:
+    """The task of a classification data set; ``options`` go to :func:`evenkeel.apply`."""
 
     def build(method: str) -> tuple[nn.Module, Optimizer]:
         torch.manual_seed(config.seed)
         model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device)
         if config.initialization == "glorot":
             glorot_initialize(model)
-        options = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
         first = [inputs for inputs, _ in islice(stream(), 4)]
-        return apply(method, model, batches=first, **options)
+        settings = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay, **options}
+        return apply(method, model, batches=first, **settings)
 
     def stream() -> Iterable[Any]:
         budget = config.steps * config.batch_size
@@ -293,3 +295,38 @@ def run_landscape(
     title = f"{config.model} on {Path(config.data).name}: the landscape of {', '.join(config.methods)}"
     notes = (data.note,) if data.note else ()
     return LandscapeRecord(title, asdict(config), tuple(traces), command, environment(config.device), notes)
+
+
+STUDY_STEPS, STUDY_MEASUREMENTS = 200, 10
+
+
+def study_traces(config: StudyConfig, data: Data, results: Iterable[TrialResult]) -> list[Trace]:
+    """One run per method of a study, at its largest batch size and with the learning rate of its final runs there.
+
+    Args:
+        config: The study.
+        data: Its data.
+        results: Its trials.
+
+    Returns:
+        One trace for every method that has had final runs.
+    """
+    size = max(config.batch_sizes)
+    rates = {r.key.method: r.key.lr for r in results if r.key.phase == "final" and r.key.batch_size == size}
+    steps = min(STUDY_STEPS, max(1, config.budget // size))
+    traces = []
+    for method in config.methods:
+        if method in rates:
+            settings = LandscapeConfig(
+                model=config.model,
+                batch_size=size,
+                steps=steps,
+                lr=rates[method],
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+                device=config.device,
+            )
+            task = classification(settings, data, optimizer=config.optimizer)
+            every = max(1, steps // STUDY_MEASUREMENTS)
+            traces.append(watch(task, method, every=every, span=settings.span))
+    return traces

@@ -95,7 +95,7 @@ def figures_of(trace: Trace) -> dict[str, float | None]:
 
 def middle(values: Iterable[float]) -> float | None:
     """Median, infinity where most are not finite, or None where there are none."""
-    known = [value if math.isfinite(value) else math.inf for value in values]
+    known = [value if _finite(value) else math.inf for value in values]
     return median(known) if known else None
 
 
@@ -153,6 +153,11 @@ def sections(traces: Sequence[Trace]) -> list[tuple[str, str, list[Panel]]]:
     return [(title, text, [panel for panel in panels if panel]) for title, text, panels in found]
 
 
+def _finite(value: float | None) -> bool:
+    """Whether a number can be drawn; None is what JSON made of one that is not finite."""
+    return value is not None and math.isfinite(value)
+
+
 def _layers(of_traces: Iterable[Any]) -> list[str]:
     return list(dict.fromkeys(layer for steps in of_traces for _, layers in steps for layer in layers))
 
@@ -171,8 +176,8 @@ def chart(
     """One line, and perhaps a band, per method over the steps; logarithmic where all values are positive."""
     series = []
     for index, trace in enumerate(traces):
-        points = tuple((x, y) for x, y in line(trace) if math.isfinite(y))
-        edges = tuple(edge for edge in band(trace) if all(map(math.isfinite, edge)))
+        points = tuple((x, y) for x, y in line(trace) if _finite(y))
+        edges = tuple(edge for edge in band(trace) if all(map(_finite, edge)))
         if points:
             series.append(Series(trace.method, index, points, edges, markers=False))
     values = [y for s in series for y in (*(y for _, y in s.points), *(y for _, *e in s.band for y in e))]

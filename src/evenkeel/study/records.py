@@ -123,6 +123,7 @@ class StudyRecord:
         costs: Cost per method and batch size.
         planned: Number of trials in the plan (a report can be made from an unfinished study).
         recipes: method name -> {"summary", "paper"}.
+        landscape: What each method's run under the instruments showed (``Trace`` as plain data), if it was asked for.
     """
 
     config: dict[str, Any]
@@ -132,6 +133,7 @@ class StudyRecord:
     costs: tuple[Cost, ...] = ()
     planned: int = 0
     recipes: dict[str, dict[str, str]] = field(default_factory=dict)
+    landscape: tuple[dict[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain, JSON-ready data."""
@@ -144,4 +146,5 @@ class StudyRecord:
             **data,
             "trials": tuple(TrialResult.from_dict(trial) for trial in data["trials"]),
             "costs": tuple(Cost(**cost) for cost in data["costs"]),
+            "landscape": tuple(data.get("landscape", ())),
         })

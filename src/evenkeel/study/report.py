@@ -12,6 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from evenkeel.study.figures import by_batch_size, by_learning_rate, training_curves
+from evenkeel.study.landscape import Trace
+from evenkeel.study.landscape_report import sections as landscape_sections
 from evenkeel.study.records import StudyRecord
 from evenkeel.study.statistics import summarize
 from evenkeel.study.tables import edges, tables, troubles
@@ -53,6 +55,7 @@ def render_html(record: StudyRecord) -> str:
         by_batch_size=by_batch_size(record),
         curves=training_curves(record),
         by_learning_rate=by_learning_rate(record),
+        landscape=landscape_sections([Trace(**trace) for trace in record.landscape]),
     )
 
 
