@@ -248,6 +248,28 @@ def test_the_copy_has_nothing_of_this_package_and_the_model_keeps_all_of_it():
     assert type(evenkeel.revert(model)[4]) is nn.BatchNorm2d
 
 
+@pytest.mark.parametrize("name", [name for name in evenkeel.recipes() if name != "zero-gamma"])  # wants a ResNet
+def test_a_trained_model_of_every_recipe_folds_to_the_same_function_in_torch_alone(name):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Flatten(), nn.Linear(8 * 16, 3),
+    )  # fmt: skip
+    x = torch.randn(16, 3, 8, 8)
+    model, optimizer = evenkeel.apply(name, net, lr=0.01, batches=[x])
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        folded = evenkeel.fold(model.eval())
+    assert bool(caught) == ("group" in name or "layer" in name)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-6)
+    assert all(type(module).__module__.startswith("torch.") for module in folded.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in folded.modules())
+
+
 @pytest.fixture(scope="module")
 def deployable():
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ from evenkeel.affine import affine_of, fold_before, fold_behind
 from evenkeel.graph import PRODUCERS, dataflow, is_frozen_norm, is_norm, sole_consumer, source_of
 from evenkeel.layerwise import Forward, evaluating, run_batch
 from evenkeel.methods.input_norm import InputNorm
+from evenkeel.methods.revisited import FeatureScale
 from evenkeel.recording import record, tensors_in
 from evenkeel.surgery import honours_bias
 from evenkeel.targets import Removed
@@ -161,12 +162,25 @@ def _bare_copy(model: nn.Module) -> nn.Module:
             table.update(hooks)
     for module in bare.modules():
         vars(module).pop("evenkeel_origin", None)
+        _take_feature_scale(module)
     return bare
 
 
+@torch.no_grad()
+def _take_feature_scale(layer: nn.Module) -> None:
+    """Let a linear layer's weight carry the factor that a revisited model multiplies the layer's input by."""
+    scales = {key: hook for key, hook in layer._forward_pre_hooks.items() if isinstance(hook, FeatureScale)}
+    if scales and isinstance(layer, nn.Linear) and honours_bias(layer):
+        _plain(layer)
+        for key, scale in scales.items():
+            layer.weight.mul_(scale.factor)
+            del layer._forward_pre_hooks[key]
+
+
 def _is_ours(hook: Any) -> bool:
+    """Whether the hook is this package's and only observes."""
     hook = getattr(hook, "hook", hook)  # torch wraps the hooks of state dicts
-    return str(getattr(hook, "__module__", "")).startswith("evenkeel.")
+    return not isinstance(hook, FeatureScale) and str(getattr(hook, "__module__", "")).startswith("evenkeel.")
 
 
 def _check_same(expected: Any, actual: Any) -> None:
