@@ -55,7 +55,7 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
         )
     """
     folded = _bare_copy(model.module if isinstance(model, DistributedDataParallel) else model).eval()
-    flow, expected = (dataflow(folded), None) if example is None else record(folded, example, forward=forward)
+    flow = dataflow(folded) if example is None else record(folded, example, forward=forward)[0]
     modules = dict(folded.named_modules())
     reasons = {path: "" for path, module in modules.items() if _is_candidate(module)}
     progress = True
@@ -75,8 +75,8 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
     if reasons:
         warnings.warn(f"fold: {len(reasons)} layers stay. {_grouped(reasons, modules)}", stacklevel=2)
     if example is not None:
-        with evaluating(folded):
-            _check_same(expected, forward(folded, example))
+        with evaluating(model), evaluating(folded):
+            _check_same(forward(model, example), forward(folded, example))
     return folded
 
 
