@@ -113,6 +113,8 @@ class RowOptimizer(Optimizer):
         """
         if group["fused"] is False or (group["fused"] is None and not all(one.y.is_cuda for one in filters)):
             return None
+        if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return None  # the kernel is told addresses, which a graph would keep
         floats = all(one.in_place and one.y.dtype == torch.float32 for one in filters)
         floats = floats and len({one.y.device for one in filters}) == 1
         numbers = not any(torch.is_tensor(x) for x in (group["lr"], *(one.correction for one in filters)))
