@@ -92,13 +92,18 @@ def test_recipes_are_listed_with_their_papers(capsys):
         (["compare", "--lr", "-1"], "--lr -1"),
         (["compare", "--seeds", "0"], "--seeds 0: give at least 1"),
         (["compare", "--seeds", "many"], "--seeds"),
+        (["compare", "--seeds", "2.5"], "give a whole number, not '2.5'"),
+        (["compare", "--workers", "-1"], "--workers -1"),
+        (["compare", "--budget", "-5"], "--budget -5: give at least 1"),
+        (["compare", "--model", "torch:nonsense"], "has no callable 'nonsense'"),
+        (["compare", "--device", "banana"], "--device banana: cannot be used here"),
         (["compare", "--metods", "batch"], "--methods"),
         (["compare", "--model", "digits-cn"], "did you mean 'digits-cnn'"),
         (["compare", "--model", "no.module:factory"], "no.module"),
         (["compare", "--data", "no/such/folder"], "--data"),
         (["compare", "--data", "digts"], "did you mean 'digits'?"),
         (["compare", "--data", "spiral", "--methods", "batch"], "--model: model 'digits-cnn' takes images"),
-        (["compare", "--device", "cuda"], "--device cuda: no CUDA device"),
+        (["compare", "--device", "xpu:9"], "--device xpu:9: cannot be used here"),
         (["compar"], "did you mean 'compare'"),
         (["report", "/nonexistent"], "holds no study"),
     ],
@@ -106,13 +111,36 @@ def test_recipes_are_listed_with_their_papers(capsys):
 def test_bad_input_is_one_line_with_exit_code_2(arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert run(*arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ")
     assert len(error.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_a_storage_that_does_not_open_leaves_nothing_behind(tmp_path, capsys):
+    url = "postgresql+psycopg2://me:hunter2@127.0.0.1:1/none"
+    assert run("compare", *QUICK, "--out", tmp_path / "out", "--storage", url) == 2
+    assert "hunter2" not in capsys.readouterr().err
+    assert not (tmp_path / "out" / "study.json").exists()
+
+
+def test_a_study_moved_to_another_storage_is_refused(study, tmp_path, capsys):
+    assert run("compare", *QUICK, "--out", study, "--storage", f"sqlite:///{tmp_path / 'other.db'}") == 2
+    assert "the folder's own file" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_is_no_error():
+    command = f"{sys.executable} -m evenkeel.cli recipes | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run("--version")
+    assert capsys.readouterr().out.startswith("evenkeel ")
 
 
 def test_debug_shows_the_traceback(capsys, tmp_path):

@@ -98,7 +98,7 @@ def test_a_configuration_survives_its_json():
         ({"batch_sizes": (0,)}, "--batch-sizes: 0"),
         ({"batch_sizes": (64, 5000)}, "larger than the budget"),
         ({"seeds": 0}, "--seeds 0"),
-        ({"budget": 0, "batch_sizes": (1,)}, "budget of 0"),
+        ({"budget": 0}, "--budget 0: give at least 1"),
         ({"lr": 0.0}, "--lr 0.0"),
         ({"lr": float("nan")}, "--lr nan"),
         ({"lr_points": 0}, "--lr-points 0"),

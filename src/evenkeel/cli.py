@@ -18,6 +18,7 @@ except ImportError as missing:
 import torch
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
+from evenkeel import __version__
 from evenkeel._recipes import recipes
 from evenkeel.cli_instruments import Doctor, Landscape, ReproduceHowBNHelps
 from evenkeel.study.training import Training
@@ -288,6 +289,9 @@ def main(arguments: list[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output has gone: `evenkeel recipes | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _parse(arguments: list[str]) -> Any:
@@ -305,6 +309,9 @@ def _parse(arguments: list[str]) -> Any:
         print("usage: evenkeel COMMAND [OPTIONS]; `evenkeel COMMAND --help` lists the options\n")
         print("\n".join(f"  {command:<22} {text}" for command, text in described.items()))
         sys.exit(0 if arguments else 2)
+    if name == "--version":
+        print(f"evenkeel {__version__}")
+        sys.exit(0)
     if name not in COMMANDS:
         from evenkeel.study.errors import nearest
 
@@ -325,7 +332,8 @@ def _one_line(framed: str) -> str:
     lines = [line.strip("│╭╮╰╯ ") for line in framed.splitlines()]
     paragraphs = " ".join("\n" if set(line) <= {"─"} else line for line in lines[1:]).split("\n")
     kept = [" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip()]
-    return "; ".join(kept[: 2 if "meant" in framed else 1])
+    line = "; ".join(kept[: 2 if "meant" in framed else 1])
+    return line.replace("invalid literal for int() with base 10:", "give a whole number, not")
 
 
 def _show(record: Any, folder: Path) -> None:

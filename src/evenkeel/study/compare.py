@@ -46,22 +46,39 @@ class StudyFolder:
     command: str
     storage: str | None
 
-    def save(self) -> None:
-        """Write ``study.json``; if it is there, check that it is the same study.
+    def prepare(self) -> None:
+        """Make the folder; if it holds a study already, check that it is the same one.
 
         Raises:
-            StudyError: The folder cannot be written, or holds another study.
+            StudyError: The folder cannot be written, or holds another study, or the same one in another storage.
         """
-        file = self.path / STUDY_FILE
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if file.exists():
-                kept = StudyFolder.read(self.path)
-                if kept.config != self.config:
-                    raise StudyError(difference(kept.config.to_dict(), self.config.to_dict()))
-                return
-            text = {"config": self.config.to_dict(), "command": self.command, "storage": self.storage}
-            part = file.with_suffix(f".{os.getpid()}.part")
+        except OSError as error:
+            raise StudyError(f"--out {self.path}: cannot be made ({error.strerror}); give another folder") from error
+        if not (self.path / STUDY_FILE).exists():
+            return
+        kept = StudyFolder.read(self.path)
+        if kept.config != self.config:
+            raise StudyError(difference(kept.config.to_dict(), self.config.to_dict()))
+        if kept.storage != self.storage:
+            places = [storage or "the folder's own file" for storage in (kept.storage, self.storage)]
+            raise StudyError(
+                f"--storage: the trials of {self.path} are in {places[0]}, not in {places[1]}; give that, or another --out"
+            )
+
+    def save(self) -> None:
+        """Write ``study.json``, unless it is there.
+
+        Raises:
+            StudyError: The folder cannot be written.
+        """
+        file = self.path / STUDY_FILE
+        if file.exists():
+            return
+        text = {"config": self.config.to_dict(), "command": self.command, "storage": self.storage}
+        part = file.with_suffix(f".{os.getpid()}.part")
+        try:
             part.write_text(json.dumps(text, indent=2) + "\n")
             part.replace(file)
         except OSError as error:
@@ -125,8 +142,12 @@ def check(config: StudyConfig) -> Data:
         StudyError: Data or model cannot be used as given.
     """
     validate(config)
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise StudyError(f"--device {config.device}: no CUDA device is available here; use --device cpu")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise StudyError(
+            f"--device {config.device}: cannot be used here ({str(error).splitlines()[0]}); use --device cpu"
+        ) from error
     try:
         data = load(config)
     except ValueError as error:
@@ -197,13 +218,18 @@ def compare(
         StudyError: Bad input; nothing was run.
         KeyboardInterrupt: The user stopped it; there is a report of what has ended, and the same call goes on.
     """
+    if workers is not None and workers < 1:
+        raise StudyError(f"--workers {workers}: give at least 1, or 0 for one per core")
     path = out or Path("runs") / study_name(config)
     data = check(config)
     folder = StudyFolder(path, config, command_line(arguments), redact(storage) if storage else None)
-    folder.save()
+    folder.prepare()
     place = folder.place(storage)
     store = place.store()
     store.open(config)
+    folder.save()
+    store.note("environment", environment(config.device) | rank_count())
+    store.note("data", {"classes": data.classes, "data_summary": _summary(data)})
     count = workers or (1 if config.device.startswith("cuda") else available_cores())
     try:
         with Display(quiet=quiet) as shown:
@@ -220,19 +246,16 @@ def compare(
                 shown.message("looking at the landscape of every method")
                 store.note("landscape", [plain(trace) for trace in study_traces(config, data, store.results())])
     except KeyboardInterrupt:
-        report(folder, store, data)  # of what there is
+        report(folder, store)  # of what there is
         raise
-    return report(folder, store, data), folder.path
+    return report(folder, store), folder.path
 
 
-def report(folder: StudyFolder, store: Store, data: Data | None = None) -> StudyRecord:
+def report(folder: StudyFolder, store: Store) -> StudyRecord:
     """Make the report of a study from its store, finished or not."""
     from evenkeel.study.report import write_report
 
     config = folder.config
-    if data is not None:
-        store.note("environment", environment(config.device) | rank_count())
-        store.note("data", {"classes": data.classes, "data_summary": _summary(data)})
     facts = store.noted("data") or {"classes": None, "data_summary": config.data}
     record = StudyRecord(
         config={**config.to_dict(), "reference": config.reference, **facts},

@@ -1,5 +1,6 @@
 """Factories of the user: ``package.module:name`` or ``path/to/file.py:name``."""
 
+import difflib
 import importlib
 import importlib.util
 import sys
@@ -50,9 +51,10 @@ def load_factory(spec: str, argument: str) -> Callable[..., Any]:
         ) from error
     factory = getattr(module, name, None)
     if not callable(factory):
-        names = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
+        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or sorted(names)[:3]
         raise FactoryError(
-            f"{argument} {spec!r}: {module_name!r} has no callable {name!r}; it has {', '.join(names) or 'none'}"
+            f"{argument} {spec!r}: {module_name!r} has no callable {name!r}; it has for example {', '.join(near) or 'none'}"
         )
     return factory
 

@@ -108,13 +108,6 @@ def validate(config: StudyConfig) -> None:
         doubled = sorted({str(value) for value in values if values.count(value) > 1})  # type: ignore[arg-type]
         if doubled:
             raise StudyError(f"{name}: {', '.join(doubled)} given twice; name each once")
-    for size in config.batch_sizes:
-        if size < 1:
-            raise StudyError(f"--batch-sizes: {size} is not a batch size; give positive integers")
-        if size > config.budget:
-            raise StudyError(
-                f"--batch-sizes: {size} is larger than the budget of {config.budget} examples; raise --budget"
-            )
     for flag, count in (
         ("--seeds", config.seeds),
         ("--budget", config.budget),
@@ -123,6 +116,13 @@ def validate(config: StudyConfig) -> None:
     ):
         if count < 1:
             raise StudyError(f"{flag} {count}: give at least 1")
+    for size in config.batch_sizes:
+        if size < 1:
+            raise StudyError(f"--batch-sizes: {size} is not a batch size; give positive integers")
+        if size > config.budget:
+            raise StudyError(
+                f"--batch-sizes: {size} is larger than the budget of {config.budget} examples; raise --budget"
+            )
     if config.lr != "auto" and not (config.lr > 0 and math.isfinite(config.lr)):
         raise StudyError(f"--lr {config.lr}: a learning rate is a positive number, or 'auto'")
     config.validate()
