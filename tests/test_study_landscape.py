@@ -239,7 +239,6 @@ def test_the_experiment_is_a_command(tmp_path, capsys, monkeypatch):
     assert "--scale 2" in capsys.readouterr().err
     assert main(["reproduce", "nothing"]) == 2
     assert "how-bn-helps" in capsys.readouterr().err
-    assert "reproduce how-bn-helps" in capsys.readouterr().err
 
 
 def test_compare_adds_the_landscape_to_its_report_and_keeps_it_in_the_store(tmp_path):
