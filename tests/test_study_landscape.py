@@ -15,7 +15,7 @@ from evenkeel.methods.noisy_norm import MomentNoise
 from evenkeel.study.errors import StudyError
 from evenkeel.study.how_bn_helps import HowBNHelps, deep_linear_task, findings
 from evenkeel.study.landscape import LandscapeConfig, Trace, apply, run_landscape, watch
-from evenkeel.study.landscape_report import figures_of, table, write_landscape
+from evenkeel.study.landscape_report import figures_of, sections, table, write_landscape
 
 SMALL = LandscapeConfig(methods=("none", "batch", "none+noise"), batch_size=32, steps=6, every=3, limit=200)
 
@@ -100,10 +100,20 @@ def test_the_deep_linear_loss_is_that_of_the_paper():
     assert optimizer.param_groups[0]["lr"] == 1e-6
 
 
+def test_a_diverged_run_does_not_set_the_scale():
+    (_, _, panels), *_ = sections([trace("batch"), replace(trace("none", end=math.inf), losses=((1, 2.0), (2, 1e30)))])
+    (loss,) = (panel.chart for panel in panels if panel.title == "Training loss")
+    assert "none" in loss
+    assert "e+" not in re.sub(r"aria-label=\"[^\"]*\"", "", loss)
+
+
 def trace(method, *, end=1.0, band=1.0, change=1.0, beta=1.0, early=None, shift=0.1, drift=0.1, variance=0.1):
     betas = [early if early is not None else beta, beta, beta]
     records = tuple(
-        {"step": k, "landscape": {"loss_low": 0.0, "loss_high": band, "change_high": change, "beta": b}}
+        {
+            "step": k,
+            "landscape": {"loss_low": 0.1, "loss_high": band, "change_low": 0.0, "change_high": change, "beta": b},
+        }
         for k, b in enumerate(betas)
     )
     return Trace(

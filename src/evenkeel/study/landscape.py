@@ -34,6 +34,7 @@ from evenkeel.study.records import TrialResult
 
 NOISE_ALONE = "none+noise"  # not a recipe: the noise of noisy-batch on a net without normalization
 LOSS_POINTS = 200
+KEPT = ("step", "lr", "loss", "gradient_norm", "landscape", "curvature", "removed")  # of the Monitor's records
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Trace:
     Attributes:
         method: The method.
         losses: (step, mean training loss since the previous point).
-        records: The Monitor's records of the measured steps.
+        records: The Monitor's records of the measured steps, without those of single channels.
         shifts: (step, layer -> relative difference and cosine) of the covariate shift.
         drifts: (step, layer -> changes of mean and variance by this one step, and since the first measurement).
         accuracy: Test accuracy, where there is one.
@@ -250,7 +251,7 @@ def watch(
                 change, total = now.drift(seen), now.drift(first)
                 drifts.append((step, {path: (*change[path], *total[path]) for path in change}))
     accuracy = None if diverged else task.judge(model)
-    records = tuple(r for r in monitor.history if "landscape" in r)
+    records = tuple({key: r[key] for key in KEPT} for r in monitor.history if "landscape" in r)
     return Trace(method, _thinned(losses), records, tuple(shifts), tuple(drifts), accuracy, diverged)
 
 

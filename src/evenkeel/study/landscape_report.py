@@ -109,7 +109,7 @@ def sections(traces: Sequence[Trace]) -> list[tuple[str, str, list[Panel]]]:
         return lambda t: [(r["step"], r["landscape"][low], r["landscape"][high]) for r in t.records]
 
     smooth = [
-        chart(traces, "Loss along the gradient", "loss, nats", walk("loss_low"), edges("loss_low", "loss_high")),
+        chart(traces, "Loss along the gradient", "loss", walk("loss_low"), edges("loss_low", "loss_high")),
         chart(
             traces,
             "Gradient predictiveness",
@@ -118,7 +118,7 @@ def sections(traces: Sequence[Trace]) -> list[tuple[str, str, list[Panel]]]:
             edges("change_low", "change_high"),
         ),
         chart(traces, "Effective beta-smoothness", "beta", walk("beta")),
-        chart(traces, "Training loss", "loss, nats", lambda t: list(t.losses)),
+        chart(traces, "Training loss", "loss", lambda t: list(t.losses)),
     ]
     found = [
         (
@@ -180,7 +180,9 @@ def chart(
         edges = tuple(edge for edge in band(trace) if all(map(_finite, edge)))
         if points:
             series.append(Series(trace.method, index, points, edges, markers=False))
-    values = [y for s in series for y in (*(y for _, y in s.points), *(y for _, *e in s.band for y in e))]
+    lost = {trace.method for trace in traces if trace.diverged}
+    shown = [s for s in series if s.label not in lost] or series  # what diverges must not take the whole axis
+    values = [y for s in shown for y in (*(y for _, y in s.points), *(y for _, *e in s.band for y in e))]
     if not values:
         return None
     steps = [x for s in series for x, _ in s.points]
