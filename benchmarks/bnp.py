@@ -135,7 +135,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     results = {f"{model}, batch {b}": measure(args, model, b) for model in args.models for b in args.batches}
     if args.save:
-        save(args.save, shlex.join(["python", *sys.argv]), results)
+        save(args.save, shlex.join(["python", *sys.argv]), results, args.device)
 
 
 if __name__ == "__main__":

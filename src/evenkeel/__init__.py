@@ -14,6 +14,7 @@ from evenkeel.methods.batchless_start import initialize
 from evenkeel.methods.batchless_training import attach
 from evenkeel.methods.bnp import BNP
 from evenkeel.methods.input_norm import InputNorm
+from evenkeel.methods.langevin import LangevinBNP
 from evenkeel.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
 from evenkeel.methods.noisy_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
 from evenkeel.methods.revisited import revisit
@@ -38,6 +39,7 @@ __all__ = [
     "BatchlessNorm2d",
     "BatchlessNorm3d",
     "InputNorm",
+    "LangevinBNP",
     "LpNorm1d",
     "LpNorm2d",
     "LpNorm3d",

@@ -4,6 +4,7 @@ from evenkeel.methods.batch_renorm import renorm_correction
 from evenkeel.methods.batchless_forecast import forecast
 from evenkeel.methods.batchless_functions import gaussian_nll_gradients
 from evenkeel.methods.batchless_projected import projected_gradient
+from evenkeel.methods.langevin import preconditioned_noise
 from evenkeel.methods.preconditioning import (
     bounding_factors,
     guarded_variance,
@@ -28,6 +29,7 @@ __all__ = [
     "orthogonality_gradient",
     "parallel_transport",
     "precondition",
+    "preconditioned_noise",
     "project",
     "projected_gradient",
     "renorm_correction",

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from evenkeel.methods.bnp_layers import choose, removed_means
 from evenkeel.methods.layer_steps import LayerStep, Rate, transform_
 from evenkeel.methods.observed import Observed
-from evenkeel.methods.row_statistics import RowStatistics, restored
+from evenkeel.methods.row_statistics import Metric, RowStatistics, restored
 from evenkeel.stepping import StepHandle, before_step
 
 
@@ -80,6 +80,7 @@ class BNP:
         self._statistics = RowStatistics(decay, eps_relative, eps, process_group)
         self._optimizers: list[Optimizer] = []
         self._mask: Tensor | None = None
+        self._metrics: list[tuple[Observed, Metric]] = []
         chosen, self.skipped = choose(model, layers)
         norms = removed_means(model, chosen)
         self._layers: list[Observed] = []
@@ -169,6 +170,10 @@ class BNP:
         for seen in self._layers:
             seen.discard()
 
+    def metrics(self) -> list[tuple[Observed, Metric]]:
+        """The layers of the latest step, each with what its gradient was preconditioned by."""
+        return self._metrics
+
     def remove(self) -> None:
         """Take all hooks off the model; an attached optimizer then steps on plain gradients."""
         for seen in self._layers:
@@ -233,7 +238,8 @@ class BNP:
         if self.max_change is not None and rates is None:
             raise ValueError("max_change bounds a step, so it needs the learning rate: attach the optimizer first")
         steps = []
-        for seen, metric in zip(layers, self._statistics.advance(layers), strict=True):
+        self._metrics = list(zip(layers, self._statistics.advance(layers), strict=True))
+        for seen, metric in self._metrics:
             weight, bias = seen.layer.weight, seen.layer.bias
             if weight.grad is not None:
                 bias_grad = None if bias is None or (rates is not None and id(bias) not in rates) else bias.grad

@@ -120,18 +120,18 @@ def precondition(
         ([[2.0, 1.0]], [1.0])
     """
     _check(weight_grad, bias_grad, mean, variance, groups, transposed)
-    grouped, per_in, per_out = _views(weight_grad, groups, transposed)
+    grouped, per_in, per_out = layer_views(weight_grad, groups, transposed)
     mu, scale = mean.reshape(per_in), (variance * divisor).reciprocal().reshape(per_in)
     if bias_grad is not None:
         weight = torch.addcmul(grouped.to(mu.dtype), mu, bias_grad.reshape(per_out).to(mu.dtype), value=-1).mul_(scale)
-        bias = bias_grad / divisor - _dot(weight, mean, groups, transposed)
+        bias = bias_grad / divisor - per_unit_sum(weight, mean, groups, transposed)
         return weight.reshape(weight_grad.shape), bias
     weight = grouped * scale
     if not mean_removed:
         v = mu * scale * divisor
         taps, ins = grouped.shape[3], (1, 2)
         norm = 1 + taps * (mu * v).sum(ins, keepdim=True)
-        weight = weight - _dot(weight, mean, groups, transposed).reshape(per_out) / norm * v
+        weight = weight - per_unit_sum(weight, mean, groups, transposed).reshape(per_out) / norm * v
     return weight.reshape(weight_grad.shape), None
 
 
@@ -169,13 +169,13 @@ def unit_changes(
         >>> [t.tolist() for t in unit_changes(w, (g, None), (g / s, None), s)]
         [[13.5], [9.0]]
     """
-    product, _, per_out = _views(grads[0] * preconditioned[0], groups, transposed)
+    product, _, per_out = layer_views(grads[0] * preconditioned[0], groups, transposed)
     ins = tuple(d for d in (1, 2, 3) if per_out[d] == 1)
     change = product.sum(ins).reshape(-1)
     if grads[1] is not None and preconditioned[1] is not None:
         change = torch.addcmul(change, grads[1], preconditioned[1])
-    squares, _, _ = _views(weight.detach().square(), groups, transposed)
-    return change, _dot(squares, variance, groups, transposed)
+    squares, _, _ = layer_views(weight.detach().square(), groups, transposed)
+    return change, per_unit_sum(squares, variance, groups, transposed)
 
 
 def bounding_factors(change: Tensor, spread: Tensor, max_change: float) -> Tensor:
@@ -198,21 +198,21 @@ def bounding_factors(change: Tensor, spread: Tensor, max_change: float) -> Tenso
 
 def scale_units(weight: Tensor, factors: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
     """The weight-shaped tensor with each output unit multiplied by its factor, ``(out,)``."""
-    grouped, _, per_out = _views(weight, groups, transposed)
+    grouped, _, per_out = layer_views(weight, groups, transposed)
     return (grouped * factors.reshape(per_out)).reshape(weight.shape)
 
 
 _Shape: TypeAlias = tuple[int, int, int, int]
 
 
-def _views(weight: Tensor, groups: int, transposed: bool) -> tuple[Tensor, _Shape, _Shape]:
+def layer_views(weight: Tensor, groups: int, transposed: bool) -> tuple[Tensor, _Shape, _Shape]:
     """The weight as (groups, out, in, taps), or (groups, in, out, taps) if transposed, and the shapes of vectors over it."""
     grouped = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
     first, second = (groups, -1, 1, 1), (groups, 1, -1, 1)
     return (grouped, first, second) if transposed else (grouped, second, first)
 
 
-def _dot(grouped: Tensor, vector: Tensor, groups: int, transposed: bool) -> Tensor:
+def per_unit_sum(grouped: Tensor, vector: Tensor, groups: int, transposed: bool) -> Tensor:
     """For each output unit the sum over inputs and taps of weight times vector, ``(in,) -> (out,)``."""
     matrix = grouped[..., 0] if grouped.shape[3] == 1 else grouped.sum(3)
     if transposed:
