@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from evenkeel.methods.bnp import BNP
-from evenkeel.methods.preconditioning import layer_views, per_unit_sum
+from evenkeel.methods.preconditioning import Layout
 
 
 def preconditioned_noise(
@@ -52,18 +52,18 @@ def preconditioned_noise(
         Noise shaped as weight and bias.
     """
     xi = torch.randn(weight.shape, dtype=mean.dtype, device=weight.device, generator=generator)
-    grouped, per_in, per_out = layer_views(xi, groups, transposed)
-    sigma = (variance * divisor).sqrt().reshape(per_in)
+    layout = Layout(weight, groups, transposed)
+    grouped, sigma = layout.grouped(xi), layout.along_in((variance * divisor).sqrt())
     if bias is not None:
         noise = grouped / sigma
         xi_bias = torch.randn(bias.shape, dtype=mean.dtype, device=bias.device, generator=generator)
-        shift = per_unit_sum(noise, mean, groups, transposed)
+        shift = layout.per_unit(noise, layout.along_in(mean))
         return noise.reshape(weight.shape), xi_bias / torch.as_tensor(divisor).sqrt() - shift
     if not mean_removed:
-        v = mean / variance.sqrt()
-        square = (grouped.shape[3] * v.square().reshape(per_in).sum((1, 2), keepdim=True)).clamp(min=1e-12)
+        v = layout.along_in(mean / variance.sqrt())
+        square = (v.square().sum((1, 2), keepdim=True) * (layout.taps if transposed else 1)).clamp(min=1e-12)
         share = (1 - (1 + square).rsqrt()) / square
-        grouped = grouped - share * per_unit_sum(grouped, v, groups, transposed).reshape(per_out) * v.reshape(per_in)
+        grouped = grouped - share * layout.along_out(layout.per_unit(grouped, v)) * v
     return (grouped / sigma).reshape(weight.shape), None
 
 

@@ -10,7 +10,6 @@ descent with the gradient multiplied by ``P P^T``: this file. Nothing in the net
 """
 
 from math import prod
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -120,18 +119,18 @@ def precondition(
         ([[2.0, 1.0]], [1.0])
     """
     _check(weight_grad, bias_grad, mean, variance, groups, transposed)
-    grouped, per_in, per_out = layer_views(weight_grad, groups, transposed)
-    mu, scale = mean.reshape(per_in), (variance * divisor).reciprocal().reshape(per_in)
+    layout = Layout(weight_grad, groups, transposed)
+    grouped = layout.grouped(weight_grad)
+    mu, scale = layout.along_in(mean), layout.along_in((variance * divisor).reciprocal())
     if bias_grad is not None:
-        weight = torch.addcmul(grouped.to(mu.dtype), mu, bias_grad.reshape(per_out).to(mu.dtype), value=-1).mul_(scale)
-        bias = bias_grad / divisor - per_unit_sum(weight, mean, groups, transposed)
+        weight = torch.addcmul(grouped.to(mu.dtype), mu, layout.along_out(bias_grad).to(mu.dtype), value=-1).mul_(scale)
+        bias = bias_grad / divisor - layout.per_unit(weight, mu)
         return weight.reshape(weight_grad.shape), bias
     weight = grouped * scale
     if not mean_removed:
         v = mu * scale * divisor
-        taps, ins = grouped.shape[3], (1, 2)
-        norm = 1 + taps * (mu * v).sum(ins, keepdim=True)
-        weight = weight - per_unit_sum(weight, mean, groups, transposed).reshape(per_out) / norm * v
+        norm = 1 + (mu * v).sum((1, 2), keepdim=True) * (layout.taps if transposed else 1)
+        weight = weight - layout.along_out(layout.per_unit(weight, mu)) / norm * v
     return weight.reshape(weight_grad.shape), None
 
 
@@ -169,13 +168,13 @@ def unit_changes(
         >>> [t.tolist() for t in unit_changes(w, (g, None), (g / s, None), s)]
         [[13.5], [9.0]]
     """
-    product, _, per_out = layer_views(grads[0] * preconditioned[0], groups, transposed)
-    ins = tuple(d for d in (1, 2, 3) if per_out[d] == 1)
-    change = product.sum(ins).reshape(-1)
+    layout = Layout(weight, groups, transposed)
+    product = layout.grouped(grads[0] * preconditioned[0])
+    change = product.sum(1).reshape(-1, layout.taps).sum(1) if transposed else product.sum(2).reshape(-1)
     if grads[1] is not None and preconditioned[1] is not None:
         change = torch.addcmul(change, grads[1], preconditioned[1])
-    squares, _, _ = layer_views(weight.detach().square(), groups, transposed)
-    return change, per_unit_sum(squares, variance, groups, transposed)
+    squares = layout.grouped(weight.detach().square())
+    return change, layout.per_unit(squares, layout.along_in(variance))
 
 
 def bounding_factors(change: Tensor, spread: Tensor, max_change: float) -> Tensor:
@@ -198,26 +197,44 @@ def bounding_factors(change: Tensor, spread: Tensor, max_change: float) -> Tenso
 
 def scale_units(weight: Tensor, factors: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
     """The weight-shaped tensor with each output unit multiplied by its factor, ``(out,)``."""
-    grouped, _, per_out = layer_views(weight, groups, transposed)
-    return (grouped * factors.reshape(per_out)).reshape(weight.shape)
+    layout = Layout(weight, groups, transposed)
+    return (layout.grouped(weight) * layout.along_out(factors)).reshape(weight.shape)
 
 
-_Shape: TypeAlias = tuple[int, int, int, int]
+class Layout:
+    """A weight as ``(groups, out, in taps)``, or ``(groups, in, out taps)`` if transposed, and vectors that broadcast to it.
 
+    Taps lie beside the channels, not in a dimension of their own: elementwise loops over three or nine taps are slow.
+    """
 
-def layer_views(weight: Tensor, groups: int, transposed: bool) -> tuple[Tensor, _Shape, _Shape]:
-    """The weight as (groups, out, in, taps), or (groups, in, out, taps) if transposed, and the shapes of vectors over it."""
-    grouped = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-    first, second = (groups, -1, 1, 1), (groups, 1, -1, 1)
-    return (grouped, first, second) if transposed else (grouped, second, first)
+    def __init__(self, weight: Tensor, groups: int, transposed: bool) -> None:
+        self.groups, self.transposed = groups, transposed
+        self.taps = prod(weight.shape[2:])
 
+    def grouped(self, weight: Tensor) -> Tensor:
+        """The weight-shaped tensor as three dimensions."""
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
 
-def per_unit_sum(grouped: Tensor, vector: Tensor, groups: int, transposed: bool) -> Tensor:
-    """For each output unit the sum over inputs and taps of weight times vector, ``(in,) -> (out,)``."""
-    matrix = grouped[..., 0] if grouped.shape[3] == 1 else grouped.sum(3)
-    if transposed:
-        matrix = matrix.transpose(1, 2)
-    return torch.bmm(matrix.to(vector.dtype), vector.reshape(groups, -1, 1)).reshape(-1)
+    def along_in(self, vector: Tensor) -> Tensor:
+        """A vector over the inputs."""
+        return self._first(vector) if self.transposed else self._second(vector)
+
+    def along_out(self, vector: Tensor) -> Tensor:
+        """A vector over the output units."""
+        return self._second(vector) if self.transposed else self._first(vector)
+
+    def per_unit(self, grouped: Tensor, along_in: Tensor) -> Tensor:
+        """For each output unit the sum over inputs and taps of weight times vector, ``(out,)``."""
+        grouped = grouped.to(along_in.dtype)
+        if self.transposed:
+            return torch.bmm(along_in.transpose(1, 2), grouped).reshape(-1, self.taps).sum(1)
+        return torch.bmm(grouped, along_in.transpose(1, 2)).reshape(-1)
+
+    def _first(self, vector: Tensor) -> Tensor:
+        return vector.reshape(self.groups, -1, 1)
+
+    def _second(self, vector: Tensor) -> Tensor:
+        return (vector if self.taps == 1 else vector.repeat_interleave(self.taps)).reshape(self.groups, 1, -1)
 
 
 def _check(
