@@ -11,9 +11,9 @@ from evenkeel.study.environment import environment
 
 
 def interleaved(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each task in each round; within a round the tasks follow one another, so a slow spell hits them all."""
+    """Seconds of each task in each round; within a round they follow one another, so a slow spell hits them all."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for name, task in tasks.items():
+    for task in tasks.values():
         task()
     for _ in range(rounds):
         for name, task in tasks.items():

@@ -7,10 +7,10 @@ normalisation. The images are random, 32x32x3 and as many as CIFAR-10 has; their
 import argparse
 
 import torch
-from common import interleaved, ratio, save
 from torch import Tensor
 
 import evenkeel
+from common import interleaved, ratio, save
 from evenkeel.study.batches import Augmentation, batches
 from evenkeel.study.data import Split, make_data
 from evenkeel.study.loop import training_step

@@ -67,6 +67,8 @@ class Compare:
     """Output folder; the same command goes on there where it was. Empty: runs/ and the study's name."""
     storage: Annotated[str, arg(metavar="URL")] = ""
     """Any Optuna storage, to share the work with other processes. Empty: a SQLite file in the output folder."""
+    track: str = ""
+    """Experiment trackers that get every trial, comma-separated: tensorboard, wandb, mlflow, trackio."""
     workers: int = 0
     """Trials side by side; 0: one per core, one on a GPU."""
     thorough: bool = False
@@ -113,6 +115,7 @@ class Compare:
                 workers=self.workers or None,
                 quiet=self.quiet,
                 landscape=self.landscape,
+                track=_words(self.track),
                 arguments=arguments,
             )
         except KeyboardInterrupt:

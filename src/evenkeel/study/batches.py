@@ -166,7 +166,7 @@ def batches(
     """
     rank, ranks = share
     for picked in _picks(len(split), budget, batch_size, seed, start):
-        indices, draws = (part.tensor_split(ranks)[rank] for part in picked)
+        indices, draws = picked if ranks == 1 else (part.tensor_split(ranks)[rank] for part in picked)
         at = indices.to(split.labels.device)
         inputs, labels = split.inputs[at].to(device), split.labels[at].to(device)
         if augmentation:

@@ -19,9 +19,10 @@ from evenkeel.study.landscape import study_traces
 from evenkeel.study.live import Display
 from evenkeel.study.models import build_model
 from evenkeel.study.parallel import follow, launched_rank, lead, rank_count
-from evenkeel.study.plan import StudyConfig, slots, validate
-from evenkeel.study.records import Cost, StudyRecord
+from evenkeel.study.plan import Slot, StudyConfig, slots, validate
+from evenkeel.study.records import Cost, StudyRecord, TrialResult
 from evenkeel.study.store import Store, difference, redact
+from evenkeel.study.trackers import Tracker
 from evenkeel.study.trial import load
 from evenkeel.study.worker import Place, lock_file, run_workers
 
@@ -198,6 +199,7 @@ def compare(
     workers: int | None = None,
     quiet: bool = True,
     landscape: bool = False,
+    track: Sequence[str] = (),
     arguments: Sequence[str] = ("compare",),
 ) -> tuple[StudyRecord, Path]:
     """Run a study to its end, or on from where it was, and write its report.
@@ -209,6 +211,7 @@ def compare(
         workers: Trials side by side; default one per core, one on a GPU.
         quiet: Show no progress.
         landscape: Train every method once more under the instruments, and add what they show to the report.
+        track: Names of experiment trackers that get every trial.
         arguments: The command line that was given, for the report.
 
     Returns:
@@ -234,10 +237,17 @@ def compare(
     try:
         with Display(quiet=quiet) as shown:
             shown.plan(slots(config))
+            trackers = [Tracker(name, path, study_name(config), shown.message) for name in track]
+
+            def watch(results: list[TrialResult], running: list[Slot]) -> None:
+                shown.update(results, running)
+                for tracker in trackers:
+                    tracker.update(results)
+
             if launched_rank() is None:
-                run_workers(place, config, count, shown.update)
+                run_workers(place, config, count, watch)
             else:
-                lead(place, config, data, shown.update)
+                lead(place, config, data, watch)
             if store.noted("costs") is None:
                 shown.message("measuring time and memory per step")
                 torch.set_num_threads(1)

@@ -89,19 +89,23 @@ def training_step(
     """
     optimizer.zero_grad()
     weight = ranks()[1] / (examples or len(labels))
-    total = torch.zeros((), device=inputs.device)
+    total: Tensor | None = None
     size = training.micro_batch or len(labels)
-    for start in range(0, len(labels), size):
-        x, y = inputs[start : start + size], labels[start : start + size]
+    whole = size >= len(labels)
+    pieces = [(inputs, labels)] if whole else list(zip(inputs.split(size), labels.split(size), strict=True))
+    for number, (x, y) in enumerate(pieces, start=1):
         if training.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        with _synchronised(network, start + size >= len(labels)):
+        with _synchronised(network, number == len(pieces)):
             with precision(training, x.device):
-                loss = cross_entropy(network(x), y, reduction="sum", label_smoothing=training.label_smoothing)
-            (loss * weight).backward()
-        total += loss.detach()
+                loss = cross_entropy(network(x), y, label_smoothing=training.label_smoothing)
+            share = len(y) * weight
+            (loss if share == 1 else loss * share).backward()
+        part = loss.detach() if whole else loss.detach() * (len(y) / len(labels))
+        total = part if total is None else total + part
     optimizer.step()
-    return total / len(labels)
+    assert total is not None
+    return total
 
 
 def _synchronised(network: nn.Module, last: bool) -> AbstractContextManager[Any]:

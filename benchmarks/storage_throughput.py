@@ -1,0 +1,119 @@
+"""Trials per second that a storage takes, and what is lost or doubled: python benchmarks/storage_throughput.py [--quick].
+
+Worker processes claim trials and record them at once, without training, so that the storage is all that is measured; a
+recorded trial carries a training curve as a real one does. In the last case workers are killed in the middle of trials. Without
+``--storage URL`` a PostgreSQL server is started for it on loopback where one is installed, beside SQLite in a temporary folder.
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from common import save
+from evenkeel.study.plan import StudyConfig, slots
+from evenkeel.study.records import CurvePoint, TrialResult
+from evenkeel.study.store import Store
+from evenkeel.study.worker import lock_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import postgres
+
+CURVE = tuple(CurvePoint(100 * i, 2.3 / i, 0.1 * (i % 10)) for i in range(1, 25))
+
+
+def work(url: str, name: str, config: StudyConfig, fatal: int) -> None:
+    """Claim and record until the study has ended; the trial number ``fatal`` kills the process (0: none)."""
+    store = Store(url, name, lock_file(url))
+    store.open(config)
+    claimed = 0
+    while True:
+        claim = store.claim()
+        if claim is None:
+            if len(store.results()) == len(slots(config)):
+                return
+            store.free_dead()
+            time.sleep(0.05)
+            continue
+        claimed += 1
+        if claimed == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        store.record(
+            claim, TrialResult(claim.key, "finished", validation_accuracy=0.5, validation_loss=1.0, curve=CURVE)
+        )
+
+
+def measure(url: str, workers: int, trials: int, kills: int) -> dict[str, object]:
+    """Time from the first claim to the last result."""
+    config = StudyConfig(methods=("batch",), seeds=trials, batch_sizes=(32,), lr=0.1)
+    name = f"throughput-{workers}-{kills}-{time.time_ns()}"
+    store = Store(url, name, lock_file(url))
+    store.open(config)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["storage_throughput"])
+    fatal = [3] * kills + [0] * workers
+    processes = [context.Process(target=work, args=(url, name, config, f)) for f in fatal]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    everything = store.storage.get_all_trials(store.study_id, deepcopy=False)
+    started = min(t.datetime_start for t in everything if t.datetime_start is not None)
+    ended = max(t.datetime_complete for t in everything if t.datetime_complete is not None)
+    seconds = (ended - started).total_seconds()
+    recorded = [trial.user_attrs["slot"]["seed"] for trial in everything if "result" in trial.user_attrs]
+    size = sum(len(str(trial.user_attrs)) for trial in everything) / len(everything)
+    return {
+        "storage": url.partition(":")[0].partition("+")[0],
+        "workers": workers,
+        "killed": kills,
+        "trials": trials,
+        "trials_per_second": trials / seconds,
+        "lost": trials - len(set(recorded)),
+        "doubled": len(recorded) - len(set(recorded)),
+        "bytes_per_trial": round(size),
+    }
+
+
+@contextlib.contextmanager
+def storages(given: str) -> Iterator[list[str]]:
+    """The URL that was given, or SQLite and, where it is installed, PostgreSQL."""
+    if given:
+        yield [given]
+        return
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        urls = [f"sqlite:///{folder}/study.db"]
+        if postgres.programs() is not None:
+            urls.append(stack.enter_context(postgres.server()).url)
+        yield urls
+
+
+def main() -> None:
+    """Measure 1, 4 and 16 workers, and 4 of which as many again are killed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer trials and workers; the result is not written")
+    parser.add_argument("--storage", default="", metavar="URL")
+    arguments = parser.parse_args()
+    cases = ((1, 0), (2, 1)) if arguments.quick else ((1, 0), (4, 0), (16, 0), (4, 4))
+    rows = []
+    with storages(arguments.storage) as urls:
+        for url in urls:
+            for workers, kills in cases:
+                row = measure(url, workers, 20 if arguments.quick else 150, kills)
+                rows.append(row)
+                print(
+                    f"{row['storage']:>10}, {workers:>2} workers, {kills} killed: {row['trials_per_second']:.1f} trials/s, "
+                    f"lost {row['lost']}, doubled {row['doubled']}, {row['bytes_per_trial']} bytes per trial"
+                )
+    if not arguments.quick:
+        save("storage_throughput", "python benchmarks/storage_throughput.py", rows)
+
+
+if __name__ == "__main__":
+    main()
