@@ -100,7 +100,8 @@ def main() -> None:
                     results.append(result)
                     cells = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in result.items())
                     print(*cells, flush=True)
-    save(args.name, "python benchmarks/batchless_projected.py " + " ".join(sys.argv[1:]), results)
+    given = " ".join(sys.argv[1:]).replace(args.data, "PATH/TO/cifar10")
+    save(args.name, f"python benchmarks/batchless_projected.py {given}", results)
 
 
 if __name__ == "__main__":

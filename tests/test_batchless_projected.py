@@ -218,3 +218,11 @@ def test_sigma_inflates_less_than_with_the_papers_gradient():
             optimizer.step()
         inflation[projected] = (model[1].sigma.log().mean() - start).item()
     assert inflation[True] < 0.7 * inflation[False]
+
+
+def test_a_changed_loss_scale_is_forgotten_in_a_few_steps():
+    norm, x, coefficients = trained_norm()
+    shift = norm.control.shift.clone()
+    for _ in range(12):
+        step(norm, x, coefficients / 2)
+    torch.testing.assert_close(norm.control.shift, shift / 2, rtol=0.05, atol=1e-3)

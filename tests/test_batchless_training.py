@@ -357,3 +357,62 @@ def test_two_ranks_are_one_process_with_both_halves(options, tmp_path):
         difference = (torch.tensor(got[rank], dtype=torch.float64) - single).abs()
         sizes = torch.tensor([t.numel() for t in network(options).state_dict().values()])
         assert difference[~rows.repeat_interleave(sizes)].max() < 1e-12  # rows counts those of one rank
+
+
+@pytest.mark.parametrize("name", ["batchless", "batchless-adam", "batchless-projected"])
+def test_recipes_train_in_micro_batches_of_one_as_in_one_batch(name):
+    states = []
+    x, labels = data()
+    for split in ([16], [1] * 16):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3))
+        model, optimizer = evenkeel.apply(name, model.double(), lr=0.01, batches=[x])
+        assert model[0].bias is None
+        for _ in range(4):
+            optimizer.zero_grad()
+            for inputs, targets in zip(x.split(split), labels.split(split), strict=True):
+                sum_loss(model(inputs), targets, 16).backward()
+            optimizer.step()
+        states.append(state(model))
+    # Adam divides by |gradient|: where that is near its eps, rounding is amplified
+    assert_same(*states, tolerance=1e-9 if name == "batchless-adam" else 1e-12)
+
+
+@pytest.mark.parametrize("name", ["batchless", "batchless-adam", "batchless-projected"])
+def test_recipes_start_from_what_the_model_knew(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).double()
+    x = torch.randn(20, 5).double()
+    model(x)
+    before = model.eval()(x)
+    model, _ = evenkeel.apply(name, model, lr=0.01)
+    torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler's own look at a resumed frame
+@variants
+def test_compiled_equals_eager(options):
+    torch.compiler.reset()
+    compiled = network(options)
+    optimizer = torch.optim.SGD(compiled.parameters(), lr=0.1, momentum=0.9)
+    evenkeel.attach(compiled, optimizer)
+    fast = torch.compile(compiled, backend="aot_eager")
+    x, labels = data()
+    for _ in range(4):
+        optimizer.zero_grad()
+        sum_loss(fast(x), labels, 16).backward()
+        optimizer.step()
+    assert_same(state(compiled), train(network(options), [16]))
+
+
+def test_an_affine_free_first_layer_of_frozen_inputs_learns_too():
+    norm = BatchlessNorm1d(3, affine=False, dtype=torch.float64)
+    head = nn.Linear(3, 1).double()
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    evenkeel.attach(norm, optimizer, rate=0.5)
+    torch.manual_seed(0)
+    for _ in range(30):
+        optimizer.zero_grad()
+        head(norm(torch.randn(500, 3).double() * 3 + 1)).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(norm.sigma, torch.full((3,), 3.0).double(), rtol=0.2, atol=0)
