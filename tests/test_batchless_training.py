@@ -325,38 +325,41 @@ def test_initialize_restores_modes_when_the_model_raises():
     assert not any(layer._forward_pre_hooks for layer in batchless_layers(model))
 
 
-def worker(rank, file, options, results):
+RANKED = {"batchless": {}, "projected": {"projected": True}}
+
+
+def rank(index, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    model = network(options)
-    parallel = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    evenkeel.attach(model, optimizer)
-    x, labels = (t.chunk(2)[rank] for t in data())
-    for _ in range(4):
-        optimizer.zero_grad()
-        F.cross_entropy(parallel(x), labels).backward()
-        optimizer.step()
-    results.put((rank, state(model).tolist()))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=2)
+    collectives = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda tensor, **options: collectives.append(tensor) or all_reduce(tensor, **options)
+    for name, options in RANKED.items():
+        model = network(options)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        evenkeel.attach(model, optimizer)
+        x, labels = (t.chunk(2)[index] for t in data())
+        for _ in range(4):
+            optimizer.zero_grad()
+            F.cross_entropy(parallel(x), labels).backward()
+            optimizer.step()
+        torch.save({"state": model.state_dict(), "collectives": len(collectives)}, f"{folder}/{name}-{index}.pt")
+        collectives.clear()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("options", [{}, {"projected": True}], ids=["batchless", "projected"])
-def test_two_ranks_are_one_process_with_both_halves(options, tmp_path):
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    processes = [context.Process(target=worker, args=(rank, tmp_path / "store", options, results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    got = dict(results.get() for _ in processes)
-    for process in processes:
-        process.join(60)
-    single = train(network(options), [16])
-    rows = torch.tensor([name.endswith(".rows") for name in network(options).state_dict()])
-    for rank in range(2):
-        difference = (torch.tensor(got[rank], dtype=torch.float64) - single).abs()
-        sizes = torch.tensor([t.numel() for t in network(options).state_dict().values()])
-        assert difference[~rows.repeat_interleave(sizes)].max() < 1e-12  # rows counts those of one rank
+def test_two_ranks_are_one_process_with_both_halves_and_one_all_reduce_per_step(tmp_path):
+    mp.spawn(rank, args=(str(tmp_path),), nprocs=2)
+    for name, options in RANKED.items():
+        model = network(options)
+        train(model, [16])
+        for index in range(2):
+            saved = torch.load(tmp_path / f"{name}-{index}.pt")
+            assert saved["collectives"] == 4
+            for key, want in model.state_dict().items():
+                if not key.endswith(".rows"):  # counts those of one rank
+                    torch.testing.assert_close(saved["state"][key], want, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["batchless", "batchless-adam", "batchless-projected"])
