@@ -6,6 +6,7 @@ A net of five small convolutions on CIFAR-10; every method at every learning rat
 """
 
 import argparse
+import math
 import sys
 from time import process_time
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import evenkeel
 from common import save
+from evenkeel.methods import batchless_projected, batchless_training
 from evenkeel.methods.batchless import batchless_layers
 from evenkeel.study.data import load_data
 
@@ -81,10 +83,17 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--examples", type=int, default=20_000)
     parser.add_argument("--optimizer", default="sgd")
+    parser.add_argument("--gain", type=float, help="largest share of the newest step in A and B")
+    parser.add_argument("--without", nargs="*", default=[], choices=["forecast", "restraint"], help="leave out a part")
     parser.add_argument("--name", default="batchless_projected", help="of the file in results/")
     parser.add_argument("--quick", action="store_true", help="a tenth of the examples")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    batchless_projected.GAIN = args.gain or batchless_projected.GAIN
+    if "forecast" in args.without:
+        batchless_training.forecasters = lambda model: []
+    if "restraint" in args.without:
+        batchless_training.MISFIT = math.inf
     data = load_data(args.data)
     train, test = (
         (data.normalise(split.inputs[:count]), split.labels[:count])

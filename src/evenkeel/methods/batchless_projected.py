@@ -20,11 +20,11 @@ from evenkeel.compilation import eager
 from evenkeel.methods.batchless_functions import affine_map
 from evenkeel.moments import Moments, observing
 
-GAIN, INSTANCES = 0.5, 8.0  # the share of the newest step: half of it from many, a sixteenth from one instance
+GAIN, INSTANCES = 0.3, 4.0  # the share of the newest step: 0.3 from many instances, 0.06 from one
 
 
 def gain(instances: Tensor) -> Tensor:
-    """Share ``N / (2 (N + 8))`` of a step of N instances in A and B: what few instances say about them is mostly noise.
+    """Share ``0.3 N / (N + 4)`` of a step of N instances in A and B: what few instances say about them is mostly noise.
 
     Args:
         instances: N, over all micro-batches and ranks.
