@@ -737,3 +737,20 @@ def test_recipes_train_a_network_whose_batch_normalization_they_replace(name, ba
         losses.append(loss.item())
     half = len(losses) // 2
     assert sum(losses[half:]) < 0.7 * sum(losses[:half])
+
+
+def test_an_mlp_learns_from_shifted_inputs_one_example_at_a_time():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 2))
+    optimizer = SGD(model.parameters(), lr=0.3)
+    BNP(model, max_change=0.05).attach(optimizer)
+    losses = []
+    for _ in range(400):
+        y = torch.randint(2, (1,))
+        x = 4 + torch.randn(1, 10) + y[:, None] * torch.linspace(-2, 2, 10)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[200:]) < 0.6 * 200 * 0.6931, "far below guessing"
