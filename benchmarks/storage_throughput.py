@@ -105,7 +105,7 @@ def main() -> None:
     with storages(arguments.storage) as urls:
         for url in urls:
             for workers, kills in cases:
-                row = measure(url, workers, 20 if arguments.quick else 150, kills)
+                row = measure(url, workers, 20 if arguments.quick else 100, kills)
                 rows.append(row)
                 print(
                     f"{row['storage']:>10}, {workers:>2} workers, {kills} killed: {row['trials_per_second']:.1f} trials/s, "
