@@ -72,6 +72,7 @@ def main() -> None:
     outcome["interrupted"] = interrupted(Path(sys.argv[1]), data)
     if dist.get_rank() == 1:
         (Path(sys.argv[1]) / "outcome.json").write_text(json.dumps(outcome))
+    dist.barrier()  # gloo may still serve the other rank
     dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ batchless) and those that have none give the result of one process up to roundin
 rank's own share, as in PyTorch's DistributedDataParallel.
 """
 
+import gc
 import os
 import time
 from collections.abc import Callable, Generator
@@ -105,5 +106,7 @@ def _process_group(config: StudyConfig) -> Generator[None, None, None]:
     dist.init_process_group("nccl" if cuda else "gloo", timeout=_WAIT)
     try:
         yield
+        dist.barrier()  # a rank that leaves while gloo still serves another one aborts
     finally:
+        gc.collect()  # models in reference cycles hold the group beyond its end
         dist.destroy_process_group()
