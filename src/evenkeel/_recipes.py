@@ -170,7 +170,7 @@ _GRASSMANN = "Cho, Lee 2017, arXiv 1709.09603"
 _HELPS = "Santurkar et al. 2018, arXiv 1805.11604"
 
 _RECIPES: tuple[Recipe, ...] = (
-    Recipe("none", "Normalization layers removed, biases restored", "the baseline", 0.03, _converted("none")),
+    Recipe("none", "Normalization layers removed, biases restored", "the baseline", 0.1, _converted("none")),
     Recipe("batch", "Batch normalization as the model has it", "Ioffe, Szegedy 2015, arXiv 1502.03167", 0.1, _batch),
     Recipe("group", "Group normalization", "Wu, He 2018, arXiv 1803.08494", 0.1, _converted("group")),
     Recipe(
@@ -207,7 +207,7 @@ _RECIPES: tuple[Recipe, ...] = (
     Recipe("l1", "Normalization by the mean magnitude", _HELPS, 0.1, _converted("l1")),
     Recipe("l2", "Normalization by the root mean square", _HELPS, 0.1, _converted("l2")),
     Recipe("linf", "Normalization by the largest magnitude", _HELPS, 0.1, _converted("linf")),
-    Recipe("bnp", "No layers: gradients preconditioned, steps bounded", _BNP, 0.1, _bnp("none", sgd, 0.05)),
+    Recipe("bnp", "No layers: gradients preconditioned, steps bounded", _BNP, 0.3, _bnp("none", sgd, 0.05)),
     Recipe("bnp-paper", "The same as published, without a bound on the step", _BNP, 0.03, _bnp("none", sgd)),
     Recipe("bnp-adam", "The same before Adam", _BNP, 0.001, _bnp("none", adam), own_optimizer=True),
     Recipe("group+bnp", "Group normalization and preconditioned gradients", _BNP, 0.1, _bnp("group", sgd, 0.05)),
@@ -224,7 +224,7 @@ _RECIPES: tuple[Recipe, ...] = (
         "batchless-projected",
         "Learned Gaussians with batch normalization's backward pass, from earlier steps",
         _BATCHLESS + ", gradient ours",
-        0.03,
+        0.1,
         _batchless("batchless-projected", sgd),
     ),
     Recipe("revisited", "Batch normalization from scale 0.1, its rate / 100", _REVISITED, 0.3, _revisited()),
