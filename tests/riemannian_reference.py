@@ -1,4 +1,4 @@
-"""SGD-G and Adam-G filter by filter in float64, written from the specification, slowly."""
+"""SGD-G and Adam-G filter by filter in float64, written from the paper's equations, slowly."""
 
 import math
 
@@ -10,7 +10,7 @@ def reference_gradient(y, g, *, alpha, nu, penalty_clipped):
     rows, n = y.shape
     penalty = torch.zeros_like(y)
     if alpha > 0 and rows < n:
-        columns = y.T  # the specification's Y, one filter per column
+        columns = y.T  # the paper's Y, one filter per column
         penalty = (2 * alpha * columns @ (columns.T @ columns - torch.eye(rows, dtype=y.dtype))).T
     h = torch.empty_like(y)
     for i in range(rows):

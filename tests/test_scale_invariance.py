@@ -159,7 +159,7 @@ def test_frozen_normalizations_and_transposed_or_tiny_filters_are_named():
 
 
 def test_the_papers_rule_takes_convolutions_with_fewer_filters_than_elements_invariant_or_not():
-    """The shares the specification gives for a wide ResNet."""
+    """The published shares for a wide ResNet."""
     model = wide_resnet(28, 10, 3, 10)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     report = scale_invariance(model, rule="paper")

@@ -28,7 +28,7 @@ def draw(n, seed, t, rows=4):
 
 
 def written_exponential_map(y, h):
-    """The specification's formula, with its division."""
+    """The formula as published, with its division."""
     t = h.norm(dim=1, keepdim=True)
     return torch.where(t > 0, y * t.cos() + h / t * t.sin(), y)
 
