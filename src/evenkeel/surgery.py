@@ -77,7 +77,8 @@ def convert(
     _check(model, optimizer)
     layers = _select(model, where)
     if not layers:
-        warnings.warn(f"convert: no normalization layer to convert to {to!r}; the model is unchanged", stacklevel=2)
+        if to != "none":  # a model without normalization layers is what that asks for
+            warnings.warn(f"convert: no normalization layer to convert to {to!r}; the model is unchanged", stacklevel=2)
         return model
     fed_by = feeding(model)
     swaps = [_plan(model, path, layer, fed_by.get(layer), to, settings) for path, layer in layers.items()]
