@@ -159,6 +159,11 @@ def test_final_runs_at_two_learning_rates_are_refused():
         summarize(record(trials))
 
 
+def test_a_method_for_which_no_learning_rate_worked_has_none():
+    failed = dataclasses.replace(result(method="batch", lr=0.0, state="failed"), test_accuracy=None)
+    assert of(summarize(record([failed], ["batch"], [64], seeds=1)), "batch").lr is None
+
+
 def test_whole_study_keeps_the_plans_order():
     summaries = summarize(realistic())
     assert [s.batch_size for s in summaries] == [64] * 5 + [8] * 5 + [1] * 5

@@ -12,7 +12,7 @@ State = Literal["finished", "diverged", "failed", "pruned"]
 
 @dataclass(frozen=True, order=True)
 class TrialKey:
-    """Identifies one training run of a plan; equal keys are the same run."""
+    """Identifies one training run of a plan; equal keys are the same run. ``lr`` is 0 where no learning rate worked."""
 
     phase: Phase
     method: str

@@ -228,4 +228,4 @@ def _only_lr(trials: Sequence[TrialResult]) -> float | None:
             f"final runs of {key.method!r} at batch size {key.batch_size} have several learning rates {sorted(rates)}; "
             "their mean would mix them: start the study again in an empty folder"
         )
-    return rates.pop() if rates else None
+    return (rates.pop() or None) if rates else None  # 0 stands for: no learning rate worked
