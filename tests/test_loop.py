@@ -56,9 +56,12 @@ def always_checkpoint(monkeypatch):
 @pytest.mark.parametrize("method", evenkeel.recipes())
 def test_a_killed_run_of_every_method_goes_on_to_the_same_result_bit_for_bit(data, method, tmp_path, always_checkpoint):
     model = "resnet20" if method == "zero-gamma" else CONFIG.model  # it needs residual blocks
-    config = dataclasses.replace(CONFIG, model=model, crop=1, ema=0.9, schedule="one-cycle", weight_decay=1e-4)
+    options = {"crop": 1, "ema": 0.9, "schedule": "one-cycle", "weight_decay": 1e-4, "best_weights": True}
+    config = dataclasses.replace(CONFIG, model=model, **options)
     whole = run_trial(config, key(method), data)
     assert whole.state == "finished"
+    validated = [(p.validation_accuracy, -p.examples) for p in whole.curve if p.validation_accuracy is not None]
+    assert (whole.validation_accuracy, -min(200, 16 * whole.best_step)) == max(validated)
     for points in (1, 6):
         with pytest.raises(Killed):
             run_trial(config, key(method), data, folder=tmp_path, watch=killed_after(points))

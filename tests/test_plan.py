@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import pytest
 
@@ -110,3 +111,24 @@ def test_a_configuration_survives_its_json():
 def test_bad_input_names_the_argument_the_value_and_the_remedy(change, message):
     with pytest.raises(StudyError, match=message):
         validate(dataclasses.replace(CONFIG, **change))
+
+
+def test_a_rate_for_each_method_is_used_without_a_search():
+    config = StudyConfig(methods=("batch", "sgd-g"), batch_sizes=(64, 8), seeds=1, lr={"batch": 0.1, "sgd-g": 0.2})
+    assert {(slot.phase, slot.method, slot.lr) for slot in slots(config)} == {
+        ("final", "batch", 0.1),
+        ("final", "sgd-g", 0.2),
+    }
+    assert learning_rates(config, "sgd-g", 8) == [0.2]
+    assert StudyConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("rates", [{"batch": 0.1}, {"batch": 0.1, "bnp": 0.1, "group": 0.1}])
+def test_rates_must_be_those_of_the_methods(rates):
+    with pytest.raises(StudyError, match=r"--lr: .*give one for each of batch, group"):
+        validate(StudyConfig(methods=("batch", "group"), lr=rates))
+
+
+def test_each_of_the_rates_must_be_positive():
+    with pytest.raises(StudyError, match=r"--lr -1\.0: a learning rate is a positive number"):
+        validate(StudyConfig(methods=("batch", "group"), lr={"batch": 0.1, "group": -1.0}))

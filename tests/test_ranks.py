@@ -53,6 +53,10 @@ def test_an_interrupted_run_goes_on_on_both_ranks_exactly(outcome):
     assert outcome["interrupted"] == 0.0
 
 
+def test_ranks_keep_the_weights_of_the_same_step(outcome):
+    assert outcome["best_steps"] == [3, 3]  # the first validated of four steps, as rank 0 saw it
+
+
 def test_compare_runs_under_torchrun(tmp_path):
     arguments = ["--methods", "batch,none", "--batch-sizes", "32", "--seeds", "1", "--lr-points", "3", "--budget", "96"]
     command = [

@@ -4,10 +4,14 @@ import pytest
 
 import evenkeel
 from evenkeel.cli import main
+from evenkeel.study.errors import StudyError
 from evenkeel.study.models import build_model
 from evenkeel.study.plan import StudyConfig, validate
 from evenkeel.study.presets import PRESETS, scaled
-from evenkeel.study.reproduce import listing, reproduce
+from evenkeel.study.report import read_results
+from evenkeel.study.reproduce import find, listing, reproduce
+from evenkeel.study.statistics import summarize
+from evenkeel.study.tables import p_value
 
 SHAPES = {"digits": (1, 8, 8), "spiral": (2,)}
 ROWS = [pytest.param(row, id=f"{name}: {row.label}") for name, preset in PRESETS.items() for row in preset.rows]
@@ -40,6 +44,7 @@ def test_the_listing_has_every_preset_with_its_cost():
     text = listing()
     assert all(name in text for name in [*PRESETS, "how-bn-helps"])
     assert "120 runs, 1,200 million training examples" in text
+    assert "40 runs, 324 million training examples; with --paper-rates 30 runs, 243 million" in text
 
 
 def test_the_full_scale_changes_nothing():
@@ -97,3 +102,82 @@ def test_bad_input_is_one_line(capsys):
     assert "--scale 2.0" in capsys.readouterr().err
     assert main(["reproduce", "how-bn-help"]) == 2
     assert "did you mean 'how-bn-helps" in capsys.readouterr().err
+
+
+def test_the_revisited_preset_is_the_papers_protocol():
+    preset = PRESETS["revisited-cifar10"].at_paper_rates()
+    (row,) = preset.rows
+    config = row.config
+    assert (config.data, config.model, config.seeds, config.alternative) == ("cifar10", "resnet18", 15, "greater")
+    assert (config.validation, config.budget, config.batch_sizes) == (0.1, 180 * 45_000, (128,))
+    assert (config.optimizer, config.momentum, config.weight_decay) == ("sgd", 0.9, 1e-4)
+    assert (config.schedule, config.warm_up, config.flip, config.crop) == ("cosine", 0.0, True, 0)
+    assert config.best_weights
+    assert config.lr == {"batch": 0.1, "revisited": 0.1}
+    assert preset.runs == 30
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("riemannian-cifar100", {"batch": 0.1, "sgd-g": 0.2, "adam-g": 0.05}),
+        ("riemannian-svhn", {"batch": 0.01, "sgd-g": 0.02, "adam-g": 0.005}),
+    ],
+)
+def test_the_riemannian_presets_have_the_papers_rates_and_drops(name, rates):
+    for row in PRESETS[name].at_paper_rates().rows:
+        assert row.config.lr == rates
+        assert row.config.schedule == ("two-step" if name.endswith("svhn") else "step")
+        assert (row.config.weight_decay, row.config.optimizer, row.config.crop) == (5e-4, "nesterov", 4)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_papers_rates_are_known_for_all_methods_of_a_row_or_for_none(row):
+    assert set(row.rates) in (set(), set(row.config.methods))
+
+
+def test_a_network_is_chosen_among_those_of_a_preset_with_its_published_figures():
+    (row,) = find("riemannian-cifar10", model="wrn-28-10").rows
+    assert (row.config.model, row.published["sgd-g"]) == ("wrn-28-10-0.3", 96.15)
+    with pytest.raises(StudyError, match=r"--model resnet20: .*choose one of vgg13, vgg19, wrn-28-10, wrn-40-10"):
+        find("riemannian-cifar10", model="resnet20")
+
+
+def test_another_network_takes_the_place_of_the_only_one_without_its_figures():
+    rows = find("how-bn-helps-accuracy", model="vgg19", paper_rates=True).rows
+    assert [(row.label, row.config.model) for row in rows] == [("vgg19", "vgg19"), ("vgg19, augmented", "vgg19")]
+    assert not any(row.published for row in rows)
+    assert rows[0].config.lr["l1"] == 0.1
+
+
+def test_rates_that_are_not_known_are_not_invented():
+    with pytest.raises(StudyError, match="--paper-rates: the learning rates of batchless-spiral are not known"):
+        find("batchless-spiral", paper_rates=True)
+    options = {"workers": 1, "quiet": True, "arguments": []}
+    with pytest.raises(StudyError, match="--paper-rates: revisited-cifar10 has no learning rate for bnp"):
+        reproduce("revisited-cifar10", scale=1, out=None, changes={"methods": ("bnp",)}, paper_rates=True, **options)
+
+
+def test_at_the_papers_rates_nothing_is_searched_and_the_page_has_the_test(tmp_path, monkeypatch):
+    monkeypatch.setattr("evenkeel.study.presets.SMALLEST_BUDGET", 64)
+    changes = {"data": "digits", "batch_sizes": (16,), "methods": ("batch", "revisited"), "seeds": 5, "flip": False}
+    text = reproduce(
+        "revisited-pieces",
+        scale=0.00001,
+        out=tmp_path,
+        changes=changes,
+        model="digits-cnn",
+        paper_rates=True,
+        workers=1,
+        quiet=True,
+        arguments=["reproduce", "revisited-pieces", "--paper-rates"],
+    )
+    record = read_results(tmp_path / "digits-cnn" / "results.json")
+    assert {(t.key.phase, t.key.lr) for t in record.trials} == {("final", 0.1)}
+    assert "at the learning rate that the paper gives it" in text
+    assert "learning rates" not in text.split("## What was scaled down")[1].split("## Data")[0]
+    paired = next(s.paired for s in summarize(record) if s.method == "revisited")
+    assert "p (greater, Holm)" in text
+    assert f"| {p_value(paired.p_holm)} | 0.1 |" in next(line for line in text.splitlines() if "| revisited |" in line)
+    assert "best validation accuracy" in text
+    assert "900 training, 100 validation" in text

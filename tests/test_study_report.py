@@ -183,3 +183,21 @@ def test_data_is_told_in_a_line_or_by_its_name():
     assert "269 validation" in render_html(realistic())
     assert "269 validation" in render_markdown(realistic())
     assert "- Data `digits`" in render_markdown(realistic(data_summary=None))
+
+
+def test_a_study_of_best_weights_says_so_with_place_and_cost():
+    trials = [
+        dataclasses.replace(result(seed=seed), best_step=step, seconds=10.0, validation_seconds=0.5)
+        for seed, step in enumerate((12, 18, 24))
+    ]
+    study = record(trials, methods=("batch",), sizes=(64,), best_weights=True)  # 24 steps of 64 make 1,500 examples
+    for page in (render_html(study).replace("\N{NO-BREAK SPACE}", " "), render_markdown(study)):
+        assert "best validation accuracy of each run" in page
+        assert "after 50 to 100 % of the steps (median 75 %)" in page
+        assert "Validating took 5.0 % of the time" in page
+        assert "best validation accuracy" not in render_markdown(dataclasses.replace(study, config=realistic().config))
+
+
+def test_rates_given_for_each_method_are_told():
+    rates = {"batch": 0.1, "group": 0.2}
+    assert "&#39;group&#39;: 0.2" in render_html(realistic(lr=rates))

@@ -41,11 +41,15 @@ class Compare:
     budget: int = 1500
     """Training examples a run sees."""
     lr: str = "auto"
-    """auto (searched for every method and batch size), or one learning rate for all."""
+    """auto (searched for every method and batch size), one learning rate for all, or one for each: batch=0.1,sgd-g=0.2."""
     lr_points: int = 5
     """Grid points of the learning-rate search, a factor sqrt(10) apart."""
     search_seeds: int = 1
     """Runs per grid point."""
+    validation: float = 0.2
+    """Share of the training data that validates, or from 1 up the number of examples."""
+    best_weights: bool = False
+    """Judge the weights with the best validation accuracy of a run, looked for after every epoch, instead of the last."""
     training: OmitArgPrefixes[Training] = field(default_factory=Training)
     image_column: str = ""
     """Column with the images; empty: found by its type."""
@@ -91,9 +95,11 @@ class Compare:
             batch_sizes=tuple(_number(int, "--batch-sizes", word) for word in _words(self.batch_sizes)),
             seeds=self.seeds,
             budget=self.budget,
-            lr="auto" if self.lr == "auto" else _number(float, "--lr", self.lr),
+            lr=_rates(self.lr),
             lr_points=self.lr_points,
             search_seeds=self.search_seeds,
+            validation=self.validation,
+            best_weights=self.best_weights,
             **asdict(self.training),
             image_column=self.image_column or None,
             label_column=self.label_column or None,
@@ -222,8 +228,12 @@ class Reproduce:
     """Share of the paper's training budget, in (0, 1]; the report says what was scaled down."""
     data: str = ""
     """Use this data instead, for example a local copy of the preset's."""
+    model: str = ""
+    """Only this network of the preset, or in place of its only one, for example resnet20."""
     methods: str = ""
     """Only these methods, comma-separated."""
+    paper_rates: bool = False
+    """Train at the paper's learning rates instead of searching for every method's own."""
     seeds: int = 0
     """Final runs per method; 0: as many as the preset has at this scale."""
     limit: int = 0
@@ -246,20 +256,22 @@ class Reproduce:
         if not self.preset:
             print(listing())
             return 0
-        given = {
+        given: dict[str, Any] = {
             "data": self.data,
             "methods": _words(self.methods),
             "seeds": self.seeds,
             "limit": self.limit,
             "device": self.device,
         }
-        out = Path(self.out) if self.out else Path("runs") / f"{self.preset}-{self.scale:g}"
+        out = Path(self.out) if self.out else Path("runs") / self._name
         changes = {name: value for name, value in given.items() if value and (name, value) != ("device", "cpu")}
         page = reproduce(
             self.preset,
             scale=self.scale,
             out=out,
             changes=changes,
+            model=self.model or None,
+            paper_rates=self.paper_rates,
             workers=self.workers or None,
             quiet=self.quiet,
             arguments=arguments,
@@ -267,6 +279,12 @@ class Reproduce:
         print(page)
         print(f"written: {out / 'reproduce.md'}")
         return 0
+
+    @property
+    def _name(self) -> str:
+        """Name of the output folder: what decides whether two commands mean the same study, the small changes left out."""
+        words = (self.preset, self.model, "paper-rates" if self.paper_rates else "", f"{self.scale:g}")
+        return "".join(c if c.isalnum() or c == "." else "-" for c in "-".join(filter(None, words)))
 
 
 COMMANDS: dict[str, Any] = {
@@ -350,6 +368,15 @@ def _show(record: Any, folder: Path) -> None:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _rates(text: str) -> Any:
+    """What ``--lr`` means: ``auto``, a number, or a number for each method."""
+    if text == "auto":
+        return "auto"
+    if "=" not in text:
+        return _number(float, "--lr", text)
+    return {name: _number(float, "--lr", rate) for name, _, rate in (word.partition("=") for word in _words(text))}
 
 
 def _number(kind: Callable[[str], Any], flag: str, word: str) -> Any:

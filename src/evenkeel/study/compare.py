@@ -151,6 +151,8 @@ def check(config: StudyConfig) -> Data:
         ) from error
     try:
         data = load(config)
+    except StudyError:
+        raise
     except ValueError as error:
         raise StudyError(f"--data: {error}") from error
     for size in config.batch_sizes:

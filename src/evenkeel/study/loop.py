@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from evenkeel.study.averaging import WeightAverage
 from evenkeel.study.batches import batches, evaluation_batches
+from evenkeel.study.best import BestWeights
 from evenkeel.study.checkpoint import CheckpointFile
 from evenkeel.study.data import Data, Split
 from evenkeel.study.plan import StudyConfig
@@ -145,16 +146,19 @@ class Loop:
         curve: Points of the training curve so far.
         seen: Examples seen so far.
         seconds: Wall time spent so far, earlier sessions of an interrupted run included.
+        validation_seconds: Of them, spent on validating.
+        best: The weights with the best validation accuracy so far, where the study judges them.
     """
 
     def __init__(self, config: StudyConfig, key: TrialKey, data: Data, model: nn.Module, optimizer: Optimizer) -> None:
         self.config, self.key, self.data, self.model, self.optimizer = config, key, data, model, optimizer
         self.network = prepare(config, model)
         self.average = WeightAverage(model, config.ema) if config.ema else None
+        self.best = BestWeights(model) if config.best_weights else None
         self.steps = math.ceil(config.budget / key.batch_size)
         self.schedule = LambdaLR(optimizer, lambda step: lr_factor(config.schedule, step, self.steps, config.warm_up))
         self.curve: list[CurvePoint] = []
-        self.seen, self.seconds = 0, 0.0
+        self.seen, self.seconds, self.validation_seconds = 0, 0.0, 0.0
         self._total, self._count = torch.zeros((), device=config.device), 0
         rank, _ = ranks()  # dropout and noise: alike for every method, however its model was built, other on every rank
         torch.manual_seed(key.seed + (rank << 32))
@@ -196,16 +200,34 @@ class Loop:
             if self.average is not None:
                 self.average.update()
             self._count, self.seen = self._count + 1, self.seen + examples
+            at_point = step % loss_every == 0 or step == self.steps
+            accuracy = None
+            if step % accuracy_every == 0 or step == self.steps or self._ended_epoch(examples):
+                accuracy = self._validate(step)
             now = time.perf_counter()
             self.seconds = earlier + now - started
-            at_point = step % loss_every == 0 or step == self.steps
             if at_point:
-                yield self._point(step % accuracy_every == 0 or step == self.steps)
+                yield self._point(accuracy)
             if checkpoint is not None and (world == 1 or at_point) and from_first(now - saved >= CHECKPOINT_SECONDS):
                 checkpoint.save(self.state_dict())
                 saved = time.perf_counter()
 
-    def _point(self, with_accuracy: bool) -> CurvePoint:
+    def _ended_epoch(self, examples: int) -> bool:
+        """Whether the last ``examples`` ended an epoch, after which the best weights are looked for."""
+        return self.best is not None and self.seen % len(self.data.train) < examples
+
+    def _validate(self, step: int) -> float | None:
+        if self.data.validation is None:
+            return None
+        started = time.perf_counter()
+        with self.evaluated():
+            accuracy, _ = evaluate(self.model, self.data, self.data.validation, self.config)
+            if self.best is not None:
+                self.best.offer(from_first(accuracy), step)  # rank 0's, whose result is recorded
+        self.validation_seconds += time.perf_counter() - started
+        return accuracy
+
+    def _point(self, accuracy: float | None) -> CurvePoint:
         if ranks()[1] > 1:
             dist.all_reduce(self._total)  # shares are equal but for the last batch: the mean of means is close enough
             self._total /= ranks()[1]
@@ -213,18 +235,24 @@ class Loop:
         self._total, self._count = torch.zeros_like(self._total), 0
         if not math.isfinite(mean):
             raise Diverged(f"the training loss was not finite after {self.seen} examples")
-        accuracy = None
-        if with_accuracy and self.data.validation is not None:
-            with self.evaluated():
-                accuracy, _ = evaluate(self.model, self.data, self.data.validation, self.config)
         self.curve.append(CurvePoint(self.seen, mean, accuracy))
         return self.curve[-1]
 
     @contextmanager
     def evaluated(self) -> Generator[None, None, None]:
-        """Within the block the model has the weights that are judged: the average, where there is one."""
+        """Within the block the model has the weights that are evaluated: the average, where there is one."""
         with self.average.in_place() if self.average is not None else nullcontext():
             yield
+
+    def judged(self) -> AbstractContextManager[None]:
+        """After the run: within the block the model has the weights that are judged, best, averaged or last.
+
+        The best ones stay in the model afterwards.
+        """
+        if self.best is None:
+            return self.evaluated()
+        self.best.restore()
+        return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, random number generators included."""
@@ -239,8 +267,9 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
+            "best": self.best.state_dict() if self.best is not None else None,
             "random": random,
-            "progress": (self.seen, self.seconds, self._total, self._count),
+            "progress": (self.seen, self.seconds, self.validation_seconds, self._total, self._count),
             "curve": [asdict(point) for point in self.curve],
         }
 
@@ -251,10 +280,12 @@ class Loop:
         self.schedule.load_state_dict(state["schedule"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.best is not None:
+            self.best.load_state_dict(state["best"])
         rank, world = ranks()
         if len(state["random"]) == world:  # on another number of ranks the run goes on with other random numbers
             self._set_random(*state["random"][rank])
-        self.seen, self.seconds, total, self._count = state["progress"]
+        self.seen, self.seconds, self.validation_seconds, total, self._count = state["progress"]
         self._total = total.to(self.config.device)
         self.curve = [CurvePoint(**point) for point in state["curve"]]
 

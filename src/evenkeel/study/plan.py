@@ -30,9 +30,13 @@ class StudyConfig(Training):
         batch_sizes: Examples per optimizer step.
         seeds: Number of final runs per method and batch size.
         budget: Training examples a run sees, the same for every method and batch size.
-        lr: ``"auto"``, or one learning rate for all.
+        lr: ``"auto"``, one learning rate for all, or one for each method.
         lr_points: Grid points of the search, each a factor sqrt(10) apart.
         search_seeds: Runs per grid point.
+        validation: Share of the training data that validates, or from 1 up the number of examples, classes in proportion;
+            data that comes with a validation split uses that.
+        best_weights: Judge the weights with the best validation accuracy of a run instead of the last; a run is then
+            validated after every epoch too.
         alternative: Alternative hypothesis of the test: ``two-sided`` or ``greater``.
         device: ``cpu`` or a CUDA device.
         image_column: Column with the images, for data that has columns.
@@ -48,9 +52,11 @@ class StudyConfig(Training):
     batch_sizes: tuple[int, ...] = (64, 8, 1)
     seeds: int = 3
     budget: int = 1500
-    lr: float | Literal["auto"] = "auto"
+    lr: float | dict[str, float] | Literal["auto"] = "auto"
     lr_points: int = 5
     search_seeds: int = 1
+    validation: float = 0.2
+    best_weights: bool = False
     alternative: Literal["two-sided", "greater"] = "two-sided"
     device: str = "cpu"
     image_column: str | None = None
@@ -123,9 +129,21 @@ def validate(config: StudyConfig) -> None:
             raise StudyError(
                 f"--batch-sizes: {size} is larger than the budget of {config.budget} examples; raise --budget"
             )
-    if config.lr != "auto" and not (config.lr > 0 and math.isfinite(config.lr)):
-        raise StudyError(f"--lr {config.lr}: a learning rate is a positive number, or 'auto'")
+    if isinstance(config.lr, dict) and sorted(config.lr) != sorted(config.methods):
+        raise StudyError(f"--lr: rates for {', '.join(config.lr)}; give one for each of {', '.join(config.methods)}")
+    for rate in (given_rates(config) or {}).values():
+        if not (rate > 0 and math.isfinite(rate)):
+            raise StudyError(f"--lr {rate}: a learning rate is a positive number, or 'auto'")
+    if not (0 < config.validation < 1 or (config.validation >= 1 and config.validation % 1 == 0)):
+        raise StudyError(f"--validation {config.validation:g}: give a share between 0 and 1, or a number of examples")
     config.validate()
+
+
+def given_rates(config: StudyConfig) -> dict[str, float] | None:
+    """Method -> learning rate, where the study fixes them; None where they are searched."""
+    if config.lr == "auto":
+        return None
+    return config.lr if isinstance(config.lr, dict) else dict.fromkeys(config.methods, config.lr)
 
 
 def learning_rates(config: StudyConfig, method: str, batch_size: int) -> list[float]:
@@ -133,8 +151,8 @@ def learning_rates(config: StudyConfig, method: str, batch_size: int) -> list[fl
 
     A recipe's centre is for SGD at batch size 64 and moves with ``(batch_size / 64) ** recipe.lr_exponent``.
     """
-    if config.lr != "auto":
-        return [config.lr]
+    if (rates := given_rates(config)) is not None:
+        return [rates[method]]
     recipe = recipes()[method]
     factor = ADAM_FACTOR if config.optimizer.startswith("adam") and not recipe.own_optimizer else 1
     centre = recipe.lr * factor * (batch_size / 64) ** recipe.lr_exponent
@@ -145,8 +163,9 @@ def learning_rates(config: StudyConfig, method: str, batch_size: int) -> list[fl
 def slots(config: StudyConfig) -> list[Slot]:
     """The whole plan, small batch sizes (long runs) first, so that the last runs to end are short ones."""
     plan: list[Slot] = []
+    rates = given_rates(config)
     sizes = sorted(config.batch_sizes)
-    if config.lr == "auto":
+    if rates is None:
         plan += [
             Slot("search", method, size, lr, SEARCH_SEED + seed)
             for size in sizes
@@ -155,7 +174,7 @@ def slots(config: StudyConfig) -> list[Slot]:
             for lr in learning_rates(config, method, size)
         ]
     plan += [
-        Slot("final", method, size, None if config.lr == "auto" else config.lr, seed)
+        Slot("final", method, size, None if rates is None else rates[method], seed)
         for size in sizes
         for seed in range(config.seeds)
         for method in config.methods

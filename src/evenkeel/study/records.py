@@ -51,7 +51,9 @@ class TrialResult:
         test_loss: Mean cross-entropy in nats; likewise.
         train_eval_gap: Mean loss on training batches in eval mode minus in train mode, in nats: what is lost when batch
             statistics are replaced by running ones.
-        seconds: Wall time of the run (not part of equality of results: it varies).
+        best_step: Optimizer step after which the judged weights were taken; None where they are the last.
+        seconds: Wall time of the run; it varies, and is not part of the equality of results.
+        validation_seconds: Of them, spent on validating during the run; likewise.
         curve: Training curve.
     """
 
@@ -63,7 +65,9 @@ class TrialResult:
     test_accuracy: float | None = None
     test_loss: float | None = None
     train_eval_gap: float | None = None
-    seconds: float = 0.0
+    best_step: int | None = None
+    seconds: float = field(default=0.0, compare=False)
+    validation_seconds: float = field(default=0.0, compare=False)
     curve: tuple[CurvePoint, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

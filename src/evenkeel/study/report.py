@@ -16,12 +16,12 @@ from evenkeel.study.landscape import Trace
 from evenkeel.study.landscape_report import sections as landscape_sections
 from evenkeel.study.records import StudyRecord
 from evenkeel.study.statistics import summarize
-from evenkeel.study.tables import edges, tables, troubles
+from evenkeel.study.tables import edges, judging, tables, troubles
 from evenkeel.study.verdict import count, judge, listing
 
 CSV_COLUMNS = (
     *("phase", "method", "batch_size", "lr", "seed", "state", "validation_accuracy", "validation_loss"),
-    *("test_accuracy", "test_loss", "train_eval_gap", "seconds", "error"),
+    *("test_accuracy", "test_loss", "train_eval_gap", "best_step", "seconds", "validation_seconds", "error"),
 )
 
 
@@ -125,6 +125,7 @@ def _render(template: str, record: StudyRecord, **figures: Any) -> str:
         "verdict": judge(record),
         "tables": tables(record),
         "edges": edges(record),
+        "judging": judging(record),
         "pruned": sum(trial.state == "pruned" for trial in record.trials),
         "troubles": troubles(record),
     }

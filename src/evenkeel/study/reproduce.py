@@ -12,6 +12,7 @@ from evenkeel.study.plan import StudyConfig
 from evenkeel.study.presets import PRESETS, SANTURKAR, Preset, Row, scaled
 from evenkeel.study.records import StudyRecord
 from evenkeel.study.statistics import Summary, summarize
+from evenkeel.study.tables import judging, p_value, points
 
 MEASURED = "how-bn-helps"  # a command of its own: it measures single runs instead of comparing many
 
@@ -20,8 +21,7 @@ def listing() -> str:
     """All presets with their cost at the papers' size."""
     width = max(map(len, [*PRESETS, MEASURED]))
     lines = [
-        f"{name:<{width}}  {preset.summary}\n{'':<{width}}  {preset.paper}; {preset.runs:,} runs, "
-        f"{preset.examples / 1e6:,.0f} million training examples"
+        f"{name:<{width}}  {preset.summary}\n{'':<{width}}  {preset.paper}; {_cost(preset)}"
         for name, preset in PRESETS.items()
     ]
     lines.append(
@@ -31,15 +31,33 @@ def listing() -> str:
     return "\n".join(lines)
 
 
-def find(name: str) -> Preset:
-    """The preset of that name, one of ``PRESETS``.
+def _cost(preset: Preset) -> str:
+    def told(arm: Preset) -> str:
+        return f"{arm.runs:,} runs, {arm.examples / 1e6:,.0f} million training examples"
+
+    fixed = preset.at_paper_rates()
+    return told(preset) + (f"; with --paper-rates {told(fixed)}" if fixed is not None else "")
+
+
+def find(name: str, *, model: str | None = None, paper_rates: bool = False) -> Preset:
+    """The preset of that name, one of ``PRESETS``, on one network and with the paper's learning rates if asked for.
 
     Raises:
-        StudyError: There is none.
+        StudyError: There is none, or not so.
     """
     if name not in PRESETS:
         raise StudyError(f"unknown preset {name!r}; {nearest(name, [*PRESETS, MEASURED])}")
-    return PRESETS[name]
+    preset = PRESETS[name]
+    if model is not None:
+        networks = ", ".join(row.label for row in preset.rows)
+        preset = preset.on(model)
+        if preset is None:
+            raise StudyError(f"--model {model}: {name} compares several networks; choose one of {networks}")
+    if paper_rates:
+        preset = preset.at_paper_rates()
+        if preset is None:
+            raise StudyError(f"--paper-rates: the learning rates of {name} are not known here; leave the option out")
+    return preset
 
 
 def reproduce(
@@ -48,6 +66,8 @@ def reproduce(
     scale: float,
     out: Path,
     changes: dict[str, Any],
+    model: str | None = None,
+    paper_rates: bool = False,
     workers: int | None,
     quiet: bool,
     arguments: Sequence[str],
@@ -59,6 +79,8 @@ def reproduce(
         scale: Share of the paper's budget, in (0, 1].
         out: Output folder.
         changes: Fields of the configuration that the user sets: ``data``, ``seeds``, ``device`` ...
+        model: Only this network of the preset, or in place of its only one.
+        paper_rates: Train at the paper's learning rates instead of searching for each method's own.
         workers: Trials side by side; default one per core.
         quiet: Show no progress.
         arguments: The command line that was given.
@@ -71,11 +93,16 @@ def reproduce(
     """
     if not 0 < scale <= 1:
         raise StudyError(f"--scale {scale}: give a share of the paper's budget in (0, 1]")
-    preset = find(name)
+    preset = find(name, model=model, paper_rates=paper_rates)
     results: list[tuple[Row, StudyConfig, StudyRecord, list[str]]] = []
     for row in preset.rows:
         config, less = scaled(row.config, scale)
         config = replace(config, **changes)
+        if isinstance(config.lr, dict):
+            unknown = [method for method in config.methods if method not in config.lr]
+            if unknown:
+                raise StudyError(f"--paper-rates: {name} has no learning rate for {', '.join(unknown)}; leave one out")
+            config = replace(config, lr={method: config.lr[method] for method in config.methods})
         less += [f"--{key.replace('_', '-')} {value}" for key, value in changes.items() if key != "device"]
         folder = out / "".join(c if c.isalnum() or c == "-" else "-" for c in row.label)
         record, _ = compare(config, folder, workers=workers, quiet=quiet, arguments=arguments)
@@ -91,19 +118,28 @@ def page(
     """Our figures beside the paper's, with the seeds and with what was scaled down."""
     lines = [f"# {name}: {preset.summary}", "", f"{preset.paper}. {preset.note}".strip(), ""]
     lines += [
-        "Every method has a learning rate of its own, picked from a grid of the same size on a validation split.",
+        "Every method trains at the learning rate that the paper gives it."
+        if all(isinstance(config.lr, dict) for _, config, _, _ in results)
+        else "Every method has a learning rate of its own, picked from a grid of the same size on a validation split.",
         "",
     ]
-    lines += ["| | method | batch size | test accuracy, here (%) | seeds | learning rate | published (%) |"]
-    lines += ["|---|---|---:|---:|---|---:|---:|"]
+    first = results[0][1]
+    lines += [
+        f"| | method | batch size | test accuracy, here (%) | seeds | difference to {first.reference} (points) "
+        f"| p ({first.alternative}, Holm) | learning rate | published (%) |"
+    ]
+    lines += ["|---|---|---:|---:|---|---:|---:|---:|---:|"]
     for row, config, record, _ in results:
         for summary in summarize(record):
             published = row.published.get(summary.method)
             lines.append(
                 f"| {row.label} | {summary.method} | {summary.batch_size} | {_accuracy(summary)} "
-                f"| {', '.join(map(str, range(config.seeds)))} | {_number(summary.lr, '{:g}')} "
+                f"| {', '.join(map(str, range(config.seeds)))} | {_difference(summary)} | {_number(summary.lr, '{:g}')} "
                 f"| {_number(published, '{:.2f}')} |"
             )
+    judged = [f"- {row.label}: {text}" for row, _, record, _ in results if (text := judging(record))]
+    if judged:
+        lines += ["", "## What was judged", "", *judged]
     reduced = {row.label: less for row, _, _, less in results if less}
     lines += ["", "## What was scaled down", ""]
     if scale < 1:
@@ -126,6 +162,17 @@ def _accuracy(summary: Summary) -> str:
     spread = f" ± {100 * summary.sd:.2f}" if summary.sd is not None else ""
     lost = f" ({summary.diverged + summary.failed} lost)" if summary.diverged + summary.failed else ""
     return f"{100 * summary.mean:.2f}{spread}{lost}"
+
+
+def _difference(summary: Summary) -> str:
+    """Two cells: the difference to the reference with its interval, and its p-value."""
+    paired = summary.paired
+    if paired is None:
+        return " | "
+    interval = (
+        f" [{points(paired.low)}, {points(paired.high)}]" if paired.low is not None and paired.high is not None else ""
+    )
+    return f"{points(paired.difference)}{interval} | {p_value(paired.p_holm) if paired.p_holm is not None else ''}"
 
 
 def _number(value: float | None, form: str) -> str:

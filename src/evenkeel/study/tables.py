@@ -1,8 +1,10 @@
 """The tables of a report: one per batch size, one row per method; page, Markdown and terminal set the same cells."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from markupsafe import Markup
 
@@ -91,6 +93,30 @@ def edges(record: StudyRecord) -> list[str]:
         if s.lr is not None and len(rates) > 1 and s.lr in {min(rates), max(rates)}:
             found.append(f"{quoted(s.method)} at batch size {s.batch_size}")
     return found
+
+
+def judging(record: StudyRecord) -> str:
+    """Which weights were judged, when they were taken, and what looking for them cost; empty where they are the last.
+
+    Args:
+        record: A study, finished or not.
+    """
+    if not record.config.get("best_weights"):
+        return ""
+    text = (
+        "Judged, on the test split too, are the weights with the best validation accuracy of each run, which was validated "
+        "after every epoch and at some points of its curve"
+    )
+    ran = [trial for trial in record.trials if trial.best_step is not None and trial.key.phase == "final"]
+    if not ran:
+        return text + "."
+    budget = record.config["budget"]
+    places = [100 * (trial.best_step or 0) / math.ceil(budget / trial.key.batch_size) for trial in ran]
+    share = 100 * sum(trial.validation_seconds for trial in ran) / max(sum(trial.seconds for trial in ran), 1e-9)
+    return (
+        f"{text}; in the final runs they were taken after {min(places):.0f} to {max(places):.0f} % of the steps (median "
+        f"{median(places):.0f} %). Validating took {share:.1f} % of the time of these runs."
+    )
 
 
 def points(fraction: float) -> str:

@@ -19,20 +19,25 @@ from torch.optim import Optimizer
 import evenkeel
 from evenkeel.study.batches import batches
 from evenkeel.study.checkpoint import CheckpointFile
-from evenkeel.study.data import Data, load_data
+from evenkeel.study.data import Data, DataError, load_data
+from evenkeel.study.errors import StudyError
 from evenkeel.study.loop import Diverged, Loop, evaluate, from_first, ranks
 from evenkeel.study.models import build_model
 from evenkeel.study.plan import StudyConfig
 from evenkeel.study.records import CurvePoint, TrialKey, TrialResult
 
-VALIDATION_SHARE = 0.2  # of the training split, unless the data brings its own
 INITIAL_EXAMPLES = 256  # for methods that start from data
 GAP_EXAMPLES = 1024  # for the train/eval gap
 RESIDENT_SHARE = 0.25  # of a GPU's free memory that data may take, to be there from the start
 
 
 def load(config: StudyConfig) -> Data:
-    """The data of a study with a validation split, on the training device if it takes little of its memory."""
+    """The data of a study with a validation split, on the training device if it takes little of its memory.
+
+    Raises:
+        DataError: The data cannot be used.
+        StudyError: It leaves no example to train or to validate on.
+    """
     data = load_data(
         config.data,
         image_column=config.image_column,
@@ -40,7 +45,11 @@ def load(config: StudyConfig) -> Data:
         image_size=config.image_size,
         limit=config.limit,
     )
-    train, validation = data.split_validation(VALIDATION_SHARE)
+    amount = config.validation if config.validation < 1 else int(config.validation)
+    try:
+        train, validation = data.split_validation(amount)
+    except DataError as error:
+        raise StudyError(f"--validation {config.validation:g}: {error}") from error
     data = replace(data, train=train, validation=validation)
     if config.device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(config.device)
@@ -108,8 +117,8 @@ def run_trial(
     def ended(state: str, **values: float | str | None) -> TrialResult:
         if checkpoint is not None:
             checkpoint.remove()
-        seconds, curve = (loop.seconds, tuple(loop.curve)) if loop is not None else (0.0, ())
-        return TrialResult(key, state, seconds=seconds, curve=curve, **values)  # type: ignore[arg-type]
+        told = {} if loop is None else {"seconds": loop.seconds, "validation_seconds": loop.validation_seconds}
+        return TrialResult(key, state, curve=tuple(loop.curve) if loop is not None else (), **told, **values)  # type: ignore[arg-type]
 
     try:
         model, optimizer = make(config, key, data)
@@ -132,7 +141,7 @@ def run_trial(
 def _judge(config: StudyConfig, key: TrialKey, data: Data, loop: Loop) -> dict[str, float | None]:
     model = loop.model
     assert data.validation is not None
-    with loop.evaluated():
+    with loop.judged():
         accuracy, loss = evaluate(model, data, data.validation, config)
         test_accuracy, test_loss = evaluate(model, data, data.test, config) if key.phase == "final" else (None, None)
     if not math.isfinite(loss):
@@ -145,6 +154,7 @@ def _judge(config: StudyConfig, key: TrialKey, data: Data, loop: Loop) -> dict[s
         "test_accuracy": test_accuracy,
         "test_loss": test_loss,
         "train_eval_gap": train_eval_gap(model, list(sample)),
+        "best_step": loop.best.step if loop.best is not None else None,
     }
 
 
