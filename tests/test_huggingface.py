@@ -112,10 +112,10 @@ def test_fp16_is_refused_with_the_remedy():
 def test_batchless_trains_its_statistics(tmp_path):
     model = evenkeel.convert(Model(norm=True), "batchless")
     norm = model.network[1]
-    before = norm.mean.clone(), norm.rho.clone()
+    before = norm.running_mean.clone(), norm.running_var.clone()
     train(model, [BatchlessCallback()], tmp_path)
-    assert not torch.equal(norm.mean, before[0])
-    assert not torch.equal(norm.rho, before[1])
+    assert not torch.equal(norm.running_mean, before[0])
+    assert not torch.equal(norm.running_var, before[1])
     assert not norm.is_collected
 
 
@@ -140,3 +140,16 @@ def test_the_example_runs():
     trainer, monitor = example.main(steps=12)
     assert trainer.state.global_step == 12
     assert [record["step"] for record in monitor.monitor.history] == [0, 10]
+
+
+def test_projections_come_back_from_a_checkpoint(tmp_path):
+    def model():
+        return evenkeel.convert(Model(norm=True), "batchless-projected")
+
+    whole, resumed = model(), model()
+    train(whole, [BatchlessCallback()], tmp_path, save_strategy="steps", save_steps=3)
+    train(resumed, [BatchlessCallback()], tmp_path, resume=str(tmp_path / "checkpoint-3"))
+    for got, want in zip(resumed.buffers(), whole.buffers(), strict=True):
+        assert torch.equal(got, want)
+        assert got.abs().max() > 0
+    assert_same(resumed, whole)

@@ -110,8 +110,8 @@ def test_batchless_trains_its_statistics():
     module = Module(network)
     before = {name: p.clone() for name, p in network[1].named_parameters()}
     fit(module, [BatchlessCallback()], gradient_clip_val=0.1)
-    assert not torch.equal(network[1].mean, before["mean"])
-    assert not torch.equal(network[1].rho, before["rho"])
+    assert not torch.equal(network[1].running_mean, before["running_mean"])
+    assert not torch.equal(network[1].running_var, before["running_var"])
     expected = evenkeel.convert(net(norm=True), "batchless")
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9)
     evenkeel.attach(expected, optimizer)

@@ -88,6 +88,10 @@ def test_convert_loads_the_checkpoint_trains_and_reverts(case, to, tmp_path):
     assert torch.equal(logits(evenkeel.revert(copy.deepcopy(model)), batch), expected)
     if to in ("batch-renorm", "batchless", "l1"):
         torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-4)
+    if to != "none":
+        plain = type(model)(model.config).eval()
+        plain.load_state_dict(other.state_dict())
+        assert torch.equal(logits(plain, batch), expected)
     optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-4)
     handle = evenkeel.attach(model, optimizer) if to == "batchless" else None
     model(**batch).logits.square().mean().backward()

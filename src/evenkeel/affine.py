@@ -58,12 +58,10 @@ def _read(layer: Any) -> Affine | str:
     channel_dim: int = getattr(layer, "channel_dim", getattr(layer, "feature_dim", 1))
     if isinstance(layer, Removed) and layer.bias is not None:
         return Affine(torch.ones_like(layer.bias), layer.bias, channel_dim)
-    to_batchnorm = getattr(layer, "to_batchnorm", None)
-    norm = layer if to_batchnorm is None else to_batchnorm()
-    weight, bias, mean, var = (getattr(norm, name, None) for name in ("weight", "bias", "running_mean", "running_var"))
+    weight, bias, mean, var = (getattr(layer, name, None) for name in ("weight", "bias", "running_mean", "running_var"))
     if mean is None or var is None:
         return "it keeps no running statistics"
-    scale = (var + getattr(norm, "eps", 1e-5)).rsqrt() * (1 if weight is None else weight)
+    scale = (var + getattr(layer, "eps", 1e-5)).rsqrt() * (1 if weight is None else weight)
     # without a shift the mean is mapped to 0, and if the scale is 0 nothing that follows can see the difference
     return Affine(scale, (0 if bias is None else bias) - mean * scale, channel_dim, mean if bias is None else None)
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from evenkeel.methods.revisited import mark, revision_of
-from evenkeel.targets import TARGETS, Removed, spatial_dims
+from evenkeel.targets import TARGETS, Removed, running_tensors, spatial_dims
 
 Producer = nn.Linear | _ConvNd
 
@@ -69,28 +68,13 @@ def restored(layer: nn.Module, origin: Origin) -> nn.Module:
     parameters, buffers = module._parameters, module._buffers
     if not isinstance(layer, Removed):
         parameters.update({name: p for name, p in layer._parameters.items() if name in ("weight", "bias")})
-    had = {name for name, buffer in buffers.items() if buffer is not None}
-    buffers.update({name: b for name, b in layer._buffers.items() if name in had})
-    if isinstance(module, _BatchNorm) and hasattr(layer, "to_batchnorm") and not _untouched(layer, origin):
-        now: _BatchNorm = layer.to_batchnorm()  # pyright: ignore[reportCallIssue]
-        buffers.update({name: b for name, b in now._buffers.items() if name in had - {"num_batches_tracked"}})
-        module.eps = now.eps
+    now = {**layer._buffers, **running_tensors(layer)}
+    buffers.update({name: now[name] for name, buffer in buffers.items() if buffer is not None and name in now})
     bias = (layer if origin.biased is None else origin.biased).bias if isinstance(layer, Removed) else None
     mean = buffers.get("running_mean")
     if mean is not None and bias is not None:
         buffers["running_mean"] = mean.to(bias.device) - bias.detach().to(mean.dtype)
     return module.train(layer.training)
-
-
-def _untouched(layer: nn.Module, origin: Origin) -> bool:
-    """Whether the statistics of ``layer`` are those that the conversion gave it, so the old ones are exact."""
-    then = _rebuilt(origin.module, layer, origin).state_dict()
-    now = layer.state_dict()
-    return all(
-        name in ("weight", "bias")
-        or (t.device == now[name].device and t.dtype == now[name].dtype and t.equal(now[name]))
-        for name, t in then.items()
-    )
 
 
 def _rebuilt(source: nn.Module, layer: nn.Module, origin: Origin) -> nn.Module:

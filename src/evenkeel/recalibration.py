@@ -113,7 +113,7 @@ def _set(layer: Layer, moments: Moments) -> None:
     if moments.count < 1:
         return
     if isinstance(layer, BatchlessNorm):
-        layer.set_statistics(moments.mean, (moments.variance + layer.eps).sqrt())
+        layer.set_statistics(moments.mean, moments.variance)
     elif layer.running_mean is not None and layer.running_var is not None:
         layer.running_mean.copy_(moments.mean)
         layer.running_var.copy_(moments.m2 / (moments.count - 1).clamp(min=1))  # unbiased, as batch normalization's

@@ -1,7 +1,7 @@
 """What a normalization layer can be converted to: one entry per target.
 
-A layer class of this package becomes a target by its classmethod ``from_batchnorm``; where its statistics are other
-tensors than batch normalization's, its method ``to_batchnorm`` hands them back.
+A layer class of this package becomes a target by its classmethod ``from_batchnorm``. It keeps what it evaluates with under
+the names of batch normalization's running statistics, whatever they mean in training.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from evenkeel.methods.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
-from evenkeel.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
+from evenkeel.methods.lp_norm import LpNorm, LpNorm1d, LpNorm2d, LpNorm3d
 from evenkeel.methods.noisy_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
 
 Dims = Callable[[], int]
@@ -132,15 +132,22 @@ def _to_batchnorm(source: nn.Module, dims: Dims) -> _BatchNorm:
     """``source`` if it is a batch normalization, else one with its parameters and the statistics that it has."""
     if isinstance(source, _BatchNorm) and is_batchnorm(source):
         return source
-    if hasattr(source, "to_batchnorm"):
-        new = source.to_batchnorm()  # pyright: ignore[reportCallIssue]
-    else:
-        like = next((t for t in (*source.parameters(), *source.buffers())), torch.empty(0))
-        cls, eps = _FAMILIES["batch"][dims()], vars(source)["eps"]
-        new = cls(features_of(source), eps=eps, affine=False, device=like.device, dtype=like.dtype)
-        new._buffers.update({name: b for name, b in source._buffers.items() if name in new._buffers and b is not None})
+    like = next((t for t in (*source.parameters(), *source.buffers())), torch.empty(0))
+    options = {name: vars(source)[name] for name in ("eps", "momentum") if name in vars(source)}
+    if isinstance(source, LpNorm):
+        options["track_running_stats"] = source.running_mean is not None
+    cls = _FAMILIES["batch"][dims()]
+    new = cls(features_of(source), affine=False, device=like.device, dtype=like.dtype, **options)
+    new._buffers.update({name: t for name, t in running_tensors(source).items() if name in new._buffers})
     _share_affine(source, new)
-    return new
+    return new.train(source.training)
+
+
+def running_tensors(norm: nn.Module) -> dict[str, Tensor]:
+    """What ``norm`` evaluates with beside its parameters, by the names that batch normalization gives it."""
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    tensors = {name: t for name in names if (t := getattr(norm, name, None)) is not None}
+    return {name: t.detach().clone() if isinstance(t, nn.Parameter) else t for name, t in tensors.items()}
 
 
 def _to_groups(source: nn.Module, groups: int) -> nn.Module:
@@ -202,7 +209,8 @@ TARGETS: dict[str, Target] = {
     "none": Target(
         _to_removed,
         lambda m: False,
-        "weight, bias and running statistics are set aside until revert",
+        "weight, bias and running statistics are set aside until revert and not saved: what loads where they are expected "
+        "is revert(copy.deepcopy(model)).state_dict()",
         takes_tokens=True,
     ),
     "batch": Target(_to_batchnorm, is_batchnorm, _FIT),

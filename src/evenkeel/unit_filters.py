@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.invariance import Invariance, weight_users
-from evenkeel.methods.lp_norm import LpNorm
 from evenkeel.methods.rows import local
 
 
@@ -75,10 +74,7 @@ def _rescale_running(norm: Any, length: Tensor, bias: Tensor | None) -> None:
     length = length.to(mean.dtype)
     shift = torch.zeros_like(mean) if bias is None else _whole(bias).to(mean.dtype)
     mean.sub_(shift).div_(length).add_(shift)
-    if isinstance(norm, LpNorm):
-        norm.running_scale = norm.running_scale / length if norm.running_scale is not None else None
-    else:
-        norm.running_var.div_(length.square())
+    norm.running_var.div_(length.square())
 
 
 def _whole(x: Any) -> Tensor:

@@ -35,13 +35,11 @@ def uses_batch_statistics(module: nn.Module) -> bool:
 
 def running_statistics(module: nn.Module) -> Statistics | None:
     """A copy of the statistics with which a layer evaluates, or None where it has none of its own."""
-    if isinstance(module, LpNorm) and module.running_mean is not None and module.running_scale is not None:
-        return Statistics(module.running_mean.clone(), (module.running_scale + module.eps).square())
-    if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
-        return Statistics(module.running_mean.clone(), module.running_var + module.eps)
-    if isinstance(module, BatchlessNorm):
-        return Statistics(module.mean.detach().clone(), module.sigma.square())
-    return None
+    if not isinstance(module, _BatchNorm | LpNorm | BatchlessNorm):
+        return None
+    if module.running_mean is None or module.running_var is None:
+        return None
+    return Statistics(module.running_mean.detach().clone(), module.running_var.detach() + module.eps)
 
 
 def batch_statistics(module: nn.Module, x: Tensor) -> tuple[Statistics, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evenkeel.instruments import Monitor
-from evenkeel.methods.batchless_training import RATE, attach
+from evenkeel.methods.batchless_training import RATE, attach, load_projections
 from evenkeel.methods.bnp import BNP
 from evenkeel.stepping import StepHandle
 
@@ -109,8 +109,11 @@ class BatchlessCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the Trainer's optimizer."""
+        """Attach to the Trainer's optimizer, whose state was loaded before."""
         self._handle = attach(kwargs["model"], _unwrapped(kwargs["optimizer"]), rate=self.rate)
+        kept = _checkpoint(args, state) / "optimizer.pt"
+        if state.global_step and kept.exists():
+            load_projections(kwargs["model"], torch.load(kept, map_location="cpu", weights_only=True))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -8,6 +8,9 @@ sigma for constants; the negative log likelihood ``log sigma + n^2 / 2`` trains 
 That likelihood depends on the layer's input alone, so its gradient need not travel through the backward pass: the layer
 counts the moments of its input, and :func:`evenkeel.attach` turns them into the gradient of mu and sigma right before
 the optimizer's step. Nothing in it depends on how the rows were split into micro-batches or over ranks.
+
+What is kept is mu and sigma^2 - eps, under the names of batch normalization's running statistics: state dicts load both
+ways, and evaluate the same.
 """
 
 import warnings
@@ -18,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.compilation import eager
-from evenkeel.methods.batchless_functions import Gradient, affine_map, gaussian_nll_gradients, moments_about
+from evenkeel.methods.batchless_functions import Gradient, affine_map, at_least_single, moments_about
 from evenkeel.methods.batchless_projected import GradientControl
-from evenkeel.moments import Moments, Tally, observe_unchecked, observing, statistics_dtype
+from evenkeel.moments import Tally, observe_unchecked, observing, statistics_dtype
 
 Scale = Literal["log", "abs"]
 _Self = TypeVar("_Self", bound="BatchlessNorm")
@@ -31,15 +34,15 @@ PATIENCE = 8  # backward passes after which a layer that nobody attached complai
 class BatchlessNorm(nn.Module):
     """Normalization by a learned Gaussian per channel: the same affine map in train and in eval mode.
 
-    Use :class:`BatchlessNorm1d`, ``2d`` or ``3d``. The layer starts at (mu, sigma) = (0, 1);
+    Use :class:`BatchlessNorm1d`, ``2d`` or ``3d``. The layer starts like batch normalization at mean 0 and variance 1;
     :func:`evenkeel.initialize` sets both from data. It learns only while :func:`evenkeel.attach` connects it with an
     optimizer.
 
     Attributes:
         weight: gamma, or None.
         bias: beta, or None.
-        mean: mu. Not touched by autograd (``requires_grad=False``), in fp32 or wider.
-        rho: ``log sigma`` (``scale="log"``) or sigma up to its sign (``"abs"``); like ``mean``.
+        running_mean: mu. Not touched by autograd (``requires_grad=False``), in fp32 or wider.
+        running_var: ``sigma^2 - eps``; like ``running_mean``.
         mismatch: ``(E n^2 - 1) / 2`` of the last step, mean over the channels: the likelihood relative to a perfect
             fit, which has 0. None before the first step.
     """
@@ -65,14 +68,14 @@ class BatchlessNorm(nn.Module):
             num_features: Number of channels.
             affine: Whether gamma and beta are learned; without them the layer keeps no activation for the backward
                 pass.
-            scale: What is learned for sigma: its logarithm, or itself up to its sign.
+            scale: What the ``plain`` gradient trains for sigma: its logarithm, or itself up to its sign.
             gradient: ``natural`` or ``plain`` gradient of the likelihood, see :func:`gaussian_nll_gradients`.
             projected: Give the layers before the projected gradient instead of the paper's pointwise one, see
                 :mod:`evenkeel.methods.batchless_projected`.
             eps: Added to the variance that sigma is fitted to, like the eps of batch normalization.
             feature_dim: Dimension of the channels: 1, or -1 for channels-last inputs such as tokens.
             device: Device of the parameters.
-            dtype: Dtype of gamma and beta; mean and rho are in fp32 or wider.
+            dtype: Dtype of gamma and beta; mean and variance are in fp32 or wider.
 
         Raises:
             ValueError: ``scale``, ``gradient`` or ``feature_dim`` is none of the choices.
@@ -95,12 +98,12 @@ class BatchlessNorm(nn.Module):
             self.register_parameter("weight", None)
             self.register_parameter("bias", None)
         wide = statistics_dtype(dtype)
-        self.mean = nn.Parameter(torch.zeros(num_features, device=device, dtype=wide), requires_grad=False)
-        self.rho = nn.Parameter(torch.zeros(num_features, device=device, dtype=wide), requires_grad=False)
+        self.running_mean = nn.Parameter(torch.zeros(num_features, device=device, dtype=wide), requires_grad=False)
+        self.running_var = nn.Parameter(torch.ones(num_features, device=device, dtype=wide), requires_grad=False)
         self.control = GradientControl(num_features, device=device, dtype=wide) if projected else None
-        self.set_statistics(self.mean, torch.ones_like(self.rho))
         self.mismatch: Tensor | None = None
         self.tally = Tally()
+        self.positions = 1  # rows of one instance
         self._collector: int | None = None
         self._uncollected = 0
 
@@ -117,41 +120,13 @@ class BatchlessNorm(nn.Module):
     @property
     def sigma(self) -> Tensor:
         """Standard deviation per channel, shape ``(num_features,)``."""
-        return self.rho.detach().exp() if self.scale == "log" else self.rho.detach().abs()
+        return (self.running_var.detach() + self.eps).sqrt()
 
     @torch.no_grad()
-    def set_statistics(self, mean: Tensor, sigma: Tensor) -> None:
-        """Set mu and sigma."""
-        self.mean.copy_(mean)
-        self.rho.copy_(sigma.log() if self.scale == "log" else sigma)
-
-    def normalized_moments(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        """``m1 = E n`` and ``m2 = E n^2`` of rows with ``moments``, ``(num_features,)`` each."""
-        m1 = (moments.mean - self.mean.detach()) / self.sigma
-        return m1, moments.variance / self.sigma.square() + m1.square()
-
-    def likelihood_gradients(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        """Gradient of the likelihood with respect to ``mean`` and ``rho``, by the layer's gradient and scale."""
-        sigma = self.sigma
-        d_mean, d_rho = gaussian_nll_gradients(moments, self.mean.detach(), sigma, gradient=self.gradient, eps=self.eps)
-        if self.scale == "abs":  # d sigma = d rho / sigma; the Fisher information of sigma itself is 2 / sigma^2
-            d_rho = d_rho * self.rho.detach().sign() * (1 / sigma if self.gradient == "plain" else sigma)
-        return d_mean, d_rho
-
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Step along the natural gradient in ``.grad``, and clear it.
-
-        sigma moves by ``sigma^2 <- sigma^2 (1 + rate (m2 - 1))``: to first order the plain step, but the exact running
-        second moment about mu, so that no rate up to 1 and no misfit, however large, overshoots.
-        """
-        if self.mean.grad is None or self.rho.grad is None:
-            return
-        d_log = self.rho.grad if self.scale == "log" else self.rho.grad / self.rho
-        growth = torch.log1p(-2 * rate * d_log) / 2
-        self.mean.sub_(self.mean.grad, alpha=rate)
-        self.set_statistics(self.mean, self.sigma * growth.exp())
-        self.mean.grad = self.rho.grad = None
+    def set_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        """Set mu to ``mean`` and sigma to ``sqrt(variance + eps)``."""
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(variance)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize ``x``.
@@ -176,11 +151,8 @@ class BatchlessNorm(nn.Module):
         last = self.feature_dim == -1 and x.dim() > 2
         rows = x.reshape(-1, self.num_features) if last else x
         learns = self.training and torch.is_grad_enabled()
-        if learns and self.control is not None:
-            self.control.positions = x.numel() // (self.num_features * max(1, x.shape[0]))
-            y = self.control(rows, self.mean, self.sigma, self.weight, self.bias)
-        else:
-            y = affine_map(rows, self.mean, self.sigma, self.weight, self.bias)
+        affine = affine_map if self.control is None or not learns else self.control
+        y = affine(rows, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         y = y.view_as(x) if last else y
         if learns and observing():
             self._count(rows if mask is None else x, y, mask)
@@ -188,8 +160,9 @@ class BatchlessNorm(nn.Module):
 
     @eager
     def _count(self, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+        self.positions = y.numel() // (self.num_features * max(1, len(y)))
         if mask is None:
-            moments = moments_about(x, self.mean.detach(), self.sigma)
+            moments = moments_about(x, self.running_mean.detach(), self.running_var.detach())
         else:
             moments = observe_unchecked(x, self.feature_dim, mask)
         if y.requires_grad:
@@ -201,7 +174,7 @@ class BatchlessNorm(nn.Module):
         self._uncollected += 1
         if self._uncollected == PATIENCE:
             warnings.warn(
-                f"{type(self).__name__}: mean and sigma have not moved in {PATIENCE} training passes, for no optimizer "
+                f"{type(self).__name__}: mean and variance have not moved in {PATIENCE} training passes, for no optimizer "
                 "collects them; call evenkeel.attach(model, optimizer) after building the optimizer",
                 stacklevel=4,
             )
@@ -227,8 +200,7 @@ class BatchlessNorm(nn.Module):
     def from_batchnorm(cls: type[_Self], bn: nn.Module, **options: Any) -> _Self:
         """A layer that computes what ``bn`` computes in eval mode.
 
-        mu is the running mean, ``rho = log(running_var + eps) / 2``; gamma and beta are copied. Without running
-        statistics the layer starts at (0, 1).
+        Running statistics, gamma and beta are copied. Without running statistics the layer starts at (0, 1).
 
         Args:
             bn: A batch normalization layer whose channels are known.
@@ -253,42 +225,14 @@ class BatchlessNorm(nn.Module):
             layer.weight.requires_grad_(bn.weight.requires_grad)
             layer.bias.requires_grad_(bn.bias.requires_grad)
         if bn.running_mean is not None and bn.running_var is not None:
-            wide = layer.rho.dtype
-            layer.set_statistics(bn.running_mean.to(wide), (bn.running_var.to(wide) + bn.eps).sqrt())
+            layer.set_statistics(bn.running_mean, bn.running_var)
         return layer.train(bn.training)
 
-    def to_batchnorm(self) -> nn.modules.batchnorm._BatchNorm:
-        """The batch normalization layer that computes the same in eval mode.
-
-        Its eps is the layer's, or the smallest variance where that is smaller (``running_var = sigma^2 - eps`` must not
-        be negative).
-        """
-        kind = {(2, 3): nn.BatchNorm1d, (4,): nn.BatchNorm2d, (5,): nn.BatchNorm3d}[self.dims]
-        variance = self.sigma.square()
-        eps = min(self.eps, variance.min().item())
-        dtype = self.mean.dtype if self.weight is None else self.weight.dtype
-        bn = kind(self.num_features, eps=eps, affine=self.affine, device=self.mean.device, dtype=dtype)
-        if self.weight is not None:
-            bn.weight.data.copy_(self.weight)
-            bn.bias.data.copy_(self.bias)
-            bn.weight.requires_grad_(self.weight.requires_grad)
-            bn.bias.requires_grad_(self.bias.requires_grad)
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        bn.running_mean.copy_(self.mean)
-        bn.running_var.copy_(variance - eps)
-        return bn.train(self.training)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        before = {name: getattr(self, name).data for name in ("mean", "rho")}
+        before = self.running_mean.data, self.running_var.data
         super()._apply(fn, recurse)
-        for (
-            name,
-            old,
-        ) in before.items():  # .half() and .bfloat16() leave the statistics wide: small steps would round away
-            new = getattr(self, name)
-            if new.dtype.itemsize < 4:
-                new.data = old.to(new.device)
+        for statistic, old in zip((self.running_mean, self.running_var), before, strict=True):
+            statistic.data = at_least_single(statistic.data, old)
         return self
 
     def _load_from_state_dict(
@@ -301,12 +245,8 @@ class BatchlessNorm(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        mean, var = state_dict.pop(prefix + "running_mean", None), state_dict.pop(prefix + "running_var", None)
+        # a batch normalization in turn takes our state, of version 1, for one from before it counted batches
         state_dict.pop(prefix + "num_batches_tracked", None)
-        if mean is not None and var is not None:  # the state of the batch normalization that stood here
-            sigma = (var.to(self.rho.dtype) + self.eps).sqrt()
-            state_dict[prefix + "mean"] = mean
-            state_dict[prefix + "rho"] = sigma.log() if self.scale == "log" else sigma
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -327,7 +267,7 @@ class BatchlessNorm1d(BatchlessNorm):
     """:class:`BatchlessNorm` of ``(N, C)`` or ``(N, C, L)`` inputs (``(N, L, C)`` with ``feature_dim=-1``).
 
     Examples:
-        >>> BatchlessNorm1d(2, affine=False)(torch.tensor([[1.0, 2.0]])).tolist()
+        >>> BatchlessNorm1d(2, affine=False, eps=0.0)(torch.tensor([[1.0, 2.0]])).tolist()
         [[1.0, 2.0]]
     """
 

@@ -5,7 +5,7 @@ Our own addition to Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.147
 Batch normalization sees the weights' last step in the statistics of the next batch. mu and sigma that trail behind see
 it many steps later, and until then each layer passes on, and amplifies, the shift of its predecessor. But for the
 linear or convolution layer that feeds a batchless layer, ``x = W h``, the step's own effect is known: with the mean m
-and variance s of its inputs, ``mu += (W' - W) m`` and ``sigma^2 *= (W'^2 s) / (W^2 s)`` (inputs taken for
+and variance s of its inputs, ``mu += (W' - W) m`` and the variance ``*= (W'^2 s) / (W^2 s)`` (inputs taken for
 uncorrelated).
 """
 
@@ -23,9 +23,9 @@ from evenkeel.moments import Moments, Tally, observing, totals
 
 
 def forecast(old: Tensor, new: Tensor, mean: Tensor, variance: Tensor, *, groups: int = 1) -> tuple[Tensor, Tensor]:
-    """Shift of the mean and growth of the standard deviation of ``x = W h`` when W changes and h does not.
+    """Shift of the mean and growth of the variance of ``x = W h`` when W changes and h does not.
 
-    ``shift = (W' - W) m`` and ``growth^2 = (W'^2 s) / (W^2 s)``, squares elementwise; the taps of a convolution share
+    ``shift = (W' - W) m`` and ``growth = (W'^2 s) / (W^2 s)``, squares elementwise; the taps of a convolution share
     the statistics of their input channel.
 
     Args:
@@ -41,17 +41,19 @@ def forecast(old: Tensor, new: Tensor, mean: Tensor, variance: Tensor, *, groups
     Examples:
         >>> old, new = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]])
         >>> [t.item() for t in forecast(old, new, torch.tensor([5.0, 3.0]), torch.tensor([1.0, 2.0]))]
-        [6.0, 3.0]
+        [6.0, 9.0]
     """
 
     def through(weight: Tensor, statistic: Tensor) -> Tensor:
         per_input = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+        if groups == 1:
+            return per_input @ statistic
         shared = statistic.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
         return (per_input * shared).sum(1)
 
     old, new = old.to(mean.dtype), new.to(mean.dtype)
     shift = through(new - old, mean)
-    growth = (through(new.square(), variance) / through(old.square(), variance)).sqrt()
+    growth = through(new.square(), variance) / through(old.square(), variance)
     known = torch.isfinite(growth) & (growth > 0)
     return torch.where(torch.isfinite(shift), shift, 0), torch.where(known, growth, 1)
 
@@ -104,7 +106,7 @@ class Forecaster:
         self._before = None
         groups = getattr(self.producer, "groups", 1)
         shift, growth = forecast(old, self.producer.weight, moments.mean, moments.variance, groups=groups)
-        self.norm.set_statistics(self.norm.mean + shift, self.norm.sigma * growth)
+        self.norm.set_statistics(self.norm.running_mean + shift, self.norm.running_var * growth)
 
 
 def forecasters(model: nn.Module) -> list[Forecaster]:

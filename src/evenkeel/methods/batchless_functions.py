@@ -56,17 +56,17 @@ def gaussian_nll_gradients(
     return -sigma * m1, -excess / 2
 
 
-def moments_about(x: Tensor, mean: Tensor, sigma: Tensor) -> Moments:
-    """Moments of the rows of ``x``, channels in dimension 1; :func:`evenkeel.moments.observe` at the price of one pass.
+def moments_about(x: Tensor, mean: Tensor, variance: Tensor) -> Moments:
+    """Moments of the rows of ``x``, channels in dimension 1; :func:`evenkeel.moments.observe` at the price of less.
 
-    What is not finite stays so. Sums of ``n = (x - mu) / sigma`` and ``n^2`` cancel no digits as long as mu and sigma
-    roughly fit, ``E x = mu + sigma E n`` and ``var x = sigma^2 (E n^2 - (E n)^2)``. Where channels are contiguous, the
-    statistics kernel of batch normalization is faster still.
+    What is not finite stays so. Sums of x and x^2 lose ``(mu / sigma)^2`` in relative precision of what the likelihood
+    needs, ``E (x - mu)^2``; where that is more than a hundredfold, deviations are summed instead. On a GPU the
+    statistics kernel of batch normalization does it in one pass.
 
     Args:
         x: ``(N, C, ...)``.
         mean: mu, ``(C,)``.
-        sigma: Standard deviation, ``(C,)``.
+        variance: sigma^2 roughly, ``(C,)``.
 
     Returns:
         Moments of C features, up to rounding those of ``observe(x, 1)``.
@@ -75,23 +75,28 @@ def moments_about(x: Tensor, mean: Tensor, sigma: Tensor) -> Moments:
     if x.dtype != mean.dtype or x.numel() == 0:
         return observe_unchecked(x, 1)
     count = torch.full((), x.numel() / x.shape[1], dtype=mean.dtype, device=x.device)
-    if x.stride(1) == 1 or x.is_cuda:
-        center, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
-        return Moments(count, center, variance * count)
-    total, square = totals(F.batch_norm(x, mean, sigma.square(), training=False, eps=0.0), 1)
-    m1 = total / count
-    return Moments(count, mean + sigma * m1, (square - total * m1).clamp(min=0) * sigma.square())
+    if x.is_cuda:
+        center, spread = torch.batch_norm_update_stats(x, None, None, 0.0)
+        return Moments(count, center, spread * count)
+    if x.device.type != "cpu" or bool((mean.square() > 100 * variance).any()):
+        return observe_unchecked(x, 1)
+    total, square = totals(x, 1)
+    center = total / count
+    return Moments(count, center, (square - total * center).clamp(min=0))
 
 
-def affine_map(x: Tensor, mean: Tensor, sigma: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``(x - mu) / sigma * gamma + beta`` with channels in dimension 1; saves ``x`` only if gamma is there.
+def affine_map(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """``(x - mu) / sqrt(variance + eps) * gamma + beta``, channels in dimension 1; saves ``x`` only if gamma is there.
 
     Args:
         x: ``(N, C, ...)``.
         mean: mu, ``(C,)``.
-        sigma: Standard deviation, ``(C,)``.
+        variance: ``sigma^2 - eps``, ``(C,)``.
         weight: gamma ``(C,)`` or None.
         bias: beta ``(C,)`` or None.
+        eps: Added to the variance.
 
     Returns:
         Shape and dtype of ``x``.
@@ -100,8 +105,13 @@ def affine_map(x: Tensor, mean: Tensor, sigma: Tensor, weight: Tensor | None, bi
         if weight.dtype != mean.dtype:
             weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
         if x.dtype.itemsize > mean.dtype.itemsize:
-            mean, sigma, weight, bias = (t.to(x.dtype) for t in (mean, sigma, weight, bias))
-        return F.batch_norm(x, mean, sigma.square(), weight, bias, training=False, eps=0.0)
+            mean, variance, weight, bias = (t.to(x.dtype) for t in (mean, variance, weight, bias))
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
     shape = (-1, *[1] * (x.dim() - 2))
-    scale = 1 / sigma
+    scale = (variance + eps).rsqrt()
     return torch.addcmul((-mean * scale).view(shape), x, scale.view(shape)).to(x.dtype)
+
+
+def at_least_single(new: Tensor, old: Tensor) -> Tensor:
+    """What ``module.half()`` may make of a statistic: nothing narrower than fp32, where small steps would round away."""
+    return old.to(new.device) if new.dtype.itemsize < 4 else new

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.compilation import eager
-from evenkeel.methods.batchless_functions import affine_map
+from evenkeel.methods.batchless_functions import affine_map, at_least_single
 from evenkeel.moments import Moments, observing
 
 GAIN, INSTANCES = 0.3, 4.0  # the share of the newest step: 0.3 from many instances, 0.06 from one
@@ -76,6 +76,8 @@ class GradientControl(nn.Module):
     """A and B of one layer, learned from the steps so far.
 
     They are kept as sums over the rows of a step, the scale on which a mean loss does not depend on the number of rows.
+    Like momentum they belong to the training, not to the function: :func:`evenkeel.attach` lets them travel in the
+    optimizer's state dict, so that the model's is that of batch normalization.
     """
 
     shift: Tensor
@@ -87,17 +89,30 @@ class GradientControl(nn.Module):
     ) -> None:
         """Start with A = B = 0, the paper's gradient."""
         super().__init__()
-        self.register_buffer("shift", torch.zeros(features, device=device, dtype=dtype))
-        self.register_buffer("slope", torch.zeros(features, device=device, dtype=dtype))
-        self.register_buffer("rows", torch.ones(2, device=device, dtype=dtype))
+        for name, start in (
+            ("shift", torch.zeros(features)),
+            ("slope", torch.zeros(features)),
+            ("rows", torch.ones(2)),
+        ):
+            self.register_buffer(name, start.to(device=device, dtype=dtype), persistent=False)
         self.sums: Tensor | None = None
-        self.positions = 1  # rows of one instance
 
-    def forward(self, x: Tensor, mean: Tensor, sigma: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The affine map of the layer with the projected gradient."""
+    def forward(
+        self, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        """:func:`affine_map` with the projected gradient."""
         rows = self.rows.max()
         add = self._add if observing() else None
-        return _projected_affine(x, weight, bias, mean.detach(), sigma, self.shift / rows, self.slope / rows, add)
+        learned = self.shift / rows, self.slope / rows
+        return _projected_affine(x, weight, bias, mean.detach(), variance.detach(), *learned, eps, add)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            if old is not None:
+                self._buffers[name] = at_least_single(self.get_buffer(name), old)
+        return self
 
     def _add(self, sums: Tensor) -> None:
         self.sums = sums if self.sums is None else self.sums + sums
@@ -107,18 +122,6 @@ class GradientControl(nn.Module):
         sums, self.sums = self.sums, None
         mean = self.shift.new_zeros(2 * self.shift.numel()) if sums is None else sums.flatten() / count.clamp(min=1)
         return Moments(count, mean, torch.zeros_like(mean))
-
-    @torch.no_grad()
-    def update(self, products: Moments, m1: Tensor, m2: Tensor, ranks: int) -> None:
-        """Move A and B towards the regression over the rows of this step."""
-        rows = products.count / ranks
-        sum_grad, sum_grad_n = (products.mean * rows).chunk(2)
-        shift, slope = regression(sum_grad, sum_grad_n, m1, m2)
-        valid = (products.count > 0) & torch.isfinite(shift).all() & torch.isfinite(slope).all()
-        share = gain(products.count / self.positions)
-        self.shift.copy_(torch.where(valid, self.shift.lerp(shift, share), self.shift))
-        self.slope.copy_(torch.where(valid, self.slope.lerp(slope, share), self.slope))
-        self.rows.copy_(torch.where(valid, torch.stack([rows, self.rows[0]]), self.rows))
 
 
 class _ProjectedAffine(torch.autograd.Function):
@@ -131,22 +134,23 @@ class _ProjectedAffine(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         mean: Tensor,
-        sigma: Tensor,
+        variance: Tensor,
         shift: Tensor,
         slope: Tensor,
+        eps: float,
         add: Callable[[Tensor], None] | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, sigma, shift, slope)
-        ctx.add, ctx.first = add, True
-        return affine_map(x, mean, sigma, weight, bias)
+        ctx.save_for_backward(x, weight, mean, variance, shift, slope)
+        ctx.add, ctx.eps, ctx.first = add, eps, True
+        return affine_map(x, mean, variance, weight, bias, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dy,) = grads
-        x, weight, mean, sigma, shift, slope = ctx.saved_tensors
+        x, weight, mean, variance, shift, slope = ctx.saved_tensors
         gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
         _, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(
-            dy, x, gamma, mean, sigma.square(), None, None, False, 0.0, [False, True, True]
+            dy, x, gamma, mean, variance, None, None, False, ctx.eps, [False, True, True]
         )
         if ctx.add is not None:
             ctx.add(torch.stack([gamma * d_beta, gamma * d_gamma]).detach())
@@ -155,15 +159,14 @@ class _ProjectedAffine(torch.autograd.Function):
             if not ctx.first:  # A and B belong to the sum of all backward passes: they go once
                 shift, slope = torch.zeros_like(shift), torch.zeros_like(slope)
             ctx.first = False
-            shape = (-1, *[1] * (x.dim() - 2))
-            constant, linear, outer = (
-                t.view(shape).to(dy.dtype)
-                for t in ((slope * mean / sigma - shift) / sigma, -slope / sigma.square(), gamma / sigma)
-            )
+            inverse = (variance + ctx.eps).rsqrt()
+            slope = slope * inverse
+            terms = torch.stack([(slope * mean - shift) * inverse, -slope * inverse, gamma * inverse]).to(dy.dtype)
+            constant, linear, outer = terms.view(3, -1, *[1] * (x.dim() - 2))
             dx = torch.addcmul(constant, x, linear).addcmul_(dy, outer)
         if weight is None:
             d_gamma = d_beta = None
-        return dx, d_gamma, d_beta, None, None, None, None, None
+        return dx, d_gamma, d_beta, None, None, None, None, None, None
 
 
 @eager

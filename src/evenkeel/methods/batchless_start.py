@@ -49,7 +49,7 @@ def initialize(
         raise ValueError("initialize: batches is empty; give at least one batch of training data")
     with evaluating(model):
         for layer, moments in layerwise(model, layers, few, forward):
-            layer.set_statistics(moments.mean, (moments.variance + layer.eps).sqrt())
+            layer.set_statistics(moments.mean, moments.variance)
     return model
 
 

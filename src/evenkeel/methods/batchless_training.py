@@ -3,6 +3,10 @@
 Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (torch's optimizers are written with the same _foreach functions)
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +16,8 @@ from torch.optim import Optimizer
 
 from evenkeel.methods.batchless import BatchlessNorm, batchless_layers
 from evenkeel.methods.batchless_forecast import Forecaster, forecasters
-from evenkeel.moments import Moments, Tally, empty, finite, reduce
+from evenkeel.methods.batchless_step import Fit, Plain
+from evenkeel.moments import Moments, Tally, empty, reduce
 from evenkeel.stepping import StepHandle, before_step
 
 RATE = 0.05
@@ -25,10 +30,11 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
     Right before each step, the moments that all layers counted since the last one are reduced over ranks in one
     collective and become the gradient of the likelihood. A layer with the ``natural`` gradient is stepped by plain SGD
     at ``rate``, independent of the optimizer's kind, momentum, weight decay and schedule. A layer with the ``plain``
-    gradient trains like any other parameter, as in the paper: its mu and rho move to a parameter group of ``optimizer``
-    without weight decay, so attach before building a learning-rate scheduler.
+    gradient trains like any other parameter, as in the paper: its mu and log sigma get a parameter group of
+    ``optimizer`` without weight decay, so attach before building a learning-rate scheduler.
 
-    Nothing is done to ``.grad`` of other parameters; clipping and loss scaling do not see the likelihood.
+    Clipping and loss scaling do not see the likelihood. What projected layers have learned of the gradients' projection
+    travels in the optimizer's state dict (key ``"batchless"``), so that a resumed run goes on exactly.
 
     Args:
         model: A model with batchless layers.
@@ -51,26 +57,28 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
         raise ValueError(
             f"attach: layer {taken!r} is attached already; call remove() of the handle of that attach() first"
         )
-    natural = [layer for layer in layers if layer.gradient == "natural"]
-    plain = [layer for layer in layers if layer.gradient == "plain"]
     for layer in layers:
         layer.set_collected(True)
-    _move_to_own_group(optimizer, [p for layer in plain for p in (layer.mean, layer.rho)])
-
+    plain = {layer: Plain(layer) for layer in layers if layer.gradient == "plain"}
+    _move_to_own_group(optimizer, [p for own in plain.values() for p in own.parameters()])
     watchers = forecasters(model)
 
     @torch.no_grad()
     def prepare() -> None:
-        collect(layers, watchers)
+        fits = collect(layers, watchers)
         restrain(optimizer, layers)
-        for layer in natural:
-            layer.step(rate)
+        for fit in fits:
+            if fit.layers[0].gradient == "natural":
+                fit.follow(rate)
+            else:
+                for layer, moments in zip(fit.layers, fit.moments, strict=True):
+                    plain[layer].before(moments)
 
     def finish() -> None:
         for watcher in watchers:
             watcher.after()
-        for layer in plain:
-            layer.mean.grad = layer.rho.grad = None
+        for own in plain.values():
+            own.after()
 
     def discard() -> None:
         for layer in layers:
@@ -86,33 +94,43 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
         for watcher in watchers:
             watcher.remove()
 
-    return StepHandle([handle.remove, release])
+    hooks = _keep_projections(model, optimizer)
+    return StepHandle([handle.remove, *hooks, release])
 
 
 @torch.no_grad()
-def collect(layers: list[BatchlessNorm], watchers: list[Forecaster] | None = None) -> None:
-    """Write every layer's gradient of the likelihood into ``mean.grad`` and ``rho.grad``; update the projections.
+def collect(layers: list[BatchlessNorm], watchers: list[Forecaster] | None = None) -> list[Fit]:
+    """Take what every layer counted, over all ranks; write the mismatch and update the projections.
 
     Args:
         layers: The layers, in the same order on every rank.
         watchers: Forecasters of some of the layers, told the moments of their inputs.
+
+    Returns:
+        The fit of the layers, of those that are alike together.
     """
     watchers = watchers or []
-    pending = [_taken(layer.tally, layer.num_features, layer.mean) for layer in layers]
-    inputs = [_taken(w.tally, w.features, w.norm.mean) for w in watchers]
-    controlled = [(i, layer.control) for i, layer in enumerate(layers) if layer.control is not None]
-    products = [control.take(pending[i].count) for i, control in controlled]
-    reduced = [finite(moments) for moments in reduce([*pending, *inputs, *products])]
+    pending = [_taken(layer.tally, layer.num_features, layer.running_mean) for layer in layers]
+    inputs = [_taken(w.tally, w.features, w.norm.running_mean) for w in watchers]
+    products = [
+        layer.control.take(m.count) for layer, m in zip(layers, pending, strict=True) if layer.control is not None
+    ]
+    reduced = reduce([*pending, *inputs, *products])
     for watcher, moments in zip(watchers, reduced[len(layers) :], strict=False):
         watcher.before(moments)
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    for (i, control), product in zip(controlled, reduced[len(layers) + len(inputs) :], strict=True):
-        control.update(product, *layers[i].normalized_moments(reduced[i]), ranks)
+    product = iter(reduced[len(layers) + len(inputs) :])
+    groups: dict[Any, list[tuple[BatchlessNorm, Moments, Moments | None]]] = {}
     for layer, moments in zip(layers, reduced, strict=False):
-        seen = moments.count > 0
-        layer.mismatch = torch.where(seen, layer.normalized_moments(moments)[1].mean() - 1, 0) / 2
-        d_mean, d_rho = layer.likelihood_gradients(moments)
-        layer.mean.grad, layer.rho.grad = torch.where(seen, d_mean, 0), torch.where(seen, d_rho, 0)
+        kind = layer.running_mean.device, layer.running_mean.dtype, layer.gradient, layer.projected
+        groups.setdefault(kind, []).append((layer, moments, next(product) if layer.projected else None))
+    fits = []
+    for group in groups.values():
+        fit = Fit([layer for layer, _, _ in group], [moments for _, moments, _ in group])
+        fit.note_mismatch()
+        fit.project([p for _, _, p in group if p is not None], ranks)
+        fits.append(fit)
+    return fits
 
 
 def _taken(tally: Tally, features: int, like: Tensor) -> Moments:
@@ -137,8 +155,8 @@ def restrain(optimizer: Optimizer, layers: list[BatchlessNorm]) -> None:
     grads = [p.grad for p in params if p.grad is not None]
     if misfits and grads:
         factor = (MISFIT / torch.stack([m.to(misfits[0].device) for m in misfits]).max()).clamp(max=1)
-        for grad in grads:
-            grad.mul_(factor.to(grad.device, grad.dtype))
+        for device in {grad.device for grad in grads}:
+            torch._foreach_mul_([grad for grad in grads if grad.device == device], factor.to(device))
 
 
 def _move_to_own_group(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
@@ -152,3 +170,32 @@ def _move_to_own_group(optimizer: Optimizer, params: list[nn.Parameter]) -> None
     if "weight_decay" in optimizer.defaults:
         group["weight_decay"] = 0.0
     optimizer.add_param_group(group)
+
+
+@torch.no_grad()
+def load_projections(model: nn.Module, state: dict[str, Any]) -> None:
+    """Take A and B of projected layers from an optimizer's state dict; layers it does not name keep theirs."""
+    controls = _controls(model)
+    for path, tensors in state.get("batchless", {}).items():
+        for name, tensor in tensors.items() if path in controls else ():
+            controls[path].get_buffer(name).copy_(tensor)
+
+
+def _keep_projections(model: nn.Module, optimizer: Optimizer) -> list[Callable[[], None]]:
+    """Let A and B of projected layers travel in the optimizer's state dict; returns what takes the hooks off."""
+    controls = _controls(model)
+    if not controls:
+        return []
+
+    def save(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "batchless": {path: dict(control.named_buffers()) for path, control in controls.items()}}
+
+    def load(_: Optimizer, state: dict[str, Any]) -> None:
+        load_projections(model, state)
+
+    hooks = optimizer.register_state_dict_post_hook(save), optimizer.register_load_state_dict_pre_hook(load)
+    return [hook.remove for hook in hooks]
+
+
+def _controls(model: nn.Module) -> dict[str, nn.Module]:
+    return {path: m.control for path, m in model.named_modules() if isinstance(m, BatchlessNorm) and m.control}

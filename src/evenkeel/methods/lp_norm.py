@@ -43,6 +43,8 @@ class LpNorm(nn.Module):
     r"""``y = (x - mean) / (N_p + eps) * weight + bias`` per channel, with ``N_p`` of the uncentred batch.
 
     See :func:`lp_statistics`. Evaluation uses running averages of the mean and of ``N_p``, as batch normalization does.
+    The latter is kept as the variance with which batch normalization divides by the same, ``running_var = (N_p +
+    eps)^2 - eps``, so that state dicts load both ways and evaluate the same.
 
     Args:
         num_features: Channels ``C`` of an input ``(N, C, ...)``.
@@ -60,7 +62,7 @@ class LpNorm(nn.Module):
 
     dimensions: tuple[int, ...] = ()
     running_mean: Tensor | None
-    running_scale: Tensor | None
+    running_var: Tensor | None
     num_batches_tracked: Tensor | None
 
     def __init__(
@@ -87,7 +89,7 @@ class LpNorm(nn.Module):
         self.weight = nn.Parameter(full(1.0)) if affine else None
         self.bias = nn.Parameter(full(0.0)) if affine else None
         self.register_buffer("running_mean", full(0.0) if track_running_stats else None)
-        self.register_buffer("running_scale", full(1.0) if track_running_stats else None)
+        self.register_buffer("running_var", full(1.0) if track_running_stats else None)
         counter = torch.zeros((), dtype=torch.long, device=device) if track_running_stats else None
         self.register_buffer("num_batches_tracked", counter)
 
@@ -95,8 +97,7 @@ class LpNorm(nn.Module):
     def from_batchnorm(cls, norm: _BatchNorm, p: float = 2) -> "LpNorm":
         """A layer with the affine parameters of ``norm`` whose evaluation output is that of ``norm``.
 
-        Batch normalization keeps a variance and this layer an l_p mean, so ``running_scale`` starts at the divisor that
-        ``norm`` uses and moves to ``N_p`` as training goes on.
+        The running ``N_p`` starts at the divisor that ``norm`` uses and moves to this layer's as training goes on.
 
         Args:
             norm: Any batch normalization.
@@ -119,21 +120,14 @@ class LpNorm(nn.Module):
             layer.weight, layer.bias = norm.weight, norm.bias
         if norm.running_mean is not None and norm.running_var is not None:
             layer.running_mean = norm.running_mean.clone()
-            layer.running_scale = (norm.running_var + norm.eps).sqrt() - norm.eps
+            layer.running_var = norm.running_var.clone()
             layer.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
         return layer.train(norm.training)  # pyright: ignore[reportReturnType]
 
-    def to_batchnorm(self) -> _BatchNorm:
-        """The batch normalization, with the same parameter objects, whose evaluation output is that of this layer."""
-        kind = {(2, 3): nn.BatchNorm1d, (4,): nn.BatchNorm2d, (5,): nn.BatchNorm3d}[self.dimensions]
-        tracks = self.running_mean is not None
-        norm = kind(self.num_features, self.eps, self.momentum, affine=False, track_running_stats=tracks)
-        norm.affine, norm.weight, norm.bias = self.affine, self.weight, self.bias  # pyright: ignore[reportAttributeAccessIssue]
-        if self.running_mean is not None and self.running_scale is not None:
-            norm.running_mean = self.running_mean.clone()
-            norm.running_var = ((self.running_scale + self.eps).square() - self.eps).clamp(min=0)
-            norm.num_batches_tracked = None if self.num_batches_tracked is None else self.num_batches_tracked.clone()
-        return norm.train(self.training)
+    @property
+    def running_scale(self) -> Tensor | None:
+        """Running average of ``N_p``, ``(C,)``."""
+        return None if self.running_var is None else (self.running_var + self.eps).sqrt() - self.eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` of shape ``(N, C, ...)``.
@@ -167,7 +161,7 @@ class LpNorm(nn.Module):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, scale: Tensor) -> None:
-        if self.running_mean is None or self.running_scale is None:
+        if self.running_mean is None or self.running_var is None or self.running_scale is None:
             return
         weight: float | Tensor | None = self.momentum
         if self.num_batches_tracked is not None:
@@ -175,7 +169,8 @@ class LpNorm(nn.Module):
             if weight is None:
                 weight = 1 / self.num_batches_tracked.to(mean.dtype)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight if weight is not None else 1.0)
-        self.running_scale.lerp_(scale.to(self.running_scale.dtype), weight if weight is not None else 1.0)
+        running = self.running_scale.lerp(scale.to(self.running_var.dtype), weight if weight is not None else 1.0)
+        self.running_var.copy_((running + self.eps).square() - self.eps)
 
     def extra_repr(self) -> str:
         """The settings."""
