@@ -10,6 +10,7 @@ from torch import nn
 import evenkeel
 from evenkeel.functional import gaussian_nll_gradients
 from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
+from evenkeel.methods.batchless_functions import moments_about
 from evenkeel.methods.batchless_step import Plain
 from evenkeel.methods.batchless_training import collect
 from evenkeel.moments import observe
@@ -237,6 +238,16 @@ def test_tracks_a_drifting_gaussian_of_any_scale(spread, scale):
     lag = spread / 200 / 0.05  # a running mean of weight 0.05 trails a linear drift by 1 / 0.05 steps
     assert (norm.running_mean - center + lag).abs().max() < 0.2 * spread
     assert abs(norm.mismatch) < 0.1
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_channels_far_from_zero_lose_no_digits_once_mu_is_there(memory_format):
+    torch.manual_seed(0)
+    x = (torch.randn(8, 3, 9, 9) + 1e4).contiguous(memory_format=memory_format)
+    mean, variance = torch.full((3,), 1e4 + 0.5), torch.full((3,), 1.5)
+    want, got = observe(x.double(), 1), moments_about(x, mean, variance, 1e-5)
+    torch.testing.assert_close(got.mean.double(), want.mean, rtol=0, atol=1e-3)
+    torch.testing.assert_close(got.variance.double(), want.variance, rtol=1e-4, atol=0)
 
 
 def test_mismatch_is_zero_at_a_perfect_fit_and_grows_with_the_misfit():

@@ -162,7 +162,7 @@ class BatchlessNorm(nn.Module):
     def _count(self, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
         self.positions = y.numel() // (self.num_features * max(1, len(y)))
         if mask is None:
-            moments = moments_about(x, self.running_mean.detach(), self.running_var.detach())
+            moments = moments_about(x, self.running_mean.detach(), self.running_var.detach(), self.eps)
         else:
             moments = observe_unchecked(x, self.feature_dim, mask)
         if y.requires_grad:

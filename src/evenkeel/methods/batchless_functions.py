@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evenkeel.moments import Moments, observe_unchecked, totals
+from evenkeel.moments import Moments, observe_unchecked
 
 Gradient = Literal["natural", "plain"]
 
@@ -56,17 +56,18 @@ def gaussian_nll_gradients(
     return -sigma * m1, -excess / 2
 
 
-def moments_about(x: Tensor, mean: Tensor, variance: Tensor) -> Moments:
+def moments_about(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Moments:
     """Moments of the rows of ``x``, channels in dimension 1; :func:`evenkeel.moments.observe` at the price of less.
 
-    What is not finite stays so. Sums of x and x^2 lose ``(mu / sigma)^2`` in relative precision of what the likelihood
-    needs, ``E (x - mu)^2``; where that is more than a hundredfold, deviations are summed instead. On a GPU the
-    statistics kernel of batch normalization does it in one pass.
+    What is not finite stays so. Sums of ``n = (x - mu) / sigma`` and ``n^2`` cancel no digits as long as mu and sigma
+    roughly fit, ``E x = mu + sigma E n`` and ``var x = sigma^2 (E n^2 - (E n)^2)``. Both sums are what the backward pass
+    of batch normalization computes of a gradient n. On a GPU its statistics kernel needs one pass for all.
 
     Args:
         x: ``(N, C, ...)``.
         mean: mu, ``(C,)``.
-        variance: sigma^2 roughly, ``(C,)``.
+        variance: ``sigma^2 - eps``, ``(C,)``.
+        eps: Added to the variance.
 
     Returns:
         Moments of C features, up to rounding those of ``observe(x, 1)``.
@@ -78,11 +79,13 @@ def moments_about(x: Tensor, mean: Tensor, variance: Tensor) -> Moments:
     if x.is_cuda:
         center, spread = torch.batch_norm_update_stats(x, None, None, 0.0)
         return Moments(count, center, spread * count)
-    if x.device.type != "cpu" or bool((mean.square() > 100 * variance).any()):
-        return observe_unchecked(x, 1)
-    total, square = totals(x, 1)
-    center = total / count
-    return Moments(count, center, (square - total * center).clamp(min=0))
+    n = F.batch_norm(x, mean, variance, training=False, eps=eps)
+    zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+    _, square, total = torch.ops.aten.native_batch_norm_backward(
+        n, n, None, zero, one, None, None, False, 0.0, [False, True, True]
+    )
+    m1, sigma2 = total / count, variance + eps
+    return Moments(count, mean + sigma2.sqrt() * m1, (square - total * m1).clamp(min=0) * sigma2)
 
 
 def affine_map(
