@@ -19,7 +19,7 @@ import evenkeel
 from common import interleaved, ratio, save
 from evenkeel.study.models.build import build_model
 
-METHODS = ("batch", "batchless", "batchless-projected", "group")
+METHODS = ("batch", "batchless", "batchless-projected", "batch-renorm", "group", "layer", "none")
 NO_AFFINE = "batchless, affine=False"
 
 

@@ -21,6 +21,11 @@ def small_net():
     )  # fmt: skip
 
 
+def without_bias(norm):
+    norm.register_parameter("bias", None)
+    return norm
+
+
 def trained_net():
     model = small_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -316,6 +321,7 @@ def test_where_takes_a_predicate_or_paths_and_knows_near_misses():
         (nn.GroupNorm(2, 8), (4, 8, 3, 3)),
         (nn.BatchNorm2d(8, track_running_stats=False), (4, 8, 3, 3)),
         (type("Own", (nn.BatchNorm2d,), {})(8), (4, 8, 3, 3)),
+        (without_bias(nn.BatchNorm2d(8)), (4, 8, 3, 3)),
     ],
 )
 @pytest.mark.parametrize("to", [*TARGETS, "batch"])

@@ -106,6 +106,7 @@ class BatchlessNorm(nn.Module):
         self.positions = 1  # rows of one instance
         self._collector: int | None = None
         self._uncollected = 0
+        self.register_load_state_dict_pre_hook(_without_count)
 
     @property
     def affine(self) -> bool:
@@ -219,11 +220,12 @@ class BatchlessNorm(nn.Module):
             bn.num_features,
             **{"affine": bn.affine, "eps": bn.eps, "device": sample.device, "dtype": sample.dtype, **options},
         )
-        if bn.affine and layer.weight is not None:
-            layer.weight.data.copy_(bn.weight)
-            layer.bias.data.copy_(bn.bias)
-            layer.weight.requires_grad_(bn.weight.requires_grad)
-            layer.bias.requires_grad_(bn.bias.requires_grad)
+        for name in ("weight", "bias") if bn.affine and layer.affine else ():
+            given = getattr(bn, name)  # there are batch normalizations with a scale alone
+            own = (
+                None if given is None else nn.Parameter(given.detach().to(sample.dtype, copy=True), given.requires_grad)
+            )
+            setattr(layer, name, own)
         if bn.running_mean is not None and bn.running_var is not None:
             layer.set_statistics(bn.running_mean, bn.running_var)
         return layer.train(bn.training)
@@ -235,22 +237,6 @@ class BatchlessNorm(nn.Module):
             statistic.data = at_least_single(statistic.data, old)
         return self
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # a batch normalization in turn takes our state, of version 1, for one from before it counted batches
-        state_dict.pop(prefix + "num_batches_tracked", None)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
     def extra_repr(self) -> str:
         """The arguments that differ from the defaults."""
         given = {
@@ -261,6 +247,11 @@ class BatchlessNorm(nn.Module):
             "feature_dim": (self.feature_dim, 1),
         }
         return ", ".join([f"{self.num_features}", *(f"{k}={v!r}" for k, (v, default) in given.items() if v != default)])
+
+
+def _without_count(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    """Let a batchless layer load a batch normalization's state (which takes ours for one from before it counted)."""
+    state.pop(prefix + "num_batches_tracked", None)
 
 
 class BatchlessNorm1d(BatchlessNorm):

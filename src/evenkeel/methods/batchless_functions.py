@@ -104,11 +104,10 @@ def affine_map(
     Returns:
         Shape and dtype of ``x``.
     """
-    if weight is not None and bias is not None:
-        if weight.dtype != mean.dtype:
-            weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
-        if x.dtype.itemsize > mean.dtype.itemsize:
-            mean, variance, weight, bias = (t.to(x.dtype) for t in (mean, variance, weight, bias))
+    if weight is not None:
+        dtype = torch.promote_types(x.dtype, mean.dtype)
+        mean, variance, weight = mean.to(dtype), variance.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
     shape = (-1, *[1] * (x.dim() - 2))
     scale = (variance + eps).rsqrt()

@@ -164,8 +164,9 @@ class _ProjectedAffine(torch.autograd.Function):
             terms = torch.stack([(slope * mean - shift) * inverse, -slope * inverse, gamma * inverse]).to(dy.dtype)
             constant, linear, outer = terms.view(3, -1, *[1] * (x.dim() - 2))
             dx = torch.addcmul(constant, x, linear).addcmul_(dy, outer)
-        if weight is None:
-            d_gamma = d_beta = None
+        d_gamma, d_beta = (
+            d if needed else None for d, needed in zip((d_gamma, d_beta), ctx.needs_input_grad[1:3], strict=True)
+        )
         return dx, d_gamma, d_beta, None, None, None, None, None, None
 
 
