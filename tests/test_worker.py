@@ -11,7 +11,7 @@ import pytest
 
 from evenkeel.study.errors import StudyError
 from evenkeel.study.plan import StudyConfig, slots
-from evenkeel.study.worker import Place, run_workers
+from evenkeel.study.worker import LONGEST_REST, SHORTEST_REST, Place, rest, run_workers
 
 CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), seeds=2, lr_points=2, budget=96)
 
@@ -77,3 +77,12 @@ def test_a_study_killed_in_the_middle_goes_on_where_it_was(tmp_path):
 def test_workers_that_cannot_start_end_the_study_with_an_error(tmp_path):
     with pytest.raises(StudyError, match="end before their first trial"):
         run_workers(place(tmp_path), dataclasses.replace(CONFIG, data="no.module:here"), 1, lambda *_: None)
+
+
+@pytest.mark.parametrize(("took", "slept"), [(0.001, SHORTEST_REST), (0.1, 5.0), (3.0, LONGEST_REST)])
+def test_looking_at_a_store_that_is_slow_to_read_takes_a_small_share_of_the_time(monkeypatch, took, slept):
+    rests = []
+    monkeypatch.setattr(time, "sleep", rests.append)
+    monkeypatch.setattr(time, "perf_counter", lambda: 100.0)
+    assert rest(100.0 - took) == 100.0
+    assert rests == [pytest.approx(slept)]

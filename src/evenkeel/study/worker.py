@@ -23,7 +23,7 @@ from evenkeel.study.records import TrialResult
 from evenkeel.study.store import Store, owner
 from evenkeel.study.trial import load, run_trial
 
-POLL_SECONDS = 0.3
+SHORTEST_REST, LONGEST_REST = 0.3, 10.0  # seconds
 MAX_IDLE_DEATHS = 3
 
 
@@ -51,10 +51,22 @@ def lock_file(url: str) -> Path | None:
     return Path(url.partition(":///")[2].partition("?")[0] + ".lock") if url.startswith("sqlite") else None
 
 
+def rest(looking_since: float) -> float:
+    """Sleep fifty times as long as the look at the store took, for a big study, or a far one, takes long to read.
+
+    Returns:
+        When the next look begins, for the next call.
+    """
+    took = time.perf_counter() - looking_since
+    time.sleep(min(max(50 * took, SHORTEST_REST), LONGEST_REST))
+    return time.perf_counter()
+
+
 def work(store: Store, config: StudyConfig, data: Data, checkpoints: Path | None = None) -> None:
     """Claim, train and record until every slot of the plan has ended."""
     planned = len(slots(config))
     while True:
+        looking = time.perf_counter()
         claim = store.claim()
         if claim is not None:
             with store.heartbeat(claim):
@@ -64,8 +76,8 @@ def work(store: Store, config: StudyConfig, data: Data, checkpoints: Path | None
         elif len(store.results()) >= planned:
             return
         else:  # what is left runs elsewhere, or waits for a search that does
-            time.sleep(POLL_SECONDS)
             store.free_dead()
+            rest(looking)
 
 
 def run_workers(
@@ -95,6 +107,7 @@ def run_workers(
     workers: list[BaseProcess] = []
     idle_deaths = 0
     try:
+        looking = time.perf_counter()
         while len(results := store.results()) < planned:
             watch(results, store.running())
             gone = [w for w in workers if w.exitcode not in (None, 0)]
@@ -111,7 +124,7 @@ def run_workers(
             waiting = planned - len(results)
             while len(workers) < min(count, waiting):
                 workers.append(start())
-            time.sleep(POLL_SECONDS)
+            looking = rest(looking)
         watch(store.results(), [])
     finally:
         for worker in workers:
