@@ -96,10 +96,10 @@ def test_stacked_steps_equal_the_readable_ones(rule, dtype):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_large_weights_worked_on_in_place_equal_the_readable_path(rule, monkeypatch):
-    import evenkeel.methods.rows as module
+    import evenkeel.methods.row_steps as module
 
     monkeypatch.setattr(module, "SMALL", 100)
-    monkeypatch.setattr(module, "CHUNK", 300)  # several runs of rows per weight, several stacks per fan-in
+    monkeypatch.setitem(module.CHUNK, "cpu", 300)  # several runs of rows per weight, several stacks per fan-in
     results = []
     for foreach in (True, False):
         params = weights()

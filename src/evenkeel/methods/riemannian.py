@@ -132,18 +132,6 @@ class SGDG(RowOptimizer):
     def _move(self, group: dict[str, Any], one: Filters, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor, None]:
         return *sgdg(y, h, rows(one.tau), lr=group["lr"], momentum=group["momentum"]), None
 
-    def _push(
-        self,
-        group: dict[str, Any],
-        one: Filters,
-        h: Tensor,
-        clip: Tensor,
-        length: Tensor,
-        tau: Tensor,
-        v: Tensor | None,
-    ) -> None:
-        tau.mul_(group["momentum"]).addcmul_(h, clip.mul_(-group["lr"]))
-
 
 class AdamG(RowOptimizer):
     """Adam-G for the filters of manifold groups, SGD with Nesterov momentum (the paper) or Adam for all other groups.
@@ -233,22 +221,6 @@ class AdamG(RowOptimizer):
         assert one.v is not None
         rate = group["lr"] * one.correction
         return adamg(y, h, rows(one.tau), one.v, rate=rate, betas=group["betas"], eps=group["eps"])
-
-    def _push(
-        self,
-        group: dict[str, Any],
-        one: Filters,
-        h: Tensor,
-        clip: Tensor,
-        length: Tensor,
-        tau: Tensor,
-        v: Tensor | None,
-    ) -> Tensor:
-        assert v is not None
-        beta1, beta2 = group["betas"]
-        tau.mul_(beta1).addcmul_(h, clip, value=1 - beta1)
-        v.mul_(beta2).addcmul_(length, length, value=1 - beta2)
-        return (v + group["eps"]).rsqrt_().mul_(-group["lr"] * one.correction)
 
     def _step_euclidean(self, group: dict[str, Any], params: list[Tensor]) -> None:
         if group["euclidean"] == "nesterov":

@@ -15,17 +15,15 @@ from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
 from evenkeel.methods.row_groups import check_group, normalize_group
+from evenkeel.methods.row_steps import advance
 from evenkeel.methods.rows import (
     Filters,
-    advance,
     arranged,
     clip_rows,
     local,
     memory_order,
     orthogonality_gradient,
-    rotate,
     rows,
-    tangent,
     wide,
 )
 from evenkeel.methods.sphere import norm, project
@@ -96,10 +94,8 @@ class RowOptimizer(Optimizer):
             elif group["foreach"]:
                 filters = [one for p in params if (one := self._filters(group, p)).y.numel() > 0]
                 kernel = self._kernel(group, filters)
-                if kernel is None:
-                    advance(filters, self._update(group))
-                else:
-                    kernel.advance(filters, max_norm=group["max_norm"], **self._numbers(group))
+                step = advance if kernel is None else kernel.advance
+                step(filters, max_norm=group["max_norm"], **self._numbers(group))
             else:
                 for p in params:
                     self._step_readable(group, self._filters(group, p))
@@ -152,29 +148,14 @@ class RowOptimizer(Optimizer):
         y = wide(rows(one.y))
         y = y / norm(y)  # rounding, or weights loaded since, may have left the sphere
         g, extra = one.gradient()
-        h = clip_rows(project(y, wide(g)), group["max_norm"])
+        h = clip_rows(project(y, wide(rows(g))), group["max_norm"])
         if extra is not None:
-            h = h + extra
+            h = h + rows(extra)
         y, tau, v = self._move(group, one, y, h)
         one.y.copy_(y.view(one.y.shape))
         one.tau.copy_(tau.view(one.tau.shape))
         if one.v is not None and v is not None:
             one.v.copy_(v)
-
-    def _update(self, group: dict[str, Any]) -> Any:
-        """The same step in place, for rows of any weights."""
-
-        def update(one: Filters, y: Tensor, g: Tensor, extra: Tensor | None, tau: Tensor, v: Tensor | None) -> Tensor:
-            shrink = norm(y).reciprocal_()
-            h = tangent(y, g, shrink)
-            length = norm(h)
-            clip = (group["max_norm"] / length).clamp_(max=1)
-            if extra is not None:
-                h.mul_(clip).add_(extra)
-                length, clip = norm(h), torch.ones_like(clip)
-            return rotate(y, tau, self._push(group, one, h, clip, length.mul_(clip), tau, v), shrink)
-
-        return update
 
     def _filters(self, group: dict[str, Any], p: Tensor) -> Filters:
         state = self.state[p]
@@ -195,9 +176,9 @@ class RowOptimizer(Optimizer):
     def _gradient(
         self, group: dict[str, Any], p: Tensor, order: tuple[int, ...] | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradient rows, and the penalty's tangent gradient where that must not be clipped."""
+        """The gradient, and the penalty's tangent gradient where that must not be clipped."""
         assert p.grad is not None
-        g = rows(arranged(p.grad, order))
+        g = arranged(p.grad, order)
         alpha = group["orthogonality"]
         if alpha == 0 or p.shape[0] >= math.prod(p.shape[1:]):
             return g, None
@@ -209,8 +190,8 @@ class RowOptimizer(Optimizer):
             others = others / norm(others)
         penalty = orthogonality_gradient(y, alpha, others)
         if group["clip_orthogonality"]:
-            return penalty.add_(g), None
-        return g, project(y, penalty)
+            return penalty.view(g.shape).add_(g), None
+        return g, project(y, penalty).view(g.shape)
 
     def _start(self, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
         """State of a weight on the sphere."""
@@ -226,19 +207,6 @@ class RowOptimizer(Optimizer):
 
     def _move(self, group: dict[str, Any], one: Filters, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The rule for unit rows: new ``y``, ``tau`` and ``v``."""
-        raise NotImplementedError
-
-    def _push(
-        self,
-        group: dict[str, Any],
-        one: Filters,
-        h: Tensor,
-        clip: Tensor,
-        length: Tensor,
-        tau: Tensor,
-        v: Tensor | None,
-    ) -> Tensor | None:
-        """The rule's momentum in place, from ``clip h`` of length ``length``; gives the step in units of it."""
         raise NotImplementedError
 
     def _step_euclidean(self, group: dict[str, Any], params: list[Tensor]) -> None:

@@ -1,28 +1,18 @@
-"""Filters of many weights as rows of few matrices: layouts, shards, stacking, and the geodesic step in place.
+"""Filters as rows: layouts, shards, the clip of a row and the penalty that keeps rows apart.
 
 What the optimizers of arXiv 1709.09603 do to a filter needs only inner products and sums of whole rows, so it neither
 matters in which order a row's elements lie in memory, nor with which other rows of the same length a row is stacked.
 """
 
-# pyright: reportPrivateImportUsage=false
-# (torch's optimizers are written with the same _foreach functions)
-
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from evenkeel.methods.sphere import dot, norm, sinc
+from evenkeel.methods.sphere import norm
 from evenkeel.moments import statistics_dtype
-
-# On a CPU the step is bound by memory: weights above SMALL elements are worked on where they lie, in runs of rows of at
-# most CHUNK elements that stay in the cache from the first product to the last. Elsewhere the number of calls counts.
-SMALL = 1 << 16
-CHUNK = 1 << 19
-
-Update = Callable[["Filters", Tensor, Tensor, Tensor | None, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(slots=True)
@@ -108,100 +98,6 @@ def orthogonality_gradient(y: Tensor, alpha: float, others: Tensor | None = None
     """
     others = y if others is None else others
     return torch.addmm(y, y @ others.T, others, beta=-2 * alpha, alpha=2 * alpha)
-
-
-def rotate(y: Tensor, m: Tensor, scale: Tensor | None, shrink: Tensor) -> Tensor:
-    """The geodesic step ``d = scale m`` from ``y shrink``: gives the new rows, and carries ``m`` along in place.
-
-    With ``t = |d|``: ``y cos t + d sinc t`` and ``m cos t - y scale |m|^2 sinc t``, which is ``pt_y(m; d)`` as ``m``
-    and ``d`` are parallel.
-
-    Args:
-        y: Rows, of unit length once multiplied by ``shrink``.
-        m: Tangent vectors at ``y``.
-        scale: Length of the step in units of ``m``, per row ``(rows, 1)``; None for 1.
-        shrink: Factor per row ``(rows, 1)``.
-
-    Returns:
-        The new unit rows.
-    """
-    length = norm(m)
-    t = length if scale is None else length * scale
-    cosine, along = t.cos(), sinc(t)
-    back = length.mul(t).mul_(along).mul_(shrink)
-    if scale is not None:
-        along.mul_(scale)
-    moved = (y * (cosine * shrink)).addcmul_(m, along)
-    m.mul_(cosine).addcmul_(y, back, value=-1)
-    return moved
-
-
-def tangent(y: Tensor, g: Tensor, shrink: Tensor) -> Tensor:
-    """Part of ``g`` orthogonal to the rows ``y``, whose lengths are ``1 / shrink``."""
-    return torch.addcmul(g, y, dot(y, g).mul_(shrink).mul_(shrink), value=-1)
-
-
-def advance(filters: Iterable[Filters], update: Update) -> None:
-    """Apply ``update`` to all filters with few calls: rows of equal length stacked, large weights in place run by run.
-
-    Args:
-        filters: The weights.
-        update: Gets one of the weights, for its correction, and the matrices ``y, g, extra, tau, v`` of equally many
-            rows; gives the new ``y`` and updates ``tau`` and ``v`` in place.
-    """
-    stacks: dict[Hashable, list[Filters]] = {}
-    for one in filters:
-        if one.in_place and one.y.device.type == "cpu" and one.y.numel() > SMALL:
-            _advance_in_place(one, update)
-        else:
-            stacks.setdefault((one.y.device, one.tau.dtype, one.fan_in, one.correction), []).append(one)
-    for stack in stacks.values():
-        for part in _parts(stack):
-            _advance_stacked(part, update)
-
-
-def _parts(stack: list[Filters]) -> list[list[Filters]]:
-    """The stack in parts that fit the cache of a CPU; elsewhere as it is."""
-    parts: list[list[Filters]] = [[]]
-    for one in stack:
-        size = sum(other.y.numel() for other in parts[-1])
-        if parts[-1] and one.y.device.type == "cpu" and size + one.y.numel() > CHUNK:
-            parts.append([])
-        parts[-1].append(one)
-    return parts
-
-
-def _advance_in_place(one: Filters, update: Update) -> None:
-    g, extra = one.gradient()
-    run = max(1, CHUNK // one.fan_in)
-    for start in range(0, one.y.shape[0], run):
-        piece = slice(start, start + run)
-        y, tau = rows(one.y[piece]), rows(one.tau[piece])
-        v = None if one.v is None else one.v[piece]
-        y.copy_(update(one, y, g[piece], None if extra is None else extra[piece], tau, v))
-
-
-def _advance_stacked(stack: list[Filters], update: Update) -> None:
-    gradients, extras = zip(*(one.gradient() for one in stack), strict=True)
-    wide = stack[0].tau.dtype
-    y = torch.cat([rows(one.y) for one in stack]).to(wide)
-    g = torch.cat([x.to(wide) for x in gradients])
-    tau = torch.cat([rows(one.tau) for one in stack])
-    v = torch.cat([one.v for one in stack if one.v is not None]) if stack[0].v is not None else None
-    extra = None
-    if any(x is not None for x in extras):
-        extra = torch.cat([
-            torch.zeros_like(g_, dtype=wide) if x is None else x for x, g_ in zip(extras, gradients, strict=True)
-        ])
-    moved = update(stack[0], y, g, extra, tau, v)
-    sizes = [one.y.shape[0] for one in stack]
-    for target, parts in (("y", moved.split(sizes)), ("tau", tau.split(sizes))):
-        torch._foreach_copy_(
-            [getattr(one, target) for one in stack],
-            [part.view(getattr(one, target).shape) for one, part in zip(stack, parts, strict=True)],
-        )
-    if v is not None:
-        torch._foreach_copy_([one.v for one in stack if one.v is not None], list(v.split(sizes)))
 
 
 def wide(x: Tensor) -> Tensor:
