@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from evenkeel.compilation import eager
 from evenkeel.methods.batchless_functions import Gradient, affine_map, at_least_single, moments_about
 from evenkeel.methods.batchless_projected import GradientControl
-from evenkeel.moments import Tally, observe_unchecked, observing, statistics_dtype
+from evenkeel.moments import Moments, Tally, empty, observe_unchecked, observing, once_reached, statistics_dtype
 
 Scale = Literal["log", "abs"]
 _Self = TypeVar("_Self", bound="BatchlessNorm")
@@ -103,7 +103,7 @@ class BatchlessNorm(nn.Module):
         self.control = GradientControl(num_features, device=device, dtype=wide) if projected else None
         self.mismatch: Tensor | None = None
         self.tally = Tally()
-        self.positions = 1  # rows of one instance
+        self.instances = 0  # whose rows are in the tally
         self._collector: int | None = None
         self._uncollected = 0
         self.register_load_state_dict_pre_hook(_without_count)
@@ -161,15 +161,19 @@ class BatchlessNorm(nn.Module):
 
     @eager
     def _count(self, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
-        self.positions = y.numel() // (self.num_features * max(1, len(y)))
         if mask is None:
             moments = moments_about(x, self.running_mean.detach(), self.running_var.detach(), self.eps)
         else:
             moments = observe_unchecked(x, self.feature_dim, mask)
-        if y.requires_grad:
-            self.tally.offer(moments, y)
-        else:  # raw inputs without affine: no gradient will ever come by
+
+        def add() -> None:
             self.tally.add(moments)
+            self.instances += len(y)
+
+        if y.requires_grad:
+            once_reached(y, add)
+        else:  # raw inputs without affine: no gradient will ever come by
+            add()
         if self.is_collected:
             return
         self._uncollected += 1
@@ -193,9 +197,16 @@ class BatchlessNorm(nn.Module):
 
     def discard(self) -> None:
         """Forget what was observed since the last step."""
-        self.tally.take()
+        self.take()
         if self.control is not None:
             self.control.sums = None
+
+    def take(self) -> tuple[Moments, Moments]:
+        """Moments of the rows since the last call, if need be of none; and, as moments of nothing, of how many instances."""
+        like, instances = self.running_mean.detach(), self.instances
+        self.instances, none = 0, like.new_empty(0)
+        rows = self.tally.take() or empty(self.num_features, dtype=like.dtype, device=like.device)
+        return rows, Moments(like.new_full((), instances), none, none)
 
     @classmethod
     def from_batchnorm(cls: type[_Self], bn: nn.Module, **options: Any) -> _Self:

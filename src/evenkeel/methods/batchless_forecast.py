@@ -19,7 +19,7 @@ from evenkeel.compilation import eager
 from evenkeel.graph import producers
 from evenkeel.methods.batchless import BatchlessNorm
 from evenkeel.methods.observed import row_count
-from evenkeel.moments import Moments, Tally, observing, totals
+from evenkeel.moments import Moments, Tally, empty, observing, totals
 
 
 def forecast(old: Tensor, new: Tensor, mean: Tensor, variance: Tensor, *, groups: int = 1) -> tuple[Tensor, Tensor]:
@@ -92,6 +92,11 @@ class Forecaster:
         mean = total / count.clamp(min=1)
         moments = Moments(count, mean, (square - total * mean).clamp(min=0))
         self.tally.offer(moments, output)
+
+    def take(self) -> Moments:
+        """Moments of the producer's inputs since the last call, if need be of none."""
+        like = self.norm.running_mean
+        return self.tally.take() or empty(self.features, dtype=like.dtype, device=like.device)
 
     def before(self, moments: Moments) -> None:
         """Keep the weight that the optimizer is about to change, and the moments of its inputs in this step."""

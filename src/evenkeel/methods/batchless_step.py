@@ -16,6 +16,8 @@ from evenkeel.methods.batchless_functions import gaussian_nll_gradients
 from evenkeel.methods.batchless_projected import gain, regression
 from evenkeel.moments import Moments, finite
 
+RATE, INSTANCES = 0.07, 6.0  # mu and sigma are running means of weight 0.07 from many instances, 0.01 from one
+
 
 class Fit:
     """How the rows of a step lie in the layers' Gaussians, per feature of all layers together.
@@ -25,16 +27,17 @@ class Fit:
     Args:
         layers: Layers on one device and of one dtype.
         moments: Of the rows that each layer saw since the last step, over all ranks.
+        instances: How many instances they belong to, for each layer.
     """
 
-    def __init__(self, layers: list[BatchlessNorm], moments: list[Moments]) -> None:
+    def __init__(self, layers: list[BatchlessNorm], moments: list[Moments], instances: list[Tensor]) -> None:
         self.layers, self.moments = layers, moments
         self.sizes = [layer.num_features for layer in layers]
         self.mean = torch.cat([layer.running_mean for layer in layers])
         self.variance = torch.cat([layer.running_var for layer in layers])
         self.seen = torch.cat([m.mean for m in moments])
         self.rows = self._spread([m.count for m in moments])
-        self.instances = self._spread([m.count / layer.positions for m, layer in zip(moments, layers, strict=True)])
+        self.instances = self._spread(instances)
         deviation = self.seen - self.mean
         spread = torch.cat([m.m2 for m in moments]) / self.rows.clamp(min=1)
         self.about = spread + deviation.square()  # E (x - mu)^2
@@ -52,13 +55,14 @@ class Fit:
             layer.mismatch = part.mean()
 
     def follow(self, rate: float) -> None:
-        """Step mu and sigma along the natural gradient at ``rate``.
+        """Step mu and sigma along the natural gradient, at ``eta = rate N / (N + 6)`` for N instances.
 
-        ``mu += rate (E x - mu)``, ``sigma^2 += rate (E (x - mu)^2 + eps - sigma^2)``: for sigma the gradient's step to
+        ``mu += eta (E x - mu)``, ``sigma^2 += eta (E (x - mu)^2 + eps - sigma^2)``: for sigma the gradient's step to
         first order, but the exact running second moment about mu, so that no rate up to 1 and no misfit, however large,
-        overshoots.
+        overshoots. Few instances say little about the two: at a fixed rate, steps of one would follow its noise.
         """
-        mean, variance = self.mean.lerp(self.seen, rate), self.variance.lerp(self.about, rate)
+        eta = rate * self.instances / (self.instances + INSTANCES)
+        mean, variance = self.mean.lerp(self.seen, eta), self.variance.lerp(self.about, eta)
         self._write([layer.running_mean for layer in self.layers], torch.where(self.valid, mean, self.mean))
         self._write([layer.running_var for layer in self.layers], torch.where(self.valid, variance, self.variance))
 

@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from evenkeel.methods.batchless import BatchlessNorm, batchless_layers
 from evenkeel.methods.batchless_forecast import Forecaster, forecasters
-from evenkeel.methods.batchless_step import Fit, Plain
-from evenkeel.moments import Moments, Tally, empty, reduce
+from evenkeel.methods.batchless_step import RATE, Fit, Plain
+from evenkeel.moments import Moments, reduce
 from evenkeel.stepping import StepHandle, before_step
 
-RATE = 0.05
 MISFIT = 1.5  # mean square of n from which the gradients of a step shrink, for projected layers
 
 
@@ -29,9 +28,9 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
 
     Right before each step, the moments that all layers counted since the last one are reduced over ranks in one
     collective and become the gradient of the likelihood. A layer with the ``natural`` gradient is stepped by plain SGD
-    at ``rate``, independent of the optimizer's kind, momentum, weight decay and schedule. A layer with the ``plain``
-    gradient trains like any other parameter, as in the paper: its mu and log sigma get a parameter group of
-    ``optimizer`` without weight decay, so attach before building a learning-rate scheduler.
+    at ``rate N / (N + 6)`` for a step of N instances, independent of the optimizer's kind, momentum, weight decay and
+    schedule. A layer with the ``plain`` gradient trains like any other parameter, as in the paper: its mu and log sigma
+    get a parameter group of ``optimizer`` without weight decay, so attach before building a learning-rate scheduler.
 
     Clipping and loss scaling do not see the likelihood. What projected layers have learned of the gradients' projection
     travels in the optimizer's state dict (key ``"batchless"``), so that a resumed run goes on exactly.
@@ -39,7 +38,7 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
     Args:
         model: A model with batchless layers.
         optimizer: The optimizer that trains it; may hold all of ``model.parameters()``.
-        rate: Learning rate of the natural gradient; mu is a running mean of weight ``rate``.
+        rate: Learning rate of the natural gradient for steps of many instances; mu is a running mean of that weight.
 
     Returns:
         A handle whose ``remove()`` detaches again.
@@ -84,7 +83,7 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
         for layer in layers:
             layer.discard()
         for watcher in watchers:
-            watcher.tally.take()
+            watcher.take()
 
     handle = before_step(optimizer, prepare, after=finish, discard=discard, owner="evenkeel.attach")
 
@@ -110,32 +109,25 @@ def collect(layers: list[BatchlessNorm], watchers: list[Forecaster] | None = Non
         The fit of the layers, of those that are alike together.
     """
     watchers = watchers or []
-    pending = [_taken(layer.tally, layer.num_features, layer.running_mean) for layer in layers]
-    inputs = [_taken(w.tally, w.features, w.norm.running_mean) for w in watchers]
-    products = [
-        layer.control.take(m.count) for layer, m in zip(layers, pending, strict=True) if layer.control is not None
-    ]
-    reduced = reduce([*pending, *inputs, *products])
-    for watcher, moments in zip(watchers, reduced[len(layers) :], strict=False):
-        watcher.before(moments)
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    product = iter(reduced[len(layers) + len(inputs) :])
-    groups: dict[Any, list[tuple[BatchlessNorm, Moments, Moments | None]]] = {}
-    for layer, moments in zip(layers, reduced, strict=False):
+    seen, instances = zip(*(layer.take() for layer in layers), strict=True)
+    products = [layer.control.take(m.count) for layer, m in zip(layers, seen, strict=True) if layer.control is not None]
+    reduced = iter(reduce([*seen, *instances, *(watcher.take() for watcher in watchers), *products]))
+    moments, counts = ([next(reduced) for _ in layers] for _ in range(2))
+    for watcher in watchers:
+        watcher.before(next(reduced))
+    groups: dict[Any, list[tuple[BatchlessNorm, Moments, Moments, Moments | None]]] = {}
+    for layer, rows, count in zip(layers, moments, counts, strict=True):
         kind = layer.running_mean.device, layer.running_mean.dtype, layer.gradient, layer.projected
-        groups.setdefault(kind, []).append((layer, moments, next(product) if layer.projected else None))
+        groups.setdefault(kind, []).append((layer, rows, count, next(reduced) if layer.projected else None))
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     fits = []
     for group in groups.values():
-        fit = Fit([layer for layer, _, _ in group], [moments for _, moments, _ in group])
+        alike, rows, count, product = (list(column) for column in zip(*group, strict=True))
+        fit = Fit(alike, rows, [c.count for c in count])
         fit.note_mismatch()
-        fit.project([p for _, _, p in group if p is not None], ranks)
+        fit.project([p for p in product if p is not None], ranks)
         fits.append(fit)
     return fits
-
-
-def _taken(tally: Tally, features: int, like: Tensor) -> Moments:
-    """What was counted since the last step, if need be nothing."""
-    return tally.take() or empty(features, dtype=like.dtype, device=like.device)
 
 
 @torch.no_grad()
