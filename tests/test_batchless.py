@@ -1,7 +1,9 @@
 """Batchless normalization: the layer against its definition, in float64."""
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -286,6 +288,17 @@ def test_a_dead_channel_ends_at_eps_and_stays_finite():
         optimizer.step()
     torch.testing.assert_close(norm.sigma[0].item(), 1e-2, rtol=1e-3, atol=0)
     torch.testing.assert_close(norm.running_mean[0].item(), 3.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"projected": True}])
+def test_an_output_that_is_dropped_is_freed_at_once(options):
+    norm = layer(BatchlessNorm2d, **options)
+    gc.disable()
+    try:
+        dropped = weakref.ref(norm(torch.randn(2, 3, 4, 4).double()))
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 def test_a_copy_is_not_attached_but_equal():

@@ -166,9 +166,11 @@ class BatchlessNorm(nn.Module):
         else:
             moments = observe_unchecked(x, self.feature_dim, mask)
 
+        instances = len(y)  # not y itself: its hook must not keep it alive
+
         def add() -> None:
             self.tally.add(moments)
-            self.instances += len(y)
+            self.instances += instances
 
         if y.requires_grad:
             once_reached(y, add)
