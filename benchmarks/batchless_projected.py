@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16, 128])
     parser.add_argument("--lrs", nargs="+", type=float, default=[0.01, 0.03, 0.1, 0.3, 1.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--examples", type=int, default=8_000)
+    parser.add_argument("--examples", type=int, default=4_000)
     parser.add_argument("--optimizer", default="sgd")
     parser.add_argument("--gain", type=float, help="largest share of the newest step in A and B")
     parser.add_argument("--without", nargs="*", default=[], choices=["forecast", "restraint"], help="leave out a part")
