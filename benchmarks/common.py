@@ -10,16 +10,22 @@ from typing import Any
 from evenkeel.study.environment import environment
 
 
-def interleaved(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each task in each round; within a round they follow one another, so a slow spell hits them all."""
+def interleaved(
+    tasks: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each task in each round.
+
+    Within a round they follow one another, so that a slow spell hits them all, every other round backwards, so that none gains
+    from its place.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for task in tasks.values():
         task()
-    for _ in range(rounds):
-        for name, task in tasks.items():
-            start = time.perf_counter()
+    for number in range(rounds):
+        for name, task in list(tasks.items())[:: -1 if number % 2 else 1]:
+            start = clock()
             task()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

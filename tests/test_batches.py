@@ -92,3 +92,19 @@ def test_stratified_keeps_shares_to_within_one_example(count):
     assert len(chosen.unique()) == len(chosen) == count
     taken = labels[chosen].bincount(minlength=4)
     assert (taken - torch.tensor([0.70, 0, 0.29, 0.01]) * count).abs().max() < 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [3, 7, 64, 100])
+def test_the_batches_are_those_of_the_stream_whatever_is_prepared_together(batch_size, ranks):
+    data = load_data("digits")
+    picked = list(stream(len(data.train), 1400, batch_size, seed=2, start=42))
+    made = [
+        list(batches(data, data.train, batch_size=batch_size, budget=1400, seed=2, start=42, share=(rank, ranks)))
+        for rank in range(ranks)
+    ]
+    for parts in zip(picked, *made, strict=True):
+        for rank, (inputs, labels) in enumerate(parts[1:]):
+            own = parts[0].tensor_split(ranks)[rank]
+            assert torch.equal(labels, data.train.labels[own])
+            assert torch.equal(inputs, data.normalise(data.train.inputs[own]))

@@ -1,4 +1,5 @@
 import io
+import os
 import shutil
 import socket
 import time
@@ -389,3 +390,48 @@ def test_the_folder_can_go_once_it_is_cached_only_with_its_path(parquet):
     shutil.rmtree(parquet)
     with pytest.raises(DataError, match="no such folder"):
         load_data(str(parquet))
+
+
+def test_a_part_of_a_split_is_rows_and_no_copy():
+    data = load_data("digits")
+    train, validation = data.split_validation(0.2)
+    assert train.stored.data_ptr() == validation.stored.data_ptr() == data.train.stored.data_ptr()
+    assert train.nbytes + validation.nbytes == data.train.nbytes
+    half = train.take(torch.arange(0, len(train), 2))
+    inputs, labels = half.examples(torch.tensor([3, 1]))
+    assert torch.equal(inputs, train.inputs[[6, 2]])
+    assert torch.equal(labels, train.labels[[6, 2]])
+    assert torch.equal(half.examples(slice(1, 3))[0], train.inputs[2:6:2])
+
+
+def sparse_cache(entry, images, side=128):
+    """A cache entry as decoding writes it, of black images that take no room on the disk, and no decoding."""
+    entry.mkdir(parents=True)
+    for role, count in (("train", images), ("test", 20)):
+        with (entry / f"{role}.npy").open("wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, side, side)}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + count * 3 * side * side)
+        np.save(entry / f"{role}_labels.npy", np.arange(count) % 10)
+    (entry / "meta.json").write_text('{"notes": [], "roles": ["train", "test"], "classes": 10}')
+
+
+@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="asks the system for its memory")
+def test_data_larger_than_the_memory_is_split_checked_and_read(tmp_path, monkeypatch):
+    from evenkeel.study import images
+    from evenkeel.study.batches import batches
+    from evenkeel.study.compare import check
+    from evenkeel.study.plan import StudyConfig
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    count = int(1.5 * memory) // (3 * 128**2)
+    (tmp_path / "huge").mkdir()
+    monkeypatch.setattr(images, "_decode", lambda *arguments: sparse_cache(arguments[-1], count))
+    monkeypatch.setattr(images, "_load", lambda _: None)
+    monkeypatch.setattr("evenkeel.study.data.SAMPLE", 50)
+    monkeypatch.setattr(Split, "inputs", property(lambda _: pytest.fail("the whole split was read")))
+    data = check(StudyConfig(data=str(tmp_path / "huge"), model="cnn5", batch_sizes=(4,), budget=8))
+    assert (len(data.train) + len(data.validation), data.train.stored.shape[0]) == (count, count)
+    assert data.validation.labels.bincount().min() >= count // 50 - 1
+    seen = list(batches(data, data.train, batch_size=4, budget=8, seed=0))
+    assert [tuple(x.shape) for x, _ in seen] == [(4, 3, 128, 128)] * 2

@@ -178,6 +178,7 @@ def test_at_the_papers_rates_nothing_is_searched_and_the_page_has_the_test(tmp_p
     assert "learning rates" not in text.split("## What was scaled down")[1].split("## Data")[0]
     paired = next(s.paired for s in summarize(record) if s.method == "revisited")
     assert "p (greater, Holm)" in text
+    assert "--model digits-cnn" in text
     assert f"| {p_value(paired.p_holm)} | 0.1 |" in next(line for line in text.splitlines() if "| revisited |" in line)
     assert "best validation accuracy" in text
     assert "900 training, 100 validation" in text

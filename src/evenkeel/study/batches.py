@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from evenkeel.study.data import Data, Split
 
 
+BLOCK = 64  # examples that are prepared together: small batches are cut from them, for a share of the calls
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """How training images are changed at random.
@@ -165,13 +168,19 @@ def batches(
         (inputs, labels) of this rank's share, on ``device``.
     """
     rank, ranks = share
-    for picked in _picks(len(split), budget, batch_size, seed, start):
-        indices, draws = picked if ranks == 1 else (part.tensor_split(ranks)[rank] for part in picked)
-        at = indices.to(split.labels.device)
-        inputs, labels = split.inputs[at].to(device), split.labels[at].to(device)
+    together = max(1, BLOCK // batch_size)
+    for indices, draws in _picks(len(split), budget, together * batch_size, seed, start):
+        sizes = [len(part) for part in indices.split(batch_size)]
+        if ranks > 1:
+            indices, draws = (
+                torch.cat([batch.tensor_split(ranks)[rank] for batch in whole.split(batch_size)])
+                for whole in (indices, draws)
+            )
+            sizes = [size // ranks + (rank < size % ranks) for size in sizes]
+        inputs, labels = (part.to(device) for part in split.examples(indices.to(split.labels.device)))
         if augmentation:
             inputs = augment(inputs, augmentation, draws)
-        yield data.normalise(inputs), labels
+        yield from zip(data.normalise(inputs).split(sizes), labels.split(sizes), strict=True)
 
 
 def evaluation_batches(
@@ -182,5 +191,6 @@ def evaluation_batches(
     Yields:
         (inputs, labels) on ``device``.
     """
-    for inputs, labels in zip(split.inputs.split(batch_size), split.labels.split(batch_size), strict=True):
+    for start in range(0, len(split), batch_size):
+        inputs, labels = split.examples(slice(start, start + batch_size))
         yield data.normalise(inputs.to(device)), labels.to(device)

@@ -164,7 +164,7 @@ def check(config: StudyConfig) -> Data:
         model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device)
     except ValueError as error:
         raise StudyError(f"--model: {error}") from error
-    sample = data.normalise(data.train.inputs[:2].to(config.device))
+    sample = data.normalise(data.train.examples(slice(2))[0].to(config.device))
     if config.augmentation and (len(data.input_shape) != 3 or config.crop >= min(data.input_shape[1:])):
         raise StudyError(
             f"--flip, --crop: --data {config.data} has inputs of shape {data.input_shape}; they need images "

@@ -16,6 +16,8 @@ from torch import Tensor
 from evenkeel.study.batches import generator, stratified
 from evenkeel.study.factory import FactoryError, is_factory, load_factory
 
+SAMPLE = 10_000  # images whose channels' mean and standard deviation normalise all
+
 
 class DataError(ValueError):
     """The data cannot be used; the message says why and what to do."""
@@ -23,25 +25,41 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Split:
-    """Examples and their classes.
+    """Examples and their classes: all of what is stored, or some of its rows, of which no copy is made.
 
     Attributes:
-        inputs: uint8 images ``(N, C, H, W)``, or floating-point inputs ``(N, ...)``.
+        stored: uint8 images ``(M, C, H, W)``, or floating-point inputs ``(M, ...)``; may be memory-mapped and larger than memory.
         labels: Class of each example, int64 ``(N,)``.
+        rows: Row of ``stored`` of each example, int64 ``(N,)``; None where all are examples in their order.
     """
 
-    inputs: Tensor
+    stored: Tensor
     labels: Tensor
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         return self.labels.shape[0]
 
+    @property
+    def inputs(self) -> Tensor:
+        """All inputs ``(N, ...)`` as one tensor; a copy, in memory, where the examples are some rows."""
+        return self.stored if self.rows is None else self.stored[self.rows]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all inputs."""
+        return len(self) * self.stored[:1].nbytes
+
+    def examples(self, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of the examples at ``indices``; nothing else is read."""
+        return self.stored[indices if self.rows is None else self.rows[indices]], self.labels[indices]
+
     def take(self, indices: Tensor) -> "Split":
-        """The examples at ``indices``."""
-        return Split(self.inputs[indices], self.labels[indices])
+        """The split of the examples at ``indices``; their inputs stay where they are."""
+        return Split(self.stored, self.labels[indices], indices if self.rows is None else self.rows[indices])
 
     def to(self, device: torch.device | str) -> "Split":
-        """The same examples on another device."""
+        """A copy of the examples on another device."""
         return Split(self.inputs.to(device), self.labels.to(device))
 
 
@@ -72,16 +90,18 @@ class Data:
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input, without the batch dimension."""
-        return tuple(self.train.inputs.shape[1:])
+        return tuple(self.train.stored.shape[1:])
 
     def normalise(self, inputs: Tensor) -> Tensor:
         """Stored inputs as the fp32 tensor a model gets: ``(inputs - mean) / std``, on the device of ``inputs``."""
         shape = (1, -1) + (1,) * (inputs.dim() - 2)
         mean, std = (t.to(inputs.device).reshape(shape) for t in (self.mean, self.std))
-        return inputs.float().sub_(mean).div_(std) if inputs.dtype == torch.uint8 else (inputs.float() - mean) / std
+        return (inputs.float() - mean).div_(std)
 
     def split_validation(self, amount: float | int = 0.2, seed: int = 0) -> tuple[Split, Split]:
         """Training split without, and validation split with, ``amount`` of its examples; classes keep their shares.
+
+        No input is read or copied: both are rows of what is stored.
 
         Args:
             amount: A fraction in (0, 1), or a number of examples. A validation split that came with the data is used as
@@ -172,14 +192,23 @@ def _limited(data: Data, limit: int) -> Data:
 
 def make_data(name: str, train: Split, test: Split, *, validation: Split | None = None, note: str = "") -> Data:
     """Data whose uint8 images are normalised by the training split's channels; other inputs are left as they are."""
-    if train.inputs.dtype == torch.uint8:
-        sample = train.inputs[stratified(train.labels, min(len(train), 10_000), 0)].double()
-        std, mean = torch.std_mean(sample, dim=(0, *range(2, sample.dim())), correction=0)
-        mean, std = mean.float(), std.clamp(min=1e-3).float()
+    if train.stored.dtype == torch.uint8:
+        mean, std = _channel_moments(train)
     else:
         mean, std = torch.zeros(1), torch.ones(1)
     classes = 1 + max(int(split.labels.max()) for split in (train, test, validation) if split is not None)
     return Data(name, train, test, classes, mean, std, note, validation)
+
+
+def _channel_moments(train: Split) -> tuple[Tensor, Tensor]:
+    # Mean and standard deviation per channel, from exact sums of a stratified sample read in pieces.
+    channels = train.stored.shape[1]
+    values, total, squares = 0, torch.zeros(channels).double(), torch.zeros(channels).double()
+    for indices in stratified(train.labels, min(len(train), SAMPLE), 0).split(256):
+        piece = train.examples(indices)[0].double().transpose(0, 1).reshape(channels, -1)
+        values, total, squares = values + piece.shape[1], total + piece.sum(1), squares + piece.square().sum(1)
+    mean = total / values
+    return mean.float(), (squares / values - mean.square()).clamp(min=1e-6).sqrt().float()
 
 
 def _digits() -> Data:
@@ -234,8 +263,8 @@ def _from_factory(name: str) -> Data:
     if train is None or test is None:
         raise DataError(f"data {name!r}: {'train' if train is None else 'test'} is None; only validation may be None")
     for role, split in (("validation", validation), ("test", test)):
-        if split is not None and split.inputs.shape[1:] != train.inputs.shape[1:]:
-            shapes = f"{tuple(split.inputs.shape[1:])} instead of train's {tuple(train.inputs.shape[1:])}"
+        if split is not None and split.stored.shape[1:] != train.stored.shape[1:]:
+            shapes = f"{tuple(split.stored.shape[1:])} instead of train's {tuple(train.stored.shape[1:])}"
             raise DataError(f"data {name!r}: {role} inputs have shape {shapes}; make them alike")
     return make_data(name, train, test, validation=validation)
 

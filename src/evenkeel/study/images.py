@@ -8,6 +8,7 @@ decodes nothing, processes share the memory, and what does not fit into memory s
 import hashlib
 import io
 import json
+import mmap
 import os
 import shutil
 import socket
@@ -29,6 +30,7 @@ from evenkeel.study.batches import stratified
 from evenkeel.study.data import Data, DataError, Split, make_data
 
 _FORMAT = 1  # of the cache: a change makes old entries unused
+_MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 _VALIDATION = ("validation", "valid", "val", "dev")
 
 
@@ -346,14 +348,29 @@ def _jpeg_quality(picture: Any) -> int | None:
     return round((200 - scale) / 2 if scale <= 100 else 5000 / scale)
 
 
+def _mapped(file: Path) -> np.ndarray:
+    """The array of a ``.npy`` file, read when it is used.
+
+    Mapped copy on write, since torch wants to be able to write, and on Linux without reserving memory for such copies: else
+    the system refuses to map what is larger than its memory, as ``numpy.load`` would.
+    """
+    with file.open("rb") as source:
+        np.lib.format.read_magic(source)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(source)
+        if sys.platform == "linux":
+            flags, rights = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            mapped = mmap.mmap(source.fileno(), 0, flags=flags, prot=rights)
+        else:
+            mapped = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_COPY)
+        return np.ndarray(shape, dtype, mapped, source.tell())
+
+
 def _open(name: str, entry: Path) -> Data:
     try:
         meta = json.loads((entry / "meta.json").read_text())
         splits = {
             role: Split(
-                torch.from_numpy(
-                    np.load(entry / f"{role}.npy", mmap_mode="c")
-                ),  # copy on write: torch wants it writable
+                torch.from_numpy(_mapped(entry / f"{role}.npy")),
                 torch.from_numpy(np.load(entry / f"{role}_labels.npy")),
             )
             for role in meta["roles"]
@@ -361,7 +378,7 @@ def _open(name: str, entry: Path) -> Data:
         note, validation = "; ".join(meta["notes"]), splits.get("validation")
         data = make_data(name, splits["train"], splits["test"], validation=validation, note=note)
         return replace(data, classes=meta["classes"])
-    except (OSError, EOFError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"data {name!r}: its cache {entry} is damaged ({error}); delete that folder and start again"
         ) from error

@@ -89,31 +89,35 @@ def training_step(
         The mean loss over this rank's share, no longer attached to the graph.
     """
     optimizer.zero_grad()
-    weight = ranks()[1] / (examples or len(labels))
-    total: Tensor | None = None
-    size = training.micro_batch or len(labels)
-    whole = size >= len(labels)
-    pieces = [(inputs, labels)] if whole else list(zip(inputs.split(size), labels.split(size), strict=True))
-    for number, (x, y) in enumerate(pieces, start=1):
-        if training.channels_last and x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        with _synchronised(network, number == len(pieces)):
-            with precision(training, x.device):
-                loss = cross_entropy(network(x), y, label_smoothing=training.label_smoothing)
-            share = len(y) * weight
-            (loss if share == 1 else loss * share).backward()
-        part = loss.detach() if whole else loss.detach() * (len(y) / len(labels))
-        total = part if total is None else total + part
+    count = len(labels)
+    examples, (_, world) = examples or count, ranks()
+    size = training.micro_batch or count
+    if size >= count:
+        total = _backward(network, inputs, labels, training, count * world / examples)
+    else:
+        total = torch.zeros((), device=labels.device)
+        pieces = list(zip(inputs.split(size), labels.split(size), strict=True))
+        for number, (x, y) in enumerate(pieces, start=1):
+            with nullcontext() if number == len(pieces) else _unsynchronised(network):
+                loss = _backward(network, x, y, training, len(y) * world / examples)
+            total = total + loss * (len(y) / count)
     optimizer.step()
-    assert total is not None
     return total
 
 
-def _synchronised(network: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Ranks exchange gradients once per step, with the last micro-batch."""
-    if isinstance(network, DistributedDataParallel) and not last:
-        return network.no_sync()
-    return nullcontext()
+def _backward(network: nn.Module, inputs: Tensor, labels: Tensor, training: Training, share: float) -> Tensor:
+    """Add ``share`` times the gradient of the mean loss; returns that loss, detached."""
+    if training.channels_last and inputs.dim() == 4:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    with precision(training, inputs.device):
+        loss = cross_entropy(network(inputs), labels, label_smoothing=training.label_smoothing)
+    (loss if share == 1 else loss * share).backward()
+    return loss.detach()
+
+
+def _unsynchronised(network: nn.Module) -> AbstractContextManager[Any]:
+    """Ranks exchange gradients once per step, with the last micro-batch: not within this block."""
+    return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 
 
 @torch.no_grad()

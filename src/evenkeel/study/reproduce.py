@@ -104,6 +104,8 @@ def reproduce(
                 raise StudyError(f"--paper-rates: {name} has no learning rate for {', '.join(unknown)}; leave one out")
             config = replace(config, lr={method: config.lr[method] for method in config.methods})
         less += [f"--{key.replace('_', '-')} {value}" for key, value in changes.items() if key != "device"]
+        if config.model not in {row.config.model for row in PRESETS[name].rows}:
+            less.append(f"--model {config.model}")
         folder = out / "".join(c if c.isalnum() or c == "-" else "-" for c in row.label)
         record, _ = compare(config, folder, workers=workers, quiet=quiet, arguments=arguments)
         results.append((row, config, record, less))

@@ -53,7 +53,7 @@ def load(config: StudyConfig) -> Data:
     data = replace(data, train=train, validation=validation)
     if config.device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(config.device)
-        if sum(split.inputs.nbytes for split in (train, validation, data.test)) < RESIDENT_SHARE * free:
+        if sum(split.nbytes for split in (train, validation, data.test)) < RESIDENT_SHARE * free:
             return data.to(config.device)
     return data
 
