@@ -1,7 +1,6 @@
 """Many workers on one PostgreSQL storage: nothing is lost or counted twice, whatever is killed or restarted."""
 
 import dataclasses
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -52,12 +51,8 @@ def idle_config(trials):
 
 
 def idle_workers(url, config, count, pause, fatal_trial=None):
-    context = multiprocessing.get_context("forkserver")  # imports once, then forks
-    context.set_forkserver_preload(["idle_worker"])
-    workers = [context.Process(target=idle_worker.work, args=(url, config, pause, fatal_trial)) for _ in range(count)]
-    for worker in workers:
-        worker.start()
-    return workers
+    start = idle_worker.starter(url, config, pause, fatal_trial)
+    return [start() for _ in range(count)]
 
 
 def exit_codes(workers):
@@ -99,6 +94,13 @@ def test_workers_killed_in_the_middle_of_trials_lose_and_double_nothing(url):
     all_ended_once(url, config)
     dead = [t for t in store.storage.get_all_trials(store.study_id) if t.state == TrialState.FAIL]
     assert len(dead) == 3
+
+
+def test_workers_killed_at_random_moments_lose_and_double_nothing(url):
+    config = idle_config(30)
+    killed = idle_worker.run(idle_worker.starter(url, config, 0.02), workers=3, kills=6)
+    assert killed > 0
+    all_ended_once(url, config)
 
 
 def test_a_server_that_restarts_ends_no_worker(server, url):

@@ -9,10 +9,12 @@ import time
 import pytest
 from optuna.trial import TrialState
 
+import idle_worker
 from evenkeel.study.errors import StudyError
 from evenkeel.study.plan import StudyConfig, slots
 from evenkeel.study.records import CurvePoint, TrialResult
-from evenkeel.study.store import Store, alive, owner, redact
+from evenkeel.study.store import Store, _slot, alive, owner, redact
+from evenkeel.study.worker import lock_file
 
 CONFIG = StudyConfig(methods=("batch",), batch_sizes=(8,), seeds=3, lr_points=2)
 
@@ -182,6 +184,15 @@ def test_two_processes_share_one_study_and_no_slot_is_done_twice(tmp_path):
     store = make(tmp_path)
     assert len(store.results()) == len(slots(CONFIG))
     assert all(t.state == TrialState.COMPLETE for t in store.storage.get_all_trials(store.study_id))
+
+
+def test_workers_killed_at_random_moments_lose_and_double_nothing(tmp_path):
+    url, config = f"sqlite:///{tmp_path / 'study.db'}", StudyConfig(batch_sizes=(32,), seeds=10, lr=0.1)
+    killed = idle_worker.run(idle_worker.starter(url, config, 0.02), workers=3, kills=6, every=0.4)
+    assert killed > 0
+    store = Store(url, "idle", lock_file(url))
+    recorded = [_slot(t) for t in store.storage.get_all_trials(store.study_id) if "result" in t.user_attrs]
+    assert len(recorded) == len(set(recorded)) == len(slots(config)) == len(store.results())
 
 
 def test_claims_of_this_process_are_alive_and_of_a_dead_one_are_not():
