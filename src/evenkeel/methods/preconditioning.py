@@ -169,8 +169,7 @@ def unit_changes(
         [[13.5], [9.0]]
     """
     layout = Layout(weight, groups, transposed)
-    product = layout.grouped(grads[0] * preconditioned[0])
-    change = product.sum(1).reshape(-1, layout.taps).sum(1) if transposed else product.sum(2).reshape(-1)
+    change = layout.over_in(layout.grouped(grads[0] * preconditioned[0]))
     if grads[1] is not None and preconditioned[1] is not None:
         change = torch.addcmul(change, grads[1], preconditioned[1])
     squares = layout.grouped(weight.detach().square())
@@ -225,10 +224,13 @@ class Layout:
 
     def per_unit(self, grouped: Tensor, along_in: Tensor) -> Tensor:
         """For each output unit the sum over inputs and taps of weight times vector, ``(out,)``."""
-        grouped = grouped.to(along_in.dtype)
+        return self.over_in(grouped.to(along_in.dtype) * along_in)
+
+    def over_in(self, grouped: Tensor) -> Tensor:
+        """For each output unit the sum over inputs and taps, ``(out,)``."""
         if self.transposed:
-            return torch.bmm(along_in.transpose(1, 2), grouped).reshape(-1, self.taps).sum(1)
-        return torch.bmm(grouped, along_in.transpose(1, 2)).reshape(-1)
+            return grouped.sum(1).reshape(-1, self.taps).sum(1)
+        return grouped.sum(2).reshape(-1)
 
     def _first(self, vector: Tensor) -> Tensor:
         return vector.reshape(self.groups, -1, 1)

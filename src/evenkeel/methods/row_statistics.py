@@ -47,10 +47,10 @@ class RowStatistics:
 
         mean, variance, steps = self._running(layers, sizes, total)
 
-        finite = total.isfinite() & square.isfinite()
-        usable = (rows > 0) & (_largest((~finite).to(total.dtype), owner, len(layers)) == 0)
+        # a layer's sum of squares is finite only if each of its rows is
+        usable = (rows > 0) & rows.new_zeros(len(layers)).scatter_add(0, owner, square).isfinite()
         steps = steps + usable
-        weight = torch.where(usable, (1 / steps.clamp(min=1)).clamp(min=1 - self.decay), 0)[owner]
+        weight = torch.where(usable, steps.clamp(min=1).reciprocal().clamp(min=1 - self.decay), 0)[owner]
         batch_mean = total / rows[owner].clamp(min=1)
         batch_variance = (square / rows[owner].clamp(min=1) - batch_mean.square()).clamp(min=0)
         new_mean, new_variance = update_running(mean, variance, batch_mean, batch_variance, weight)
