@@ -1,7 +1,7 @@
 """Step time and peak memory of BNP, relative to the network without normalization and to batch normalization.
 
 Every contender trains in turn, round after round, so that what disturbs the machine disturbs all of them; ratios are taken
-within each round and their median and quartiles reported.
+within each round and their median and quartiles reported. On one thread of a CPU processor time is taken.
 
     python benchmarks/bnp.py                                   # ResNet-20 shapes on the CPU, batch 128 and 8
     python benchmarks/bnp.py --device cuda --models resnet18 resnet50 --size 224 --bf16 --channels-last [--compile]
@@ -10,7 +10,6 @@ within each round and their median and quartiles reported.
 import argparse
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from common import interleaved, ratio, save
+from common import interleaved, ratio, save, timer
 from evenkeel import BNP, convert
 from evenkeel.study.models import build_model
 
@@ -95,10 +94,11 @@ def measure(args: argparse.Namespace, model_name: str, batch: int) -> dict[str, 
     for step in steps.values():
         step()
         step()
-    start = time.perf_counter()
+    now = timer(args.device)
+    start = now()
     synchronized(steps["none"], 1, args.device)()
-    repeat = max(1, round(args.seconds / (time.perf_counter() - start)))
-    seconds = interleaved({n: synchronized(s, repeat, args.device) for n, s in steps.items()}, args.rounds)
+    repeat = max(1, round(args.seconds / (now() - start)))
+    seconds = interleaved({n: synchronized(s, repeat, args.device) for n, s in steps.items()}, args.rounds, now)
     memory = {name: peak_memory(step, args.device) for name, step in steps.items()}
     result: dict[str, Any] = {"seconds per step": {n: min(t) / repeat for n, t in seconds.items()}}
     for below in ("none", "batch"):

@@ -7,7 +7,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from evenkeel.study.environment import environment
+
+
+def timer(device: str) -> Callable[[], float]:
+    """Processor time where one thread of a CPU does all the work, so that other programs' turns do not count; else the wall's."""
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def interleaved(

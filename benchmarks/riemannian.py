@@ -2,7 +2,7 @@
 
 Every contender steps in turn, again and again, so that what disturbs the machine disturbs all of them; ratios are taken
 within each round and their median and quartiles reported. Convolution weights are on the sphere where the optimizer knows
-one (ours, geoopt); all other parameters follow ordinary SGD or Adam.
+one (ours, geoopt); all other parameters follow ordinary SGD or Adam. On one thread of a CPU processor time is taken.
 
     python benchmarks/riemannian.py [--shapes resnet50 resnet20] [--device cpu] [--quick] [--save NAME]
 """
@@ -12,14 +12,13 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import ratio, save
+from common import ratio, save, timer
 from evenkeel import SGDG, AdamG
 
 
@@ -142,12 +141,13 @@ def seconds(optimizer: torch.optim.Optimizer, device: str, repeats: int) -> floa
     """Seconds of one step."""
     if device == "cuda":
         torch.cuda.synchronize()
-    start = perf_counter()
+    now = timer(device)
+    start = now()
     for _ in range(repeats):
         optimizer.step()
     if device == "cuda":
         torch.cuda.synchronize()
-    return (perf_counter() - start) / repeats
+    return (now() - start) / repeats
 
 
 def benchmark(shapes: str, device: str, rounds: int, repeats: int) -> dict[str, dict[str, Any]]:
