@@ -94,15 +94,16 @@ def test_stacked_steps_equal_the_readable_ones(rule, dtype):
         assert torch.allclose(fast.float(), readable.float(), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("small", [100, 10_000], ids=["in place", "stacked"])
 @pytest.mark.parametrize("rule", RULES)
-def test_large_weights_worked_on_in_place_equal_the_readable_path(rule, monkeypatch):
+def test_large_weights_and_stacks_in_parts_equal_the_readable_path(rule, small, monkeypatch):
     import evenkeel.methods.row_steps as module
 
-    monkeypatch.setattr(module, "SMALL", 100)
-    monkeypatch.setitem(module.CHUNK, "cpu", 300)  # several runs of rows per weight, several stacks per fan-in
+    monkeypatch.setattr(module, "SMALL", small)
+    monkeypatch.setitem(module.CHUNK, "cpu", 300)  # several runs of rows per weight, several stacks per shape
     results = []
     for foreach in (True, False):
-        params = weights()
+        params = weights(shapes=[*SHAPES, (3, 6, 1, 1), (42, 6, 1, 1), (7, 6, 1, 1)])
         optimizer = RULES[rule](
             [{"params": params, "manifold": True}], lr=0.1, foreach=foreach, clip_orthogonality=False
         )

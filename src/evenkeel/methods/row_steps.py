@@ -17,7 +17,8 @@ from evenkeel.methods.rows import Filters, rows
 from evenkeel.methods.sphere import norm
 
 # A step sweeps over its matrices operation by operation. On a CPU it is bound by memory: at most CHUNK elements go through
-# a step together, so that a cache can hold them, and weights above SMALL elements are not copied. On a GPU calls count.
+# a step together, so that a cache can hold them, and weights above SMALL elements are not copied. Elsewhere calls count:
+# LARGE only bounds the memory.
 SMALL = 1 << 16
 CHUNK = {"cpu": 1 << 19}
 LARGE = 1 << 24
@@ -91,10 +92,12 @@ def _matrices(filters: list[Filters], limit: int) -> Iterator[Matrix]:
                 y, tau, extra_ = rows(one.y[run]), rows(one.tau[run]), None if extra is None else rows(extra[run])
                 yield Matrix(y, rows(g[run]), tau, torch.empty_like(y), extra_, [] if one.v is None else [one.v[run]])
         else:
-            stacks.setdefault((one.y.dtype, one.y.shape[1:]), []).append(one)
-    for stack in stacks.values():
-        count = max(1, limit // stack[0].y.numel())
-        yield from (_stacked(stack[start : start + count]) for start in range(0, len(stack), count))
+            stack = stacks.setdefault((one.y.dtype, one.y.shape[1:]), [])
+            if stack and sum(other.y.numel() for other in stack) + one.y.numel() > limit:
+                yield _stacked(stack)
+                stack.clear()
+            stack.append(one)
+    yield from (_stacked(stack) for stack in stacks.values())
 
 
 def _stacked(stack: list[Filters]) -> Matrix:
