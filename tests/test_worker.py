@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from optuna.trial import TrialState
 
 from evenkeel.study.errors import StudyError
 from evenkeel.study.plan import StudyConfig, slots
@@ -72,6 +73,33 @@ def test_a_study_killed_in_the_middle_goes_on_where_it_was(tmp_path):
     assert all(finished[key] == result for key, result in kept.items())
     times = [t for t in store.storage.get_all_trials(store.study_id) if "result" in t.user_attrs]
     assert len(times) == len(slots(config))  # nothing was run twice to an end
+
+
+_FATAL_ONCE = """
+import os, pathlib, signal
+from evenkeel.study.models import build_model
+
+def model(input_shape, classes):
+    marker = pathlib.Path(__file__).with_suffix(".killed")
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return build_model("digits-cnn", input_shape=input_shape, classes=classes)
+"""
+
+
+def test_a_worker_killed_in_a_trial_is_replaced_and_the_trial_run_again(tmp_path):
+    (tmp_path / "fatal.py").write_text(_FATAL_ONCE)
+    (tmp_path / "alone").mkdir()
+    model = f"{tmp_path / 'fatal.py'}:model"
+    config = dataclasses.replace(CONFIG, methods=("batch",), model=model, lr=0.1)
+    for folder in (tmp_path, tmp_path / "alone"):  # in the second nobody is killed any more
+        run_workers(place(folder), config, 1, lambda *_: None)
+    store = place(tmp_path).store()
+    trials = store.storage.get_all_trials(store.study_id)
+    assert [t.state for t in trials].count(TrialState.FAIL) == 1
+    assert results(tmp_path) == results(tmp_path / "alone")
+    assert [result.state for result in results(tmp_path).values()] == ["finished"] * 2
 
 
 def test_workers_that_cannot_start_end_the_study_with_an_error(tmp_path):
