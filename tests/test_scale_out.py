@@ -97,8 +97,8 @@ def test_workers_killed_in_the_middle_of_trials_lose_and_double_nothing(url):
 
 
 def test_workers_killed_at_random_moments_lose_and_double_nothing(url):
-    config = idle_config(30)
-    killed = idle_worker.run(idle_worker.starter(url, config, 0.02), workers=3, kills=6)
+    config = idle_config(12)
+    killed = idle_worker.run(idle_worker.starter(url, config, 0.02), workers=3, kills=4)
     assert killed > 0
     all_ended_once(url, config)
 
