@@ -235,10 +235,14 @@ def test_importing_evenkeel_is_quick_and_needs_torch_alone():
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "out"
+    listening = (  # a shell's background jobs, and with them this test, may have been told to ignore Ctrl-C
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from evenkeel.cli import main; sys.exit(main())"
+    )
     command = [
         sys.executable,
-        "-m",
-        "evenkeel.cli",
+        "-c",
+        listening,
         "compare",
         *QUICK,
         "--budget",
