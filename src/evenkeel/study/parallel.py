@@ -24,7 +24,7 @@ from evenkeel.study.plan import Slot, StudyConfig, slots
 from evenkeel.study.records import CurvePoint, TrialKey, TrialResult
 from evenkeel.study.store import Claim, Store
 from evenkeel.study.trial import load, run_trial
-from evenkeel.study.worker import Place, rest
+from evenkeel.study.worker import SHORTEST_REST, Place
 
 _WAIT = timedelta(days=1)  # ranks wait while rank 0 waits for other workers of the study
 
@@ -52,20 +52,18 @@ def lead(place: Place, config: StudyConfig, data: Data, watch: Callable[[list[Tr
     store.open(config)
     store.free_dead()
     with _process_group(config):
-        looking = time.perf_counter()
         while len(results := store.results()) < planned:
             claim = store.claim()
             watch(results, store.running())
             if claim is None:
+                time.sleep(SHORTEST_REST)
                 store.free_dead()
-                looking = rest(looking)
                 continue
             from_first(claim.key)
             watching = partial(_agreed, store, claim) if config.prune else None
             with store.heartbeat(claim):
                 result = run_trial(config, claim.key, data, folder=place.checkpoints, watch=watching)
             store.record(claim, result)
-            looking = time.perf_counter()
         from_first(None)
         watch(store.results(), [])
 

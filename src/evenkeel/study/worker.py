@@ -51,22 +51,15 @@ def lock_file(url: str) -> Path | None:
     return Path(url.partition(":///")[2].partition("?")[0] + ".lock") if url.startswith("sqlite") else None
 
 
-def rest(looking_since: float) -> float:
-    """Sleep fifty times as long as the look at the store took, for a big study, or a far one, takes long to read.
-
-    Returns:
-        When the next look begins, for the next call.
-    """
-    took = time.perf_counter() - looking_since
+def rest(took: float) -> None:
+    """Sleep fifty times as long as a look at the store ``took``, for a big study, or a far one, takes long to read."""
     time.sleep(min(max(50 * took, SHORTEST_REST), LONGEST_REST))
-    return time.perf_counter()
 
 
 def work(store: Store, config: StudyConfig, data: Data, checkpoints: Path | None = None) -> None:
     """Claim, train and record until every slot of the plan has ended."""
     planned = len(slots(config))
     while True:
-        looking = time.perf_counter()
         claim = store.claim()
         if claim is not None:
             with store.heartbeat(claim):
@@ -76,8 +69,8 @@ def work(store: Store, config: StudyConfig, data: Data, checkpoints: Path | None
         elif len(store.results()) >= planned:
             return
         else:  # what is left runs elsewhere, or waits for a search that does
+            time.sleep(SHORTEST_REST)
             store.free_dead()
-            rest(looking)
 
 
 def run_workers(
@@ -107,9 +100,13 @@ def run_workers(
     workers: list[BaseProcess] = []
     idle_deaths = 0
     try:
-        looking = time.perf_counter()
-        while len(results := store.results()) < planned:
+        while True:
+            looking = time.perf_counter()
+            results = store.results()
+            if len(results) >= planned:
+                break
             watch(results, store.running())
+            took = time.perf_counter() - looking
             gone = [w for w in workers if w.exitcode not in (None, 0)]
             died = ""
             for worker in gone:
@@ -124,7 +121,7 @@ def run_workers(
             waiting = planned - len(results)
             while len(workers) < min(count, waiting):
                 workers.append(start())
-            looking = rest(looking)
+            rest(took)
         watch(store.results(), [])
     finally:
         for worker in workers:
