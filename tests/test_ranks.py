@@ -7,17 +7,17 @@ import sys
 
 import pytest
 
-from evenkeel.study.loop import Loop
+from evenkeel.study.loop import Loop, evaluate
 from evenkeel.study.trial import load, make
-from ranks_program import CONFIG, METHODS, key
+from ranks_program import CONFIG, METHODS, WHOLE, key
 
 TORCHRUN = [
     sys.executable,
     *("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"),
 ]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-# These normalise by batch statistics, which are those of each rank's share: they differ from one process by what they are.
-PER_RANK = ("batch", "l1", "l2", "linf", "noisy-batch", "batch-renorm", "sgd-g", "adam-g", "revisited")
+# Accumulated gradients leave these with statistics of each micro-batch, which are other ones on two ranks.
+BY_BATCH = ("batch", "l1", "l2", "linf", "noisy-batch", "batch-renorm", "sgd-g", "adam-g", "revisited")
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +37,29 @@ def data():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_ranks_keep_the_same_weights(outcome, method):
-    assert outcome[method]["spread"] == 0.0
-    assert outcome[method]["losses"][-1] < 10
+@pytest.mark.parametrize("batches", ["micro", "whole"])
+def test_ranks_keep_the_same_weights(outcome, batches, method):
+    assert outcome[batches][method]["spread"] == 0.0
+    assert outcome[batches][method]["losses"][-1] < 10
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in PER_RANK and not m.startswith("revisited")])
-def test_two_ranks_train_as_one_process_does(outcome, method, data):
-    model, optimizer = make(CONFIG, key(method), data)
-    losses = [point.train_loss for point in Loop(CONFIG, key(method), data, model, optimizer).points()]
-    assert outcome[method]["losses"] == pytest.approx(losses, rel=2e-3)
+def one_process(config, method, data):
+    model, optimizer = make(config, key(config, method), data)
+    losses = [point.train_loss for point in Loop(config, key(config, method), data, model, optimizer).points()]
+    return losses, evaluate(model, data, data.test, config)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith(BY_BATCH)])
+def test_two_ranks_accumulate_as_one_process_does(outcome, method, data):
+    losses, _ = one_process(CONFIG, method, data)
+    assert outcome["micro"][method]["losses"] == pytest.approx(losses, rel=2e-3)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "noisy-batch"])  # whose noise is each rank's own
+def test_two_ranks_train_on_whole_batches_as_one_process_does(outcome, method, data):
+    losses, test = one_process(WHOLE, method, data)
+    assert outcome["whole"][method]["losses"] == pytest.approx(losses, rel=2e-3)
+    assert outcome["whole"][method]["test"] == pytest.approx(test, rel=2e-3)
 
 
 def test_an_interrupted_run_goes_on_on_both_ranks_exactly(outcome):

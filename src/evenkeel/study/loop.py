@@ -24,6 +24,7 @@ from evenkeel.study.plan import StudyConfig
 from evenkeel.study.records import CurvePoint, TrialKey
 from evenkeel.study.schedules import lr_factor
 from evenkeel.study.training import Training
+from evenkeel.study.whole_batch import WholeBatch
 
 LOSS_POINTS = 24  # points of the training curve
 ACCURACY_POINTS = 8  # of them with validation accuracy
@@ -62,7 +63,9 @@ def prepare(training: Training, model: nn.Module) -> nn.Module:
     network = torch.compile(model) if training.compile else model
     assert isinstance(network, nn.Module)
     if ranks()[1] > 1:
-        return DistributedDataParallel(network)
+        network = DistributedDataParallel(network)
+        if not training.micro_batch:  # of which each has statistics of its own, on one process too
+            WholeBatch(network, model)
     return network
 
 
@@ -199,7 +202,8 @@ class Loop:
         earlier = self.seconds
         for step, (inputs, labels) in enumerate(stream, start=self.seen // size + 1):
             examples = min(size, config.budget - self.seen)
-            self._total += training_step(self.network, self.optimizer, inputs, labels, config, examples)
+            loss = training_step(self.network, self.optimizer, inputs, labels, config, examples)
+            self._total.add_(loss, alpha=len(labels) * world / examples)
             self.schedule.step()
             if self.average is not None:
                 self.average.update()
@@ -233,7 +237,7 @@ class Loop:
 
     def _point(self, accuracy: float | None) -> CurvePoint:
         if ranks()[1] > 1:
-            dist.all_reduce(self._total)  # shares are equal but for the last batch: the mean of means is close enough
+            dist.all_reduce(self._total)
             self._total /= ranks()[1]
         mean = float(self._total) / self._count
         self._total, self._count = torch.zeros_like(self._total), 0

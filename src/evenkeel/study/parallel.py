@@ -1,8 +1,7 @@
 """Data-parallel trials: under ``torchrun`` all ranks train each trial together, each on its share of every batch.
 
-Rank 0 claims and records; the others are told what to train. Methods that reduce their statistics over ranks (BNP,
-batchless) and those that have none give the result of one process up to rounding. Batch statistics stay those of each
-rank's own share, as in PyTorch's DistributedDataParallel.
+Rank 0 claims and records; the others are told what to train. Every method gives the result of one process up to rounding:
+BNP and batchless reduce their statistics over ranks, and :mod:`evenkeel.study.whole_batch` does it for all others.
 """
 
 import gc
