@@ -7,7 +7,8 @@ from evenkeel.cli import main
 from evenkeel.study.errors import StudyError
 from evenkeel.study.models import build_model
 from evenkeel.study.plan import StudyConfig, validate
-from evenkeel.study.presets import PRESETS, scaled
+from evenkeel.study.preset import scaled
+from evenkeel.study.presets import PRESETS
 from evenkeel.study.report import read_results
 from evenkeel.study.reproduce import find, listing, reproduce
 from evenkeel.study.statistics import summarize
@@ -21,7 +22,7 @@ ROWS = [pytest.param(row, id=f"{name}: {row.label}") for name, preset in PRESETS
 def test_every_preset_is_a_study_that_can_be_run(row):
     validate(row.config)
     validate(scaled(row.config, 0.001)[0])
-    assert set(row.published) <= set(row.config.methods) <= set(evenkeel.recipes())
+    assert set(row.published) <= {*row.config.methods, *row.rates} <= set(evenkeel.recipes())
 
 
 @pytest.mark.parametrize(
@@ -35,9 +36,9 @@ def test_wide_networks_are_named_with_the_papers_dropout(model):
 
 def test_published_figures_are_those_of_the_papers_table():
     vgg13 = PRESETS["riemannian-cifar10"].rows[0]
-    assert dict(vgg13.published) == {"batch": 94.12, "sgd-g": 94.13, "adam-g": 93.95}
+    assert [vgg13.published[method] for method in ("batch", "sgd-g-paper", "adam-g-paper")] == [94.12, 94.13, 93.95]
     last = PRESETS["riemannian-svhn"].rows[-1]
-    assert dict(last.published) == {"batch": 98.36, "sgd-g": 98.37, "adam-g": 98.45}
+    assert [last.published[method] for method in last.config.methods] == [98.36, 98.37, 98.45]
 
 
 def test_the_listing_has_every_preset_with_its_cost():
@@ -81,7 +82,7 @@ def test_a_run_puts_our_figures_beside_the_papers(tmp_path, monkeypatch):
             "A small one", "Someone 2020", (PRESETS["how-bn-helps-accuracy"].rows[0],), "Not a paper."
         ),
     )
-    monkeypatch.setattr("evenkeel.study.presets.SMALLEST_BUDGET", 64)
+    monkeypatch.setattr("evenkeel.study.preset.SMALLEST_BUDGET", 64)
     changes = {"data": "digits", "methods": ("none", "batch"), "seeds": 2, "model": "digits-cnn", "batch_sizes": (16,)}
     text = reproduce(
         "tiny", scale=0.00001, out=tmp_path, changes=changes, workers=1, quiet=True, arguments=["reproduce", "tiny"]
@@ -120,20 +121,26 @@ def test_the_revisited_preset_is_the_papers_protocol():
 @pytest.mark.parametrize(
     ("name", "rates"),
     [
-        ("riemannian-cifar100", {"batch": 0.1, "sgd-g": 0.2, "adam-g": 0.05}),
-        ("riemannian-svhn", {"batch": 0.01, "sgd-g": 0.02, "adam-g": 0.005}),
+        ("riemannian-cifar100", {"batch": 0.1, "sgd-g-paper": 0.2, "adam-g-paper": 0.05}),
+        ("riemannian-svhn", {"batch": 0.01, "sgd-g-paper": 0.02, "adam-g-paper": 0.005}),
     ],
 )
 def test_the_riemannian_presets_have_the_papers_rates_and_drops(name, rates):
     for row in PRESETS[name].at_paper_rates().rows:
         assert row.config.lr == rates
+        assert row.config.methods == tuple(rates)
         assert row.config.schedule == ("two-step" if name.endswith("svhn") else "step")
         assert (row.config.weight_decay, row.config.optimizer, row.config.crop) == (5e-4, "nesterov", 4)
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_the_papers_rates_are_known_for_all_methods_of_a_row_or_for_none(row):
-    assert set(row.rates) in (set(), set(row.config.methods))
+def test_the_fair_arm_decays_the_same_weights_for_every_method():
+    (row,) = find("riemannian-cifar10", model="vgg13").rows
+    decayed = set()
+    for method in row.config.methods:
+        model = build_model("resnet20", input_shape=(3, 32, 32), classes=10)
+        _, optimizer = evenkeel.apply(method, model, lr=0.1, weight_decay=row.config.weight_decay)
+        decayed.add(tuple(g["name"] for g in optimizer.param_groups if g["weight_decay"]))
+    assert decayed == {("weights",)}
 
 
 def test_a_network_is_chosen_among_those_of_a_preset_with_its_published_figures():
@@ -159,7 +166,7 @@ def test_rates_that_are_not_known_are_not_invented():
 
 
 def test_at_the_papers_rates_nothing_is_searched_and_the_page_has_the_test(tmp_path, monkeypatch):
-    monkeypatch.setattr("evenkeel.study.presets.SMALLEST_BUDGET", 64)
+    monkeypatch.setattr("evenkeel.study.preset.SMALLEST_BUDGET", 64)
     changes = {"data": "digits", "batch_sizes": (16,), "methods": ("batch", "revisited"), "seeds": 5, "flip": False}
     text = reproduce(
         "revisited-pieces",

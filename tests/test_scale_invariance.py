@@ -236,14 +236,14 @@ def test_every_parameter_stands_in_one_group_with_its_rate_and_decay():
     assert model.summed.weight in set(groups["weights"]["params"])
 
 
-@pytest.mark.parametrize("name", ["sgd-g", "adam-g"])
+@pytest.mark.parametrize("name", ["sgd-g", "adam-g", "sgd-g-paper", "adam-g-paper"])
 def test_recipes_train_and_the_request_is_the_manifolds_rate(name):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
     model, optimizer = evenkeel.apply(name, model, lr=0.1, weight_decay=1e-3)
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert rates["sphere"] == pytest.approx(0.1)
-    assert rates["weights"] == pytest.approx(0.1 / (20 if name == "sgd-g" else 5))
+    assert rates["weights"] == pytest.approx(0.1 / (20 if name.startswith("sgd-g") else 5))
     losses = []
     for _ in range(30):
         loss = objective(model, batch())
@@ -252,3 +252,14 @@ def test_recipes_train_and_the_request_is_the_manifolds_rate(name):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["sgd-g", "adam-g"])
+def test_the_papers_recipes_put_weights_on_the_sphere_that_go_into_a_sum(name):
+    _, exact = evenkeel.apply(name, build(), lr=0.1)
+    model = build()
+    with pytest.warns(UserWarning, match="change the network's function"):
+        model, paper = evenkeel.apply(f"{name}-paper", model, lr=0.1)
+    sphere = [{len(g["params"]) for g in o.param_groups if g["name"] == "sphere"}.pop() for o in (exact, paper)]
+    assert sphere[1] > sphere[0]
+    assert any(model.summed.weight is p for g in paper.param_groups if g["name"] == "sphere" for p in g["params"])

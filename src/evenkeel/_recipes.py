@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from evenkeel.groups import param_groups
+from evenkeel.invariance import Rule
 from evenkeel.methods.batchless import batchless_layers
 from evenkeel.methods.batchless_start import initialize
 from evenkeel.methods.batchless_training import attach
@@ -145,13 +146,17 @@ def _zero_gamma(request: Request) -> tuple[nn.Module, Optimizer]:
 
 
 def _riemannian(
-    optimizer: type[SGDG] | type[AdamG], divisor: float
+    optimizer: type[SGDG] | type[AdamG], divisor: float, rule: Rule = "exact"
 ) -> Callable[[Request], tuple[nn.Module, Optimizer]]:
     """The request's rate is the manifold's; the other weights' is the paper's proportion of it."""
 
     def build(request: Request) -> tuple[nn.Module, Optimizer]:
         groups = param_groups(
-            request.model, lr=request.lr / divisor, weight_decay=request.weight_decay, manifold_lr=request.lr
+            request.model,
+            lr=request.lr / divisor,
+            weight_decay=request.weight_decay,
+            manifold_lr=request.lr,
+            rule=rule,
         )
         return request.model, optimizer(groups, momentum=request.momentum)
 
@@ -203,6 +208,22 @@ _RECIPES: tuple[Recipe, ...] = (
         _riemannian(AdamG, 5),
         own_optimizer=True,
     ),
+    Recipe(
+        "sgd-g-paper",
+        "The same, on the sphere every convolution with fewer filters than fan-in",
+        _GRASSMANN,
+        0.2,
+        _riemannian(SGDG, 20, "paper"),
+        own_optimizer=True,
+    ),
+    Recipe(
+        "adam-g-paper",
+        "The same choice of weights, Adam",
+        _GRASSMANN,
+        0.05,
+        _riemannian(AdamG, 5, "paper"),
+        own_optimizer=True,
+    ),
     Recipe("noisy-batch", "Batch normalization, then shifting noise: a probe", _HELPS, 0.1, _converted("noisy-batch")),
     Recipe("l1", "Normalization by the mean magnitude", _HELPS, 0.1, _converted("l1")),
     Recipe("l2", "Normalization by the root mean square", _HELPS, 0.1, _converted("l2")),
@@ -240,7 +261,7 @@ _RECIPES: tuple[Recipe, ...] = (
     Recipe("revisited-shift-lr", "Its piece: learning rate of beta x 100", _REVISITED, 0.1, _revisited("shift_lr")),
     Recipe("revisited-both", "Its pieces: features x 0.1, beta's rate x 100", _REVISITED, 0.3, _revisited("both")),
     Recipe("revisited-scale-lr", "Its piece: learning rate of gamma / 100", _REVISITED, 0.1, _revisited("scale_lr")),
-    Recipe("revisited-decay", "Its piece: no decay of norms and biases", _REVISITED, 0.1, _typed),
+    Recipe("revisited-decay", "Its piece: batch normalization, norms and biases not decayed", _REVISITED, 0.1, _typed),
     Recipe(
         "revisited+sgd-g",
         "The revisited scale, filters on the unit sphere",

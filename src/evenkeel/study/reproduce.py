@@ -9,7 +9,8 @@ from evenkeel.study.compare import compare
 from evenkeel.study.errors import StudyError, nearest
 from evenkeel.study.how_bn_helps import DEEP_LINEAR_STEPS, VGG_STEPS
 from evenkeel.study.plan import StudyConfig
-from evenkeel.study.presets import PRESETS, SANTURKAR, Preset, Row, scaled
+from evenkeel.study.preset import Preset, Row, scaled
+from evenkeel.study.presets import PRESETS, SANTURKAR
 from evenkeel.study.records import StudyRecord
 from evenkeel.study.statistics import Summary, summarize
 from evenkeel.study.tables import judging, p_value, points
