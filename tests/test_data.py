@@ -289,8 +289,8 @@ def test_without_network_a_hub_name_fails_within_seconds(monkeypatch):
     def unreachable(*_, **__):
         raise socket.gaierror("no network")
 
-    monkeypatch.setattr("evenkeel.study.images.socket.create_connection", unreachable)
-    monkeypatch.setattr("evenkeel.study.images.getproxies", dict)
+    monkeypatch.setattr("evenkeel.study.image_source.socket.create_connection", unreachable)
+    monkeypatch.setattr("evenkeel.study.image_source.getproxies", dict)
     begin = time.monotonic()
     with pytest.raises(DataError, match="needs a network connection"):
         load_data("no-such-user/no-such-data")
@@ -427,7 +427,7 @@ def test_data_larger_than_the_memory_is_split_checked_and_read(tmp_path, monkeyp
     count = int(1.5 * memory) // (3 * 128**2)
     (tmp_path / "huge").mkdir()
     monkeypatch.setattr(images, "_decode", lambda *arguments: sparse_cache(arguments[-1], count))
-    monkeypatch.setattr(images, "_load", lambda _: None)
+    monkeypatch.setattr(images, "load_source", lambda _: None)
     monkeypatch.setattr("evenkeel.study.data.SAMPLE", 50)
     monkeypatch.setattr(Split, "inputs", property(lambda _: pytest.fail("the whole split was read")))
     data = check(StudyConfig(data=str(tmp_path / "huge"), model="cnn5", batch_sizes=(4,), budget=8))
