@@ -1,6 +1,7 @@
 """What the documents promise."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,9 @@ def test_the_example_with_an_own_model_and_data_runs(tmp_path, monkeypatch):
     assert main([*command.split(), *quick.split(), str(tmp_path / "out")]) == 0
     finals = [t for t in read_results(tmp_path / "out" / "results.json").trials if t.key.phase == "final"]
     assert {t.state for t in finals} == {"finished"}
+
+
+def test_the_example_on_volumes_finds_their_ellipsoids(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["volumes.py", "bnp", "0.03"])
+    runpy.run_path(str(ROOT / "docs/examples/volumes.py"), run_name="__main__")
+    assert float(re.search(r"bnp, lr 0.03: Dice ([\d.]+)", capsys.readouterr().out)[1]) > 0.85
