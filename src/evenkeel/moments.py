@@ -50,7 +50,7 @@ def empty(features: int, *, dtype: torch.dtype = torch.float32, device: torch.de
     )
 
 
-def totals(x: Tensor, feature_dim: int = -1) -> tuple[Tensor, Tensor]:
+def totals(x: Tensor, feature_dim: int = -1, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Sum and sum of squares over every dimension but ``feature_dim``, in one pass each, in fp32 or wider.
 
     The layout decides how: reductions along the contiguous dimension run at the speed of memory, others are slower.
@@ -58,6 +58,7 @@ def totals(x: Tensor, feature_dim: int = -1) -> tuple[Tensor, Tensor]:
     Args:
         x: Activations of any shape; nothing is recorded for autograd.
         feature_dim: Dimension that holds the features.
+        dtype: Dtype of the sums, default that of statistics of ``x``.
 
     Returns:
         Two tensors of shape ``(features,)``.
@@ -67,22 +68,22 @@ def totals(x: Tensor, feature_dim: int = -1) -> tuple[Tensor, Tensor]:
         [[4.0, 20.0], [10.0, 200.0]]
     """
     x = x.detach()
-    dtype = statistics_dtype(x.dtype)
+    dtype = dtype or statistics_dtype(x.dtype)
     feature_dim %= x.dim()
     if torch.compiler.is_compiling():  # written so that one fused reduction reads x once
         dims = [d for d in range(x.dim()) if d != feature_dim]
         x = x.to(dtype)
         return x.sum(dims), x.square().sum(dims)
+    if x.device.type == "cpu":
+        x = x.to(dtype)  # the mixed-precision reductions are the slow ones there
     if feature_dim == x.dim() - 1 or x.stride(feature_dim) == 1:
         rows = x.movedim(feature_dim, -1).reshape(-1, x.shape[feature_dim])
         if x.device.type == "cpu":
-            return rows.sum(0, dtype=dtype), rows.to(dtype).square().sum(0)
+            return rows.sum(0), rows.square().sum(0)
         return rows.sum(0, dtype=dtype), torch.linalg.vector_norm(rows, dim=0, dtype=dtype).square()
-    inner = x.flatten(feature_dim + 1)
-    if x.device.type == "cpu":
-        inner = inner.to(dtype)  # the mixed-precision reductions are the slow ones there
-    per_image = inner.sum(-1, dtype=dtype), torch.linalg.vector_norm(inner, dim=-1, dtype=dtype).square()
-    total, square = (t.reshape(-1, x.shape[feature_dim]).sum(0) for t in per_image)
+    images, positions = list(range(feature_dim)), list(range(feature_dim + 1, x.dim()))
+    of_images = x.sum(positions, dtype=dtype), torch.linalg.vector_norm(x, dim=positions, dtype=dtype).square_()
+    total, square = (t.sum(images) if images else t for t in of_images)
     return total, square
 
 

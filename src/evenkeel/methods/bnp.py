@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evenkeel.methods.bnp_layers import choose, removed_means
-from evenkeel.methods.layer_steps import LayerStep, Rate, transform_
+from evenkeel.methods.layer_steps import LayerStep, Rate, Transform
 from evenkeel.methods.observed import Observed
-from evenkeel.methods.row_statistics import Metric, RowStatistics, restored
+from evenkeel.methods.row_statistics import Metric, Metrics, RowStatistics, restored
 from evenkeel.stepping import StepHandle, before_step
 
 
@@ -80,7 +80,8 @@ class BNP:
         self._statistics = RowStatistics(decay, eps_relative, eps, process_group)
         self._optimizers: list[Optimizer] = []
         self._mask: Tensor | None = None
-        self._metrics: list[tuple[Observed, Metric]] = []
+        self._metrics: Metrics | None = None
+        self._transform = Transform(max_change)
         chosen, self.skipped = choose(model, layers)
         norms = removed_means(model, chosen)
         self._layers: list[Observed] = []
@@ -115,8 +116,9 @@ class BNP:
             seen.place()
 
         def prepare() -> None:
-            layers = self._layers_of(optimizer)
-            self._precondition([seen for seen in layers if not seen.prepared], _rates(optimizer))
+            rates = _rates(optimizer)
+            layers = [seen for seen in self._layers if id(seen.weight) in rates]
+            self._precondition([seen for seen in layers if not seen.prepared], rates)
             for seen in layers:
                 seen.prepared = False
 
@@ -136,7 +138,6 @@ class BNP:
         self._optimizers.append(optimizer)
         return StepHandle([handle.remove, *(hook.remove for hook in hooks), lambda: self._optimizers.remove(optimizer)])
 
-    @torch.no_grad()
     def precondition_(self) -> None:
         """Precondition the gradients now, by hand: before clipping, say (under AMP after ``scaler.unscale_``).
 
@@ -172,7 +173,7 @@ class BNP:
 
     def metrics(self) -> list[tuple[Observed, Metric]]:
         """The layers of the latest step, each with what its gradient was preconditioned by."""
-        return self._metrics
+        return [] if self._metrics is None else self._metrics.of_each()
 
     def remove(self) -> None:
         """Take all hooks off the model; an attached optimizer then steps on plain gradients."""
@@ -224,8 +225,9 @@ class BNP:
 
     def _layers_of(self, optimizer: Optimizer) -> list[Observed]:
         trained = _trained(optimizer)
-        return [seen for seen in self._layers if id(seen.layer.weight) in trained]
+        return [seen for seen in self._layers if id(seen.weight) in trained]
 
+    @torch.no_grad()
     def _precondition(self, layers: Sequence[Observed], rates: Mapping[int, Rate] | None) -> None:
         """Transform the gradients of ``layers``; a bias that is not among the optimizer's parameters is not trained.
 
@@ -237,15 +239,15 @@ class BNP:
             return
         if self.max_change is not None and rates is None:
             raise ValueError("max_change bounds a step, so it needs the learning rate: attach the optimizer first")
+        self._metrics = self._statistics.advance(layers)
         steps = []
-        self._metrics = list(zip(layers, self._statistics.advance(layers), strict=True))
-        for seen, metric in self._metrics:
-            weight, bias = seen.layer.weight, seen.layer.bias
-            if weight.grad is not None:
+        for place, seen in enumerate(layers):
+            weight, bias = seen.weight, seen.layer._parameters["bias"]
+            if weight is not None and weight.grad is not None:
                 bias_grad = None if bias is None or (rates is not None and id(bias) not in rates) else bias.grad
                 rate = None if rates is None else rates.get(id(weight))
-                steps.append(LayerStep(seen, weight.grad, bias_grad, metric, rate))
-        transform_(steps, self.max_change)
+                steps.append(LayerStep(place, weight, weight.grad, bias_grad, rate))
+        self._transform(steps, self._metrics)
 
 
 def _rates(optimizer: Optimizer) -> dict[int, Rate]:
@@ -257,7 +259,9 @@ def _rates(optimizer: Optimizer) -> dict[int, Rate]:
     rates: dict[int, Rate] = {}
     for group in optimizer.param_groups:
         rate = group.get("lr", 0.0) / (1 - group.get("momentum", 0.0))
-        rates.update((id(p), rate if scale is None else rate / scale) for p in group["params"])
+        if scale is not None:
+            rate = rate / scale
+        rates.update((id(p), rate) for p in group["params"])
     return rates
 
 

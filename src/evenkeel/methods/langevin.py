@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from evenkeel.methods.bnp import BNP
-from evenkeel.methods.preconditioning import Layout
+from evenkeel.methods.preconditioning import Layout, out_of_z_
 
 
 def preconditioned_noise(
@@ -51,20 +51,15 @@ def preconditioned_noise(
     Returns:
         Noise shaped as weight and bias.
     """
-    xi = torch.randn(weight.shape, dtype=mean.dtype, device=weight.device, generator=generator)
-    layout = Layout(weight, groups, transposed)
-    grouped, sigma = layout.grouped(xi), layout.along_in((variance * divisor).sqrt())
+    layout = Layout(weight.shape, groups, transposed)
+    xi = layout.rows(torch.randn(weight.shape, dtype=mean.dtype, device=weight.device, generator=generator))
+    xi_bias = None
     if bias is not None:
-        noise = grouped / sigma
-        xi_bias = torch.randn(bias.shape, dtype=mean.dtype, device=bias.device, generator=generator)
-        shift = layout.per_unit(noise, layout.along_in(mean))
-        return noise.reshape(weight.shape), xi_bias / torch.as_tensor(divisor).sqrt() - shift
-    if not mean_removed:
-        v = layout.along_in(mean / variance.sqrt())
-        square = (v.square().sum((1, 2), keepdim=True) * (layout.taps if transposed else 1)).clamp(min=1e-12)
-        share = (1 - (1 + square).rsqrt()) / square
-        grouped = grouped - share * layout.along_out(layout.per_unit(grouped, v)) * v
-    return (grouped / sigma).reshape(weight.shape), None
+        xi_bias = layout.units(torch.randn(bias.shape, dtype=mean.dtype, device=bias.device, generator=generator))
+    mu, sigma = None if mean_removed and bias is None else layout.along_in(mean), layout.along_in(variance.sqrt())
+    noise, bias_noise = out_of_z_(xi, xi_bias, mu, sigma)
+    q = torch.as_tensor(divisor).sqrt()
+    return layout.weight(noise) / q, None if bias_noise is None else bias_noise.reshape(-1) / q
 
 
 class LangevinBNP(Optimizer):

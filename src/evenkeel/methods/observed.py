@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
 from evenkeel.compilation import eager
-from evenkeel.moments import observe_unchecked, observing, once_reached, totals
+from evenkeel.moments import observing, once_reached, totals
 
 Layer: TypeAlias = nn.Linear | _ConvNd
 
@@ -72,15 +72,15 @@ def row_count(layer: Layer, shape: torch.Size) -> float:
     """Rows that an input of this shape stands for, the zeros of padding and of a transposed stride included."""
     if isinstance(layer, nn.Linear):
         return prod(shape[:-1])
-    spatial = len(layer.kernel_size)
-    sizes = list(shape[-spatial:])
-    if isinstance(layer, _ConvTransposeNd):
-        sizes = [size * stride for size, stride in zip(sizes, layer.stride, strict=True)]
-    elif layer.padding_mode == "zeros":
-        before_after = layer._reversed_padding_repeated_twice  # also resolves padding="same"
-        pads = [before_after[2 * d] + before_after[2 * d + 1] for d in range(spatial)]
-        sizes = [size + pad for size, pad in zip(sizes, reversed(pads), strict=True)]
-    return prod(shape[: -spatial - 1]) * prod(sizes)
+    count = prod(shape) // layer.in_channels
+    if layer.transposed:
+        return count * prod(layer.stride)
+    if layer.padding_mode == "zeros":
+        pads = layer._reversed_padding_repeated_twice  # before and after, the last dimension first; resolves "same" too
+        for d in range(len(layer.kernel_size)):
+            size = shape[-1 - d]
+            count = count // size * (size + pads[2 * d] + pads[2 * d + 1])
+    return count
 
 
 class Observed:
@@ -112,6 +112,11 @@ class Observed:
         self._handles.append(layer.register_forward_hook(Hook(self), with_kwargs=True))
 
     @property
+    def weight(self) -> Tensor | None:
+        """The layer's weight, None if by now it is computed from other parameters; attributes of modules are found slowly."""
+        return self.layer._parameters.get("weight")
+
+    @property
     def mean_removed(self) -> bool:
         """Whether the mean of each unit is removed behind the layer (not by a batch normalization in eval mode)."""
         return self.norm is not None and (self.norm.training or getattr(self.norm, "running_mean", None) is None)
@@ -123,7 +128,7 @@ class Observed:
 
     def materialized(self) -> bool:
         """Whether the layer has its shape by now (a lazy layer gets it in its first forward)."""
-        return not isinstance(self.layer.weight, UninitializedParameter)
+        return not isinstance(self.weight, UninitializedParameter)
 
     def place(self) -> None:
         """Make what compiled forwards add to, where the layer is by now: a graph can only change what exists."""
@@ -155,10 +160,10 @@ class Observed:
 
     def see(self, layer: Layer, x: Tensor, output: Tensor) -> Tensor | None:
         """Gather the rows of one forward; they count once a gradient reaches ``output``."""
-        if (
-            not (layer.training and output.requires_grad and layer.weight.requires_grad and observing())
-            or not x.numel()
-        ):
+        weight = layer._parameters.get("weight")
+        if weight is None or not (layer.training and output.requires_grad and weight.requires_grad and observing()):
+            return None
+        if not x.numel():
             return None
         sums = self._sums(layer, x, output)
         if not torch.compiler.is_compiling():
@@ -180,12 +185,8 @@ class Observed:
             share = mask.mean(dtype=wide_dtype(x.device))
             x = torch.where(mask.unsqueeze(-1).movedim(-1, dim), x, 0)
             return Sums(rows * share, positions * share, *totals(x, dim))
-        if x.requires_grad or wide_dtype(x.device) == torch.float32:
-            return Sums(rows, positions, *totals(x, dim))
-        # data may lie far from zero (pixels, years), where sums of squares about zero lose their digits in fp32
-        seen = observe_unchecked(x, dim)
-        count, mean = seen.count.double(), seen.mean.double()
-        return Sums(rows, positions, count * mean, seen.m2.double() + count * mean.square())
+        # data may lie far from zero (pixels, years), where sums of squares lose their digits in fp32
+        return Sums(rows, positions, *totals(x, dim, None if x.requires_grad else wide_dtype(x.device)))
 
     def _matching_mask(self, x: Tensor, dim: int) -> Tensor | None:
         mask = self._mask()

@@ -9,6 +9,7 @@ is the one a normalized input would have given. Plain gradient descent on those 
 descent with the gradient multiplied by ``P P^T``: this file. Nothing in the network changes.
 """
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -66,7 +67,8 @@ def update_running(
         [1.0, 1.0]
     """
     delta = batch_mean - mean
-    return mean + weight * delta, (1 - weight) * (variance + weight * delta.square()) + weight * batch_variance
+    moved = weight * delta
+    return mean + moved, (1 - weight) * (variance + moved * delta) + weight * batch_variance
 
 
 def precondition(
@@ -118,62 +120,88 @@ def precondition(
         >>> w.tolist(), b.tolist()
         ([[2.0, 1.0]], [1.0])
     """
-    _check(weight_grad, bias_grad, mean, variance, groups, transposed)
-    layout = Layout(weight_grad, groups, transposed)
-    grouped = layout.grouped(weight_grad)
-    mu, scale = layout.along_in(mean), layout.along_in((variance * divisor).reciprocal())
-    if bias_grad is not None:
-        weight = torch.addcmul(grouped.to(mu.dtype), mu, layout.along_out(bias_grad).to(mu.dtype), value=-1).mul_(scale)
-        bias = bias_grad / divisor - layout.per_unit(weight, mu)
-        return weight.reshape(weight_grad.shape), bias
-    weight = grouped * scale
-    if not mean_removed:
-        v = mu * scale * divisor
-        norm = 1 + (mu * v).sum((1, 2), keepdim=True) * (layout.taps if transposed else 1)
-        weight = weight - layout.along_out(layout.per_unit(weight, mu)) / norm * v
-    return weight.reshape(weight_grad.shape), None
+    layout = Layout(weight_grad.shape, groups, transposed)
+    _check(weight_grad, bias_grad, mean, variance, layout)
+    bias = None if bias_grad is None else layout.units(bias_grad.to(mean.dtype))
+    mu = None if mean_removed and bias is None else layout.along_in(mean)
+    sigma = layout.along_in(variance.sqrt())
+    z = into_z_(layout.rows(weight_grad.to(mean.dtype, copy=True)), bias, mu, sigma)
+    weight, bias = out_of_z_(z, bias, mu, sigma)
+    return layout.weight(weight) / divisor, None if bias is None else bias.reshape(-1) / divisor
 
 
-def unit_changes(
-    weight: Tensor,
-    grads: tuple[Tensor, Tensor | None],
-    preconditioned: tuple[Tensor, Tensor | None],
-    variance: Tensor,
-    *,
-    groups: int = 1,
-    transposed: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Per output unit: how far a step of rate 1 changes its output, and how far its output spreads, both squared.
+def into_z_(weight: Tensor, bias: Tensor | None, mean: Tensor | None, sigma: Tensor) -> Tensor:
+    """``P^T``: gradients of weights and biases become those of ``z``, the weights that normalized inputs would have.
 
-    Over the rows the layer sees, a step ``-(W~, b~)`` changes the output of unit ``i`` in root mean square by ``|dz_i|``,
-    and the output spreads about its mean by ``|z_i|`` (inputs taken as uncorrelated)::
+    In ``a = beta + z . (h - mu) / sigma``, whose gradient in ``beta`` is ``G_b``::
 
-        |dz_i|^2 = (G_W,i . W~_i + G_b,i b~_i) / q^2          |z_i|^2 = sum_c s_c w_ic^2
+        G_z = (G_W - G_b mu^T) / sigma
 
-    The first is free: ``(P P^T)^-1`` is the metric in which outputs change, so no product with the inputs is needed.
+    Without a bias ``P`` is the symmetric root ``diag(1 / sigma) (I + v v^T)^(-1/2)`` with ``v = mu / sigma``.
 
     Args:
-        weight: The weight, laid out as for :func:`precondition`.
-        grads: Gradients of weight and bias (or None).
-        preconditioned: What :func:`precondition` made of them.
-        variance: Guarded variance of the input, ``(in,)``.
-        groups: Groups of the convolution.
-        transposed: Whether the weight is laid out as that of a transposed convolution.
+        weight: Rows of ``G_W`` (see :class:`Layout`), ``(groups, out, in)``; overwritten.
+        bias: ``G_b``, ``(groups, out, 1)``, or None.
+        mean: ``(groups, 1, in)``, or None where what follows the layer removes the mean of each unit.
+        sigma: Square root of the guarded variance, ``(groups, 1, in)``.
 
     Returns:
-        ``q^2 |dz_i|^2`` and ``|z_i|^2``, ``(out,)`` each.
+        ``G_z``, in the memory of ``weight``.
+    """
+    if bias is None or mean is None:
+        weight.div_(sigma)
+        return weight if mean is None else _root_(weight, mean / sigma)
+    return weight.addcmul_(bias, mean, value=-1).div_(sigma)
+
+
+def out_of_z_(z: Tensor, bias: Tensor | None, mean: Tensor | None, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``P``: a step of ``z`` and ``beta`` as one of weight and bias; arguments as for :func:`into_z_`.
+
+    ::
+
+        W = z / sigma
+        b = beta - W mu
+
+    Returns:
+        Weight, in the memory of ``z``, and bias.
+    """
+    if bias is None or mean is None:
+        return (z if mean is None else _root_(z, mean / sigma)).div_(sigma), bias
+    weight = z.div_(sigma)
+    return weight, bias - torch.linalg.vecdot(weight, mean).unsqueeze(-1)
+
+
+def _root_(z: Tensor, v: Tensor) -> Tensor:
+    """``z (I + v v^T)^(-1/2)``: along ``v`` divided by ``r = sqrt(1 + |v|^2)``, that is ``z - (z . v) v / (r (r + 1))``."""
+    root = (1 + v.square().sum(-1, keepdim=True)).sqrt()
+    return z.addcmul_(torch.linalg.vecdot(z, v).unsqueeze(-1), v / (root * (root + 1)), value=-1)
+
+
+def unit_changes(z: Tensor, bias: Tensor | None, weight: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Per output unit: how far a step of rate 1 changes its output, and how far its output spreads.
+
+    Over the rows the layer sees, whose normalized inputs are taken as uncorrelated, a step ``-P (G_b, G_z)`` changes the
+    output of unit ``i`` in root mean square by ``|dz_i|``, and the output spreads about its mean by ``|z_i|``::
+
+        |dz_i|^2 = |G_z,i|^2 + G_b,i^2 = G_W,i . W~_i + G_b,i b~_i          |z_i|^2 = sum_c s_c w_ic^2
+
+    Args:
+        z: ``G_z = (G_W - G_b mu^T) / sigma``, one row per unit, ``(groups, out, in)``.
+        bias: ``G_b``, ``(groups, out, 1)``, or None.
+        weight: The weight, likewise.
+        sigma: Square root of the guarded variance, ``(groups, 1, in)``.
+
+    Returns:
+        ``|dz|`` and ``|z|``, ``(groups, out, 1)`` each.
 
     Examples:
-        >>> w, g, s = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 3.0]]), torch.tensor([1.0, 2.0])
-        >>> [t.tolist() for t in unit_changes(w, (g, None), (g / s, None), s)]
-        [[13.5], [9.0]]
+        >>> z, b, w = torch.tensor([[[1.5, 2.0]]]), torch.tensor([[[6.0]]]), torch.tensor([[[1.5, 2.0]]])
+        >>> [t.item() for t in unit_changes(z, b, w, torch.tensor([[[2.0, 2.0]]]))]
+        [6.5, 5.0]
     """
-    layout = Layout(weight, groups, transposed)
-    change = layout.over_in(layout.grouped(grads[0] * preconditioned[0]))
-    if grads[1] is not None and preconditioned[1] is not None:
-        change = torch.addcmul(change, grads[1], preconditioned[1])
-    squares = layout.grouped(weight.detach().square())
-    return change, layout.per_unit(squares, layout.along_in(variance))
+    change = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    spread = torch.linalg.vector_norm(weight * sigma, dim=-1, keepdim=True)
+    return change if bias is None else torch.hypot(change, bias), spread
 
 
 def bounding_factors(change: Tensor, spread: Tensor, max_change: float) -> Tensor:
@@ -182,75 +210,57 @@ def bounding_factors(change: Tensor, spread: Tensor, max_change: float) -> Tenso
     A unit that starts at zero is taken to spread by 0.1, so that it can move.
 
     Args:
-        change: ``|dz|^2``, the squared change of each unit's output by the step as it is.
-        spread: ``|z|^2``, the squared spread of each unit's output.
+        change: ``|dz|``, the change of each unit's output by the step as it is.
+        spread: ``|z|``, the spread of each unit's output.
         max_change: Largest relative change.
 
     Examples:
-        >>> bounding_factors(torch.tensor([4.0, 4.0, 0.0]), torch.tensor([16.0, 0.0, 1.0]), 0.125).tolist()
+        >>> bounding_factors(torch.tensor([2.0, 2.0, 0.0]), torch.tensor([4.0, 0.0, 1.0]), 0.125).tolist()
         [0.25, 0.0062500000931322575, 1.0]
     """
-    allowed = max_change * spread.sqrt().clamp(min=SMALLEST_SPREAD)
-    return (allowed / change.clamp(min=1e-30).sqrt()).clamp(max=1)
-
-
-def scale_units(weight: Tensor, factors: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
-    """The weight-shaped tensor with each output unit multiplied by its factor, ``(out,)``."""
-    layout = Layout(weight, groups, transposed)
-    return (layout.grouped(weight) * layout.along_out(factors)).reshape(weight.shape)
+    return (max_change * spread.clamp(min=SMALLEST_SPREAD) / change.clamp(min=1e-15)).clamp(max=1)
 
 
 class Layout:
-    """A weight as ``(groups, out, in taps)``, or ``(groups, in, out taps)`` if transposed, and vectors that broadcast to it.
+    """A weight as the rows of its units, ``(groups, out, inputs times taps)``, and vectors that broadcast to them.
 
     Taps lie beside the channels, not in a dimension of their own: elementwise loops over three or nine taps are slow.
+    Layers of one shape side by side, their weights joined along the first dimension, are one layer with more groups.
     """
 
-    def __init__(self, weight: Tensor, groups: int, transposed: bool) -> None:
-        self.groups, self.transposed = groups, transposed
-        self.taps = prod(weight.shape[2:])
+    def __init__(self, shape: Sequence[int], groups: int, transposed: bool) -> None:
+        self.shape, self.groups, self.transposed = tuple(shape), groups, transposed
+        self.taps = prod(shape[2:])
+        first, second = shape[0] // groups, prod(shape[1:2])
+        self.ins, self.outs = (first, second) if transposed else (second, first)
 
-    def grouped(self, weight: Tensor) -> Tensor:
-        """The weight-shaped tensor as three dimensions."""
-        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+    def rows(self, weight: Tensor) -> Tensor:
+        """The weight-shaped tensor as rows."""
+        if self.transposed:
+            weight = weight.reshape(self.groups, self.ins, self.outs, self.taps).transpose(1, 2)
+        return weight.reshape(self.groups, self.outs, -1)
+
+    def weight(self, rows: Tensor) -> Tensor:
+        """Rows as a weight-shaped tensor."""
+        if self.transposed:
+            rows = rows.reshape(self.groups, self.outs, self.ins, self.taps).transpose(1, 2)
+        return rows.reshape(self.shape)
 
     def along_in(self, vector: Tensor) -> Tensor:
         """A vector over the inputs."""
-        return self._first(vector) if self.transposed else self._second(vector)
-
-    def along_out(self, vector: Tensor) -> Tensor:
-        """A vector over the output units."""
-        return self._second(vector) if self.transposed else self._first(vector)
-
-    def per_unit(self, grouped: Tensor, along_in: Tensor) -> Tensor:
-        """For each output unit the sum over inputs and taps of weight times vector, ``(out,)``."""
-        return self.over_in(grouped.to(along_in.dtype) * along_in)
-
-    def over_in(self, grouped: Tensor) -> Tensor:
-        """For each output unit the sum over inputs and taps, ``(out,)``."""
-        if self.transposed:
-            return grouped.sum(1).reshape(-1, self.taps).sum(1)
-        return grouped.sum(2).reshape(-1)
-
-    def _first(self, vector: Tensor) -> Tensor:
-        return vector.reshape(self.groups, -1, 1)
-
-    def _second(self, vector: Tensor) -> Tensor:
         return (vector if self.taps == 1 else vector.repeat_interleave(self.taps)).reshape(self.groups, 1, -1)
 
+    def units(self, vector: Tensor) -> Tensor:
+        """A vector over the output units."""
+        return vector.reshape(self.groups, self.outs, 1)
 
-def _check(
-    weight_grad: Tensor, bias_grad: Tensor | None, mean: Tensor, variance: Tensor, groups: int, transposed: bool
-) -> None:
-    first, second = weight_grad.shape[0], prod(weight_grad.shape[1:2])
-    ins, outs = (first, second * groups) if transposed else (second * groups, first)
-    if weight_grad.dim() < 2 or first % groups or mean.shape != (ins,) or variance.shape != (ins,):
+
+def _check(weight_grad: Tensor, bias_grad: Tensor | None, mean: Tensor, variance: Tensor, layout: Layout) -> None:
+    ins, outs = layout.groups * layout.ins, layout.groups * layout.outs
+    of = f"a weight gradient of shape {layout.shape} with groups={layout.groups}, transposed={layout.transposed}"
+    if weight_grad.dim() < 2 or layout.shape[0] % layout.groups or mean.shape != (ins,) or variance.shape != (ins,):
         raise ValueError(
-            f"a weight gradient of shape {tuple(weight_grad.shape)} with groups={groups}, transposed={transposed} "
-            f"needs mean and variance of shape ({ins},), got {tuple(mean.shape)} and {tuple(variance.shape)}"
+            f"{of} needs mean and variance of shape ({ins},), got {tuple(mean.shape)} and {tuple(variance.shape)}"
         )
     if bias_grad is not None and bias_grad.shape != (outs,):
-        raise ValueError(
-            f"a weight gradient of shape {tuple(weight_grad.shape)} with groups={groups}, transposed={transposed} "
-            f"needs a bias gradient of shape ({outs},), got {tuple(bias_grad.shape)}"
-        )
+        raise ValueError(f"{of} needs a bias gradient of shape ({outs},), got {tuple(bias_grad.shape)}")
