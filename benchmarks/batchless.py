@@ -27,7 +27,9 @@ def converted(method: str, model: nn.Module) -> nn.Module:
     """A copy of ``model`` for the method."""
     if method == NO_AFFINE:
         for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-            norm.affine, norm.weight, norm.bias = False, None, None
+            norm.affine = False
+            norm.register_parameter("weight", None)
+            norm.register_parameter("bias", None)
         method = "batchless"
     return model if method == "batch" else evenkeel.convert(model, method)
 

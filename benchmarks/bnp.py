@@ -34,7 +34,7 @@ def trainer(name: str, args: argparse.Namespace, model_name: str, batch: int) ->
     if name != "batch":
         model = convert(model, "none")
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = model.to(device, memory_format=layout)
+    model = model.to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     bnp = None
     if name not in {"none", "batch"}:
@@ -81,7 +81,8 @@ def peak_memory(step: Callable[[], None], device: str) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     allocated = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+    profiled: Any = profiler.profiler  # torch's stubs do not know what its events hold
+    for event in sorted(profiled.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
             allocated += event.nbytes()
             peak = max(peak, allocated)
