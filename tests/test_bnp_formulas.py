@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import evenkeel.moments as moments_module
 from evenkeel.functional import (
     bounding_factors,
     guarded_variance,
@@ -349,7 +350,9 @@ def test_statistics_of_another_layer_are_refused(shape):
         ((3, 5, 4), 0, False),
     ],
 )
-def test_totals_and_moments_agree_in_every_layout(shape, dim, channels_last, dtype):
+@pytest.mark.parametrize("small", [True, False])
+def test_totals_and_moments_agree_in_every_layout(monkeypatch, shape, dim, channels_last, dtype, small):
+    monkeypatch.setattr(moments_module, "_SMALL", 1 << 16 if small else 0)
     torch.manual_seed(0)
     x = (2 + torch.randn(shape)).to(dtype)
     if channels_last:

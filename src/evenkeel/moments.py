@@ -50,6 +50,10 @@ def empty(features: int, *, dtype: torch.dtype = torch.float32, device: torch.de
     )
 
 
+_SMALL = 1 << 16
+"""Elements up to which a launch costs more than a pass."""
+
+
 def totals(x: Tensor, feature_dim: int = -1, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Sum and sum of squares over every dimension but ``feature_dim``, in one pass each, in fp32 or wider.
 
@@ -67,24 +71,24 @@ def totals(x: Tensor, feature_dim: int = -1, dtype: torch.dtype | None = None) -
         >>> [t.tolist() for t in totals(torch.tensor([[1.0, 10.0], [3.0, 10.0]]))]
         [[4.0, 20.0], [10.0, 200.0]]
     """
-    x = x.detach()
-    dtype = dtype or statistics_dtype(x.dtype)
-    feature_dim %= x.dim()
-    if torch.compiler.is_compiling():  # written so that one fused reduction reads x once
-        dims = [d for d in range(x.dim()) if d != feature_dim]
-        x = x.to(dtype)
-        return x.sum(dims), x.square().sum(dims)
-    if x.device.type == "cpu":
+    x, dtype, dims = x.detach(), dtype or statistics_dtype(x.dtype), x.dim()
+    feature_dim %= dims
+    if torch.compiler.is_compiling() or x.numel() <= _SMALL:  # compiled, it is one reduction that reads x once
+        x, others = x.to(dtype), [d for d in range(dims) if d != feature_dim]
+        return x.sum(others), x.square().sum(others)
+    if x.is_cpu and x.dtype != dtype:
         x = x.to(dtype)  # the mixed-precision reductions are the slow ones there
-    if feature_dim == x.dim() - 1 or x.stride(feature_dim) == 1:
+    if feature_dim == dims - 1 or x.stride(feature_dim) == 1:
         rows = x.movedim(feature_dim, -1).reshape(-1, x.shape[feature_dim])
-        if x.device.type == "cpu":
+        if x.is_cpu:
             return rows.sum(0), rows.square().sum(0)
         return rows.sum(0, dtype=dtype), torch.linalg.vector_norm(rows, dim=0, dtype=dtype).square()
-    images, positions = list(range(feature_dim)), list(range(feature_dim + 1, x.dim()))
-    of_images = x.sum(positions, dtype=dtype), torch.linalg.vector_norm(x, dim=positions, dtype=dtype).square_()
-    total, square = (t.sum(images) if images else t for t in of_images)
-    return total, square
+    positions = tuple(range(feature_dim + 1, dims))
+    total, square = x.sum(positions, dtype=dtype), torch.linalg.vector_norm(x, dim=positions, dtype=dtype).square_()
+    if feature_dim == 0:
+        return total, square
+    images = tuple(range(feature_dim))
+    return total.sum(images), square.sum(images)
 
 
 def observe(x: Tensor, feature_dim: int = -1, mask: Tensor | None = None) -> Moments:
