@@ -71,7 +71,10 @@ def totals(x: Tensor, feature_dim: int = -1, dtype: torch.dtype | None = None) -
         >>> [t.tolist() for t in totals(torch.tensor([[1.0, 10.0], [3.0, 10.0]]))]
         [[4.0, 20.0], [10.0, 200.0]]
     """
-    x, dtype, dims = x.detach(), dtype or statistics_dtype(x.dtype), x.dim()
+    x, dtype = x.detach(), dtype or statistics_dtype(x.dtype)
+    if x.dim() == 1:
+        x, feature_dim = x.unsqueeze(0), 1  # a sum over no dimension would be one over all
+    dims = x.dim()
     feature_dim %= dims
     if torch.compiler.is_compiling() or x.numel() <= _SMALL:  # compiled, it is one reduction that reads x once
         x, others = x.to(dtype), [d for d in range(dims) if d != feature_dim]
