@@ -50,7 +50,7 @@ def test_the_listing_has_every_preset_with_its_cost():
 
 def test_the_full_scale_changes_nothing():
     config = PRESETS["batchless-cifar10"].rows[0].config
-    assert scaled(config, 1.0) == (config, [])
+    assert scaled(config, 1.0) == (config, {})
 
 
 def test_scaling_down_keeps_the_protocol_and_says_what_is_less():
@@ -61,8 +61,8 @@ def test_scaling_down_keeps_the_protocol_and_says_what_is_less():
     assert (small.methods, small.optimizer, small.schedule, small.model) == (
         *(config.methods, config.optimizer, config.schedule, config.model),
     )
-    assert less[0] == "3,000 of 3,000,000 training examples a run"
-    assert any("batch sizes 1, 2" in line for line in less)
+    assert less["budget"] == "3,000 of 3,000,000 training examples a run"
+    assert less["batch_sizes"].startswith("batch sizes 1, 2, 4")
 
 
 def test_adam_moves_the_grid_of_methods_that_use_it_only():
@@ -92,6 +92,8 @@ def test_a_run_puts_our_figures_beside_the_papers(tmp_path, monkeypatch):
     assert row.endswith("| 83.00 |")
     assert "| 0, 1 |" in row
     assert "64 of 1,920,000 training examples a run" in text
+    assert "of 3 seeds" not in text  # as many as were asked for
+    assert "--seeds 2" in text
     assert "published figures are those of full training" in text
     assert "evenkeel reproduce tiny" in text
 

@@ -83,7 +83,7 @@ class Preset:
         )
 
 
-def scaled(config: StudyConfig, scale: float) -> tuple[StudyConfig, list[str]]:
+def scaled(config: StudyConfig, scale: float) -> tuple[StudyConfig, dict[str, str]]:
     """A study at a share of its size, and what was scaled down, in words.
 
     The budget shrinks by ``scale``; seeds and searched rates to what a first look needs; batch sizes that would make fewer than
@@ -94,28 +94,30 @@ def scaled(config: StudyConfig, scale: float) -> tuple[StudyConfig, list[str]]:
         scale: Share of the budget, in (0, 1].
 
     Returns:
-        The study, and the changes.
+        The study, and by field what changed.
 
     Examples:
         >>> small, changes = scaled(StudyConfig(budget=1_000_000, batch_sizes=(128, 8), seeds=15), 0.001)
-        >>> small.budget, small.batch_sizes, small.seeds, changes[0]
+        >>> small.budget, small.batch_sizes, small.seeds, changes["budget"]
         (1000, (8,), 2, '1,000 of 1,000,000 training examples a run')
     """
     if scale == 1:
-        return config, []
+        return config, {}
     budget = min(config.budget, max(SMALLEST_BUDGET, round(config.budget * scale)))
     sizes = tuple(size for size in config.batch_sizes if 16 * size <= budget) or (min(config.batch_sizes),)
     seeds = min(config.seeds, max(2, round(config.seeds * scale)))
     limit = max(SMALLEST_LIMIT, 2 * budget)
     points = 3 if config.lr == "auto" else config.lr_points
-    small = replace(config, budget=budget, batch_sizes=sizes, seeds=seeds, lr_points=points, limit=limit)
-    changes = [
-        f"{budget:,} of {config.budget:,} training examples a run",
-        f"{seeds} of {config.seeds} seeds",
-        f"at most {limit:,} examples of each split",
-    ]
+    changes = {
+        "budget": f"{budget:,} of {config.budget:,} training examples a run",
+        "seeds": f"{seeds} of {config.seeds} seeds",
+        "limit": f"at most {limit:,} examples of each split",
+    }
     if points != config.lr_points:
-        changes.insert(2, f"{points} of {config.lr_points} learning rates")
+        changes["lr_points"] = f"{points} of {config.lr_points} learning rates"
     if sizes != config.batch_sizes:
-        changes.append(f"batch sizes {', '.join(map(str, sizes))} of {', '.join(map(str, config.batch_sizes))}")
+        changes["batch_sizes"] = (
+            f"batch sizes {', '.join(map(str, sizes))} of {', '.join(map(str, config.batch_sizes))}"
+        )
+    small = replace(config, budget=budget, batch_sizes=sizes, seeds=seeds, lr_points=points, limit=limit)
     return small, changes

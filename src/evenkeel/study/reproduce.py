@@ -97,13 +97,14 @@ def reproduce(
     preset = find(name, model=model, paper_rates=paper_rates)
     results: list[tuple[Row, StudyConfig, StudyRecord, list[str]]] = []
     for row in preset.rows:
-        config, less = scaled(row.config, scale)
+        config, shrunk = scaled(row.config, scale)
         config = replace(config, **changes)
         if isinstance(config.lr, dict):
             unknown = [method for method in config.methods if method not in config.lr]
             if unknown:
                 raise StudyError(f"--paper-rates: {name} has no learning rate for {', '.join(unknown)}; leave one out")
             config = replace(config, lr={method: config.lr[method] for method in config.methods})
+        less = [text for field, text in shrunk.items() if field not in changes]
         less += [f"--{key.replace('_', '-')} {value}" for key, value in changes.items() if key != "device"]
         if config.model not in {row.config.model for row in PRESETS[name].rows}:
             less.append(f"--model {config.model}")
