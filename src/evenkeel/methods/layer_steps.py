@@ -104,7 +104,8 @@ class _Part:
 
     def rows(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
         """Tensors shaped as the weights of the layers, as rows of the one."""
-        return self.layout.rows((tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(dtype))
+        joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return self.layout.rows(joined if joined.dtype == dtype else joined.to(dtype))
 
 
 class _Batch:
