@@ -199,7 +199,8 @@ class BatchlessNorm(nn.Module):
 
     def discard(self) -> None:
         """Forget what was observed since the last step."""
-        self.take()
+        self.tally.take()
+        self.instances = 0
         if self.control is not None:
             self.control.sums = None
 

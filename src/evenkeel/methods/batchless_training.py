@@ -83,7 +83,7 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
         for layer in layers:
             layer.discard()
         for watcher in watchers:
-            watcher.take()
+            watcher.tally.take()
 
     handle = before_step(optimizer, prepare, after=finish, discard=discard, owner="evenkeel.attach")
 

@@ -81,7 +81,7 @@ class BNP:
         self._optimizers: list[Optimizer] = []
         self._mask: Tensor | None = None
         self._metrics: Metrics | None = None
-        self._transform = Transform(max_change)
+        self._transform = Transform()
         chosen, self.skipped = choose(model, layers)
         norms = removed_means(model, chosen)
         self._layers: list[Observed] = []
@@ -247,7 +247,7 @@ class BNP:
                 bias_grad = None if bias is None or (rates is not None and id(bias) not in rates) else bias.grad
                 rate = None if rates is None else rates.get(id(weight))
                 steps.append(LayerStep(place, weight, weight.grad, bias_grad, rate))
-        self._transform(steps, self._metrics)
+        self._transform(steps, self._metrics, self.max_change)
 
 
 def _rates(optimizer: Optimizer) -> dict[int, Rate]:

@@ -34,25 +34,20 @@ class LayerStep(NamedTuple):
 
 
 class Transform:
-    """Preconditions gradients in place. What goes together is found out once, and kept while the same layers step.
+    """Preconditions gradients in place. What goes together is found out once, and kept while the same layers step."""
 
-    Args:
-        max_change: Largest change of a unit's output relative to its spread, or None.
-    """
-
-    def __init__(self, max_change: float | None) -> None:
-        self.max_change = max_change
+    def __init__(self) -> None:
         self._key: object = None
         self._batches: list[_Batch] = []
 
-    def __call__(self, steps: Sequence[LayerStep], metrics: Metrics) -> None:
-        """Transform the gradients of ``steps``."""
+    def __call__(self, steps: Sequence[LayerStep], metrics: Metrics, max_change: float | None) -> None:
+        """Transform the gradients of ``steps``, bounded by ``max_change`` where that is given."""
         kinds = _kinds(steps, metrics.roster)
         if self._key != (metrics.roster, kinds):
             self._key = metrics.roster, kinds
             self._batches = [_Batch(alike, steps, metrics.roster) for alike in _together(steps, kinds, metrics.roster)]
         for batch in self._batches:
-            batch.transform_([steps[i] for i in batch.positions], metrics, self.max_change)
+            batch.transform_([steps[i] for i in batch.positions], metrics, max_change)
 
 
 def _kinds(steps: Sequence[LayerStep], roster: Roster) -> list[tuple[object, ...]]:
@@ -146,8 +141,8 @@ class _Batch:
             z = into_z_(part.rows(grads[start:stop], self.dtype), bias, mean, sigma)
             if bounded:
                 change, spread = unit_changes(z, bias, part.rows(weights[start:stop], self.dtype), sigma)
-                changes.append(change.view(-1))
-                spreads.append(spread.view(-1))
+                changes.append(change.reshape(-1))
+                spreads.append(spread.reshape(-1))
             done.append(out_of_z_(z, bias, mean, sigma))
             start = stop
         factors = metrics.divisor.index_select(0, self.owner).reciprocal_().to(self.device, self.dtype)
