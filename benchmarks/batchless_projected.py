@@ -1,8 +1,9 @@
 """Accuracy after few examples: batchless normalization, paper's and projected gradient, against its neighbours.
 
-A net of five small convolutions on CIFAR-10; every method at every learning rate and batch size, one line per run.
+A net of five small convolutions, or ResNet-20, on CIFAR-10; every method at every learning rate and batch size, one line per
+run, with the accuracy on training images that no run trains on (choose rates by these) and on test images.
 
-    python benchmarks/batchless_projected.py --data PATH/TO/cifar10 [--methods ...] [--batch-sizes ...] [--lrs ...] [--quick]
+    python benchmarks/batchless_projected.py --data PATH/TO/cifar10 [--model resnet20] [--methods ...] [--lrs ...]
 """
 
 import argparse
@@ -16,13 +17,17 @@ from torch import Tensor, nn
 
 import evenkeel
 from common import save
-from evenkeel.methods import batchless_projected, batchless_training
+from evenkeel.methods import batchless_projected, batchless_step, batchless_training
 from evenkeel.methods.batchless import batchless_layers
 from evenkeel.study.data import load_data
+from evenkeel.study.models import build_model
 
 
-def network() -> nn.Sequential:
-    """Five 3x3 convolutions of 16, 32, 32, 64, 64 channels, batch normalization and ReLU after each."""
+def network(model: str) -> nn.Module:
+    """ResNet-20, or five 3x3 convolutions of 16, 32, 32, 64, 64 channels, batch normalization and ReLU after each."""
+    if model == "resnet20":
+        resnet = build_model(model, input_shape=(3, 32, 32), classes=10)
+        return resnet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     layers: list[nn.Module] = []
     for inputs, outputs, stride in ((3, 16, 2), (16, 32, 1), (32, 32, 2), (32, 64, 1), (64, 64, 2)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -35,15 +40,15 @@ def run(
     batch_size: int,
     seed: int,
     budget: int,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
+    splits: dict[str, tuple[Tensor, Tensor]],
     optimizer: str,
+    network_name: str,
 ) -> dict[str, float | str]:
     """One training run; accuracy in per cent, the mean training loss over its last fifth, mean log sigma at the end."""
     torch.manual_seed(seed)
-    x, labels = train
+    x, labels = splits["train"]
     start = process_time()
-    model, stepped = evenkeel.apply(method, network(), lr=lr, batches=[x[:512]], optimizer=optimizer)
+    model, stepped = evenkeel.apply(method, network(network_name), lr=lr, batches=[x[:256]], optimizer=optimizer)
     order = torch.cat([torch.randperm(len(x)) for _ in range(1 + budget // len(x))])[:budget]
     losses = []
     for index in order.split(batch_size):
@@ -52,31 +57,39 @@ def run(
         loss.backward()
         stepped.step()
         losses.append(loss.item())
-        if loss.isnan():
+        if not loss.isfinite():
             break
     model.eval()
-    with torch.no_grad():
-        guesses = torch.cat([model(part).argmax(1) for part in test[0].split(500)])
     tail = losses[-max(1, len(losses) // 5) :]
     layers = batchless_layers(model)
     return {
+        "model": network_name,
         "method": method,
         "optimizer": optimizer,
         "batch_size": batch_size,
         "lr": lr,
         "seed": seed,
         "examples": budget,
-        "accuracy": 100 * (guesses == test[1]).float().mean().item(),
+        "validation": accuracy(model, *splits["validation"]),
+        "accuracy": accuracy(model, *splits["test"]),
         "train_loss": sum(tail) / len(tail),
         "log_sigma": sum(layer.sigma.log().mean().item() for layer in layers) / max(1, len(layers)),
         "cpu_seconds": process_time() - start,
     }
 
 
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
+    """In per cent."""
+    guesses = torch.cat([model(part).argmax(1) for part in x.split(500)])
+    return 100 * (guesses == labels).float().mean().item()
+
+
 def main() -> None:
     """Parse, run, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
+    parser.add_argument("--model", default="cnn", choices=["cnn", "resnet20"])
     parser.add_argument("--methods", nargs="+", default=["batch", "group", "batchless", "batchless-projected"])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16, 128])
     parser.add_argument("--lrs", nargs="+", type=float, default=[0.01, 0.03, 0.1, 0.3, 1.0])
@@ -84,28 +97,34 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=4_000)
     parser.add_argument("--optimizer", default="sgd")
     parser.add_argument("--gain", type=float, help="largest share of the newest step in A and B")
-    parser.add_argument("--without", nargs="*", default=[], choices=["forecast", "restraint"], help="leave out a part")
+    parser.add_argument(
+        "--without", nargs="*", default=[], choices=["weights", "slopes", "restraint"], help="leave out a part"
+    )
     parser.add_argument("--name", default="batchless_projected", help="of the file in results/")
     parser.add_argument("--quick", action="store_true", help="a tenth of the examples")
     args = parser.parse_args()
     torch.set_num_threads(1)
     batchless_projected.GAIN = args.gain or batchless_projected.GAIN
-    if "forecast" in args.without:
-        batchless_training.forecasters = lambda model: []
+    if "weights" in args.without:
+        batchless_training.weight_producers = lambda model: []
+    if "slopes" in args.without:
+        batchless_step.gain = torch.zeros_like
     if "restraint" in args.without:
         batchless_training.MISFIT = math.inf
     data = load_data(args.data)
-    train, test = (
-        (data.normalise(split.inputs[:count]), split.labels[:count])
-        for split, count in ((data.train, 20_000), (data.test, 2_000))
-    )
+    parts = {
+        "train": (data.train, 0, 20_000),
+        "validation": (data.train, 20_000, 22_000),
+        "test": (data.test, 0, 2_000),
+    }
+    splits = {name: (data.normalise(split.inputs[a:b]), split.labels[a:b]) for name, (split, a, b) in parts.items()}
     budget = args.examples // (10 if args.quick else 1)
     results = []
     for batch_size in args.batch_sizes:
         for lr in args.lrs:
             for method in args.methods:
                 for seed in args.seeds:
-                    result = run(method, lr, batch_size, seed, budget, train, test, args.optimizer)
+                    result = run(method, lr, batch_size, seed, budget, splits, args.optimizer, args.model)
                     results.append(result)
                     cells = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in result.items())
                     print(*cells, flush=True)

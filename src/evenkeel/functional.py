@@ -1,9 +1,9 @@
 """The pure functions of the methods, without state."""
 
 from evenkeel.methods.batch_renorm import renorm_correction
-from evenkeel.methods.batchless_forecast import forecast
 from evenkeel.methods.batchless_functions import gaussian_nll_gradients
 from evenkeel.methods.batchless_projected import projected_gradient
+from evenkeel.methods.batchless_weights import projected_weight_gradient
 from evenkeel.methods.langevin import preconditioned_noise
 from evenkeel.methods.preconditioning import (
     bounding_factors,
@@ -22,7 +22,6 @@ __all__ = [
     "bounding_factors",
     "clip_rows",
     "exponential_map",
-    "forecast",
     "gaussian_nll_gradients",
     "guarded_variance",
     "logarithmic_map",
@@ -32,6 +31,7 @@ __all__ = [
     "preconditioned_noise",
     "project",
     "projected_gradient",
+    "projected_weight_gradient",
     "renorm_correction",
     "sgdg",
     "step_divisor",

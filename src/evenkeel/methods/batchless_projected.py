@@ -20,11 +20,11 @@ from evenkeel.compilation import eager
 from evenkeel.methods.batchless_functions import affine_map, at_least_single
 from evenkeel.moments import Moments, observing
 
-GAIN, INSTANCES = 0.3, 4.0  # the share of the newest step: 0.3 from many instances, 0.06 from one
+GAIN, INSTANCES = 0.1, 4.0  # the share of the newest step: 0.1 from many instances, 0.02 from one
 
 
 def gain(instances: Tensor) -> Tensor:
-    """Share ``0.3 N / (N + 4)`` of a step of N instances in A and B: what few instances say about them is mostly noise.
+    """Share ``0.1 N / (N + 4)`` of a step of N instances in A and B: what few instances say about them is mostly noise.
 
     Args:
         instances: N, over all micro-batches and ranks.

@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from evenkeel.methods.batchless import BatchlessNorm, batchless_layers
-from evenkeel.methods.batchless_forecast import Forecaster, forecasters
 from evenkeel.methods.batchless_step import RATE, Fit, Plain
+from evenkeel.methods.batchless_weights import Producer, weight_producers
 from evenkeel.moments import Moments, reduce
 from evenkeel.stepping import StepHandle, before_step
 
@@ -60,11 +60,11 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
         layer.set_collected(True)
     plain = {layer: Plain(layer) for layer in layers if layer.gradient == "plain"}
     _move_to_own_group(optimizer, [p for own in plain.values() for p in own.parameters()])
-    watchers = forecasters(model)
+    feeding = weight_producers(model)
 
     @torch.no_grad()
     def prepare() -> None:
-        fits = collect(layers, watchers)
+        fits = collect(layers, feeding)
         restrain(optimizer, layers)
         for fit in fits:
             if fit.layers[0].gradient == "natural":
@@ -74,47 +74,45 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
                     plain[layer].before(moments)
 
     def finish() -> None:
-        for watcher in watchers:
-            watcher.after()
         for own in plain.values():
             own.after()
 
     def discard() -> None:
         for layer in layers:
             layer.discard()
-        for watcher in watchers:
-            watcher.tally.take()
+        for producer in feeding:
+            producer.tally.take()
 
     handle = before_step(optimizer, prepare, after=finish, discard=discard, owner="evenkeel.attach")
 
     def release() -> None:
         for layer in layers:
             layer.set_collected(False)
-        for watcher in watchers:
-            watcher.remove()
+        for producer in feeding:
+            producer.remove()
 
     hooks = _keep_projections(model, optimizer)
     return StepHandle([handle.remove, *hooks, release])
 
 
 @torch.no_grad()
-def collect(layers: list[BatchlessNorm], watchers: list[Forecaster] | None = None) -> list[Fit]:
-    """Take what every layer counted, over all ranks; write the mismatch and update the projections.
+def collect(layers: list[BatchlessNorm], feeding: list[Producer] | None = None) -> list[Fit]:
+    """Take what every layer counted, over all ranks; write the mismatch, project the weights' gradients, update A and B.
 
     Args:
         layers: The layers, in the same order on every rank.
-        watchers: Forecasters of some of the layers, told the moments of their inputs.
+        feeding: Layers that feed some of them, whose weights' gradients are projected.
 
     Returns:
         The fit of the layers, of those that are alike together.
     """
-    watchers = watchers or []
+    feeding = feeding or []
     seen, instances = zip(*(layer.take() for layer in layers), strict=True)
     products = [layer.control.take(m.count) for layer, m in zip(layers, seen, strict=True) if layer.control is not None]
-    reduced = iter(reduce([*seen, *instances, *(watcher.take() for watcher in watchers), *products]))
+    reduced = iter(reduce([*seen, *instances, *(producer.take() for producer in feeding), *products]))
     moments, counts = ([next(reduced) for _ in layers] for _ in range(2))
-    for watcher in watchers:
-        watcher.before(next(reduced))
+    for producer in feeding:
+        producer.project(next(reduced))
     groups: dict[Any, list[tuple[BatchlessNorm, Moments, Moments, Moments | None]]] = {}
     for layer, rows, count in zip(layers, moments, counts, strict=True):
         kind = layer.running_mean.device, layer.running_mean.dtype, layer.gradient, layer.projected
