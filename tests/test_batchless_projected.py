@@ -9,10 +9,11 @@ from torch import nn
 
 import evenkeel
 from evenkeel.functional import projected_gradient, projected_weight_gradient
+from evenkeel.methods import batchless_weights
 from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
 from evenkeel.methods.batchless_projected import regression
 from evenkeel.methods.batchless_training import collect
-from evenkeel.moments import observe
+from evenkeel.moments import observe, totals
 
 CASES = [
     (BatchlessNorm1d, nn.BatchNorm1d, (7, 3)),
@@ -204,6 +205,72 @@ def test_the_scale_of_a_loss_scales_the_weights_gradient():
     grad, weight, mean, variance = torch.randn(4, 6), torch.randn(4, 6), torch.randn(6), torch.rand(6)
     once, often = (projected_weight_gradient(scale * grad, weight, mean, variance) for scale in (1, 2.0**16))
     assert torch.equal(2.0**16 * once, often)
+
+
+class Fed(nn.Module):
+    """A projected layer behind a linear one, which is called by keyword, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.norm = BatchlessNorm1d(4, projected=True)
+
+    def forward(self, x):
+        return self.head(self.norm(self.layer(input=x)))
+
+
+def stepped(model, x):
+    """Gradients of the layer's weight before and in the step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    evenkeel.attach(model, optimizer)
+    model(x).square().sum().backward()
+    before = model.layer.weight.grad.clone()
+    optimizer.step()
+    return before, model.layer.weight.grad
+
+
+def test_a_layer_called_by_keyword_is_projected_too():
+    torch.manual_seed(0)
+    model, x = Fed().double(), torch.randn(5, 4).double() + 1
+    weight = model.layer.weight.detach().clone()
+    before, after = stepped(model, x)
+    variance, mean = torch.var_mean(x, 0, correction=0)
+    expected = projected_weight_gradient(before, weight, mean, variance)
+    restraint = after.norm() / expected.norm()
+    torch.testing.assert_close(after, restraint * expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_weight_that_another_layer_shares_keeps_the_direction_of_its_gradient():
+    torch.manual_seed(0)
+    model = Fed().double()
+    model.head.weight = model.layer.weight
+    before, after = stepped(model, torch.randn(5, 4).double() + 1)
+    assert F.cosine_similarity(before.flatten(), after.flatten(), 0).item() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_weight_that_is_computed_from_others_is_not_computed_by_the_step(late):
+    model = Fed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    if late:
+        evenkeel.attach(model, optimizer)
+    nn.utils.parametrizations.spectral_norm(model.layer)
+    if not late:
+        evenkeel.attach(model, optimizer)
+    model(torch.randn(5, 4)).square().sum().backward()
+    iterate = model.layer.parametrizations.weight[0]._u.clone()
+    optimizer.step()
+    assert torch.equal(model.layer.parametrizations.weight[0]._u, iterate)  # each computation moves it
+
+
+def test_in_a_copy_that_is_attached_the_originals_observer_is_idle(monkeypatch):
+    model = Fed()
+    evenkeel.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    copied, calls = copy.deepcopy(model), []
+    evenkeel.attach(copied, torch.optim.SGD(copied.parameters(), lr=0.01))
+    monkeypatch.setattr(batchless_weights, "totals", lambda *args: calls.append(args) or totals(*args))
+    copied(torch.randn(5, 4)).sum().backward()
+    assert len(calls) == 1
 
 
 def test_a_step_at_a_misfit_counts_for_less():

@@ -8,6 +8,7 @@ it adds up over the rows to something along two known directions: the mean of h,
 Neither changes the function batch normalization would train. Both are taken out when the step is complete.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -76,17 +77,18 @@ class Producer:
     def __init__(self, norm: BatchlessNorm, layer: nn.Linear | _ConvNd) -> None:
         self.norm, self.layer = norm, layer
         self.tally = Tally()
-        self._hook = layer.register_forward_hook(self._see)
+        self._own = id(self)  # a copy of the model brings a copy of this along, which has nothing to do
+        self._hook = layer.register_forward_hook(self._see, with_kwargs=True)
 
     def remove(self) -> None:
         """Take the hook off."""
         self._hook.remove()
 
     @eager
-    def _see(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if not (self.norm.training and output.requires_grad and observing() and self.norm.is_collected):
+    def _see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if not (self.norm.training and output.requires_grad and observing() and self._own == id(self)):
             return
-        x = args[0]
+        x = args[0] if args else kwargs["input"]
         total, square = totals(x, 1 if isinstance(layer, _ConvNd) else -1)
         count = torch.full((), x.numel() / len(total), dtype=total.dtype, device=x.device)
         mean = total / count.clamp(min=1)
@@ -104,8 +106,8 @@ class Producer:
         Args:
             moments: Of the layer's inputs in this step, over all ranks.
         """
-        weight = self.layer.weight
-        if weight.grad is not None:
+        weight = self.layer._parameters.get("weight")  # by now it may be computed from other parameters
+        if weight is not None and weight.grad is not None:
             groups = getattr(self.layer, "groups", 1)
             weight.grad.copy_(
                 projected_weight_gradient(weight.grad, weight.detach(), moments.mean, moments.variance, groups=groups)
@@ -113,8 +115,13 @@ class Producer:
 
 
 def weight_producers(model: nn.Module) -> list[Producer]:
-    """One for each projected layer of ``model`` that a linear or convolution layer alone feeds."""
+    """One for each projected layer of ``model`` that a linear or convolution layer alone feeds.
+
+    The weight must be a parameter of that layer alone: what another layer does with it may depend on its scale, and what it is
+    computed from has gradients of its own.
+    """
     modules = dict(model.named_modules())
+    holders = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
     pairs = ((modules[norm], modules[source]) for norm, source in producers(model).items())
     return [
         Producer(norm, layer)
@@ -123,4 +130,5 @@ def weight_producers(model: nn.Module) -> list[Producer]:
         and norm.projected
         and isinstance(layer, (nn.Linear, _ConvNd))
         and not isinstance(layer, _ConvTransposeNd)
+        and holders[id(layer._parameters.get("weight"))] == 1
     ]
