@@ -366,6 +366,18 @@ def test_a_lazy_norm_is_refused_before_its_first_batch_and_converted_after():
     assert isinstance(convert(model, "group")[1], nn.GroupNorm)
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+@pytest.mark.parametrize(
+    ("layer", "target"), [(nn.LazyConv2d(4, 3), "batchless"), (nn.LazyConv2d(4, 3, bias=False), "none")]
+)
+def test_a_lazy_layer_whose_bias_would_change_is_refused_before_its_first_batch(layer, target):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), layer, nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="3: the LazyConv2d before it does not know its features yet; run one batch"):
+        convert(model, target)
+    assert type(model[1]) is type(model[3]) is nn.BatchNorm2d
+    assert model[0].bias.requires_grad
+
+
 def test_a_model_wrapped_in_data_parallel_is_refused_with_the_remedy(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

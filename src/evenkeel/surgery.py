@@ -171,7 +171,7 @@ def _plan(
     """The swap that turns ``layer`` into the target, or None where it is one already or cannot be.
 
     Raises:
-        ValueError: The layer is lazy and not yet initialised.
+        ValueError: The layer, or the one before it whose bias is changed, is lazy and not yet initialised.
     """
     origin, target = origin_of(layer), TARGETS[to]
     if origin is not None and (origin.to, origin.settings) == (to, settings):
@@ -198,6 +198,12 @@ def _plan(
     if target.freezes_bias and producer is not None and producer.bias is not None:
         trained = producer.bias.requires_grad or (origin is not None and origin.frozen is producer)
         frozen = producer if trained else None
+    changed = biased if frozen is None else frozen
+    if changed is not None and any(is_lazy(p) for p in changed.parameters()):
+        raise ValueError(
+            f"{path}: the {type(changed).__name__} before it does not know its features yet; run one batch through the "
+            "model first"
+        )
     lend(source, new)
     module = layer if origin is None else origin.module
     vars(new)["evenkeel_origin"] = Origin(module, to, settings, biased, frozen)
