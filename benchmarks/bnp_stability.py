@@ -5,6 +5,7 @@ SGD with momentum 0.9, one seed; the accuracy is that on held-out examples, and 
 
     python benchmarks/bnp_stability.py --data PATH/TO/cifar10 [--batches 128 16] [--quick] [--save NAME]
     python benchmarks/bnp_stability.py --data digits --model digits-cnn
+    python benchmarks/bnp_stability.py --data PATH/TO/cifar10 --methods bnp:0.1 bnp:0.2 --batches 128     # other bounds
 """
 
 import argparse
@@ -26,7 +27,10 @@ def train(data: Data, args: argparse.Namespace, method: str, batch: int, lr: flo
     """Train once; accuracy in percent, final and worst loss."""
     torch.manual_seed(args.seed)
     model = build_model(args.model, input_shape=data.input_shape, classes=data.classes)
-    model, optimizer = evenkeel.apply(method, model, lr=lr, momentum=0.9)
+    name, _, bound = method.partition(":")
+    model, optimizer = evenkeel.apply("none" if bound else name, model, lr=lr, momentum=0.9)
+    if bound:
+        evenkeel.BNP(model, max_change=float(bound)).attach(optimizer)
     steps = args.examples // batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, cycle_momentum=False)
     order = torch.cat([
