@@ -179,6 +179,16 @@ def test_tied_weights_must_be_invariant_in_every_use():
     assert not report["0.weight"].invariant
 
 
+def test_rows_of_a_linear_layer_that_are_normalized_together_may_not_be_scaled_alone():
+    model = nn.Sequential(nn.Linear(5, 4, bias=False), nn.BatchNorm1d(7), nn.Flatten(), nn.Linear(28, 2))
+    x, labels = torch.randn(6, 7, 5), torch.arange(6) % 2
+    entry = scale_invariance(model)["0.weight"]
+    assert not entry.invariant
+    assert entry.reason == "1: normalizes other channels than the 4 outputs"
+    measured = scale_invariance(model, lambda m, b: F.cross_entropy(m(b), labels), x)["0.weight"]
+    assert measured.alignment > 0.01
+
+
 def test_bad_requests_are_refused():
     with pytest.raises(ValueError, match="rule='both'"):
         scale_invariance(build(), rule="both")

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
+from evenkeel.graph import outputs
 from evenkeel.targets import Removed
 
 Producer = nn.Linear | _ConvNd
@@ -90,7 +91,7 @@ def fold_behind(layer: Producer, affine: Affine) -> nn.Module | str:
         What stands for the map, or why it cannot be; then the layer is unchanged.
     """
     conv = isinstance(layer, _ConvNd)
-    if affine.scale.numel() != (layer.out_channels if conv else layer.out_features):
+    if affine.scale.numel() != outputs(layer):
         return "the layer before it has another number of channels"
     if conv and affine.channel_dim != 1:
         return "it normalises another dimension than the channels of the layer before it"

@@ -123,7 +123,8 @@ def dataflow(model: nn.Module) -> Dataflow:
 def producers(model: nn.Module, flow: Dataflow | None = None) -> dict[str, str]:
     """For each normalization layer, the linear or convolutional layer whose output it, and nothing else, takes.
 
-    A layer that is called several times counts when each of its calls is consumed by that normalization alone.
+    A layer that is called several times counts when each of its calls is consumed by that normalization alone. A batch
+    normalization over another dimension than the outputs of a linear layer (L channels of ``(N, L, C)``) has no producer.
 
     Args:
         model: Any module.
@@ -139,7 +140,21 @@ def producers(model: nn.Module, flow: Dataflow | None = None) -> dict[str, str]:
     flow = dataflow(model) if flow is None else flow
     modules = dict(model.named_modules())
     pairs = {path: source_of(flow, modules, path) for path, module in modules.items() if is_norm(module)}
-    return {norm: source for norm, source in pairs.items() if source and isinstance(modules[source], PRODUCERS)}
+    return {
+        norm: source
+        for norm, source in pairs.items()
+        if source and isinstance(layer := modules[source], PRODUCERS) and aligned(layer, modules[norm])
+    }
+
+
+def outputs(layer: nn.Linear | _ConvNd) -> int:
+    """Number of output features or channels of a layer."""
+    return layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
+
+
+def aligned(layer: nn.Linear | _ConvNd, norm: nn.Module) -> bool:
+    """Whether the channels of the normalization, as far as it tells them, can be the outputs of the layer."""
+    return getattr(norm, "num_features", getattr(norm, "num_channels", 0)) in (0, outputs(layer))
 
 
 def source_of(flow: Dataflow, modules: dict[str, nn.Module], path: str) -> str | None:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from evenkeel.graph import PRODUCERS, Dataflow, dataflow, is_norm
+from evenkeel.graph import PRODUCERS, Dataflow, aligned, dataflow, is_norm, outputs
 from evenkeel.guard import Objective, Probe
 from evenkeel.methods.batch_renorm import _BatchRenorm
 from evenkeel.methods.lp_norm import LpNorm
@@ -141,6 +141,9 @@ def _verdict(flow: Dataflow, modules: dict[str, nn.Module], path: str, training:
             return _no(found)
         norms += found
     norms = list(dict.fromkeys(norms))
+    for norm in norms:
+        if not aligned(layer, modules[norm]):
+            return _no(f"{norm}: normalizes other channels than the {outputs(layer)} outputs")
     return Invariance(True, False, f"feeds {', '.join(norms)} only", tuple(norms))
 
 

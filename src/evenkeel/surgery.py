@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from evenkeel.graph import PRODUCERS, is_norm, producers
+from evenkeel.graph import PRODUCERS, is_norm, outputs, producers
 from evenkeel.origins import Origin, Producer, default_bias, lend, origin_of, restored, translate
 from evenkeel.regroup import check_optimizer, regroup
 from evenkeel.targets import TARGETS, Removed, spatial_dims
@@ -258,7 +257,7 @@ def _settle(swap: _Swap) -> None:
         future.frozen.bias.requires_grad_(False)
     if future is not None and future.biased is not None:
         layer, beta = future.biased, getattr(future.module, "bias", None)
-        features = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
+        features = outputs(layer)
         trainable = layer.weight.requires_grad if beta is None else beta.requires_grad
         layer.bias = nn.Parameter(layer.weight.new_zeros(features), requires_grad=trainable)
         future._bias_hook = layer.register_load_state_dict_pre_hook(default_bias)
