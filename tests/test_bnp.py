@@ -60,6 +60,17 @@ def test_lbfgs_is_refused_and_a_foreign_optimizer_too():
         BNP(mlp()).attach(SGD(mlp().parameters(), lr=0.1))
 
 
+def test_an_optimizer_is_attached_once_and_again_after_its_handle_is_removed():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    bnp = BNP(model)
+    handle = bnp.attach(optimizer)
+    with pytest.raises(ValueError, match="attached already; call remove\\(\\)"):
+        bnp.attach(optimizer)
+    handle.remove()
+    bnp.attach(optimizer)
+
+
 def test_by_hand_before_clipping_is_not_repeated_by_the_step(setting):
     model, data = setting
     attached, optimizer, _ = twin(model)
@@ -258,6 +269,19 @@ def test_a_removed_handle_leaves_plain_steps(setting):
     train(ours, data, optimizer.step, optimizer)
     assert same(plain, ours)
     assert "bnp" not in optimizer.state_dict()
+
+
+def test_what_is_removed_leaves_the_optimizer_to_its_successor(setting):
+    model, data = setting
+    model, optimizer, bnp = twin(model)
+    train(model, data, optimizer.step, optimizer)
+    state = optimizer.state_dict()
+    bnp.remove()
+    assert "bnp" not in optimizer.state_dict()
+    successor = BNP(model)
+    successor.attach(optimizer)
+    optimizer.load_state_dict(state)
+    assert successor.state_dict().keys() == state["bnp"].keys()
 
 
 def test_a_copied_or_pickled_model_has_nothing_to_do_with_the_original(setting):

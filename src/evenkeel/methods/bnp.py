@@ -78,7 +78,7 @@ class BNP:
             raise ValueError(f"max_change must be positive or None, got {max_change}")
         self.max_change = max_change
         self._statistics = RowStatistics(decay, eps_relative, eps, process_group)
-        self._optimizers: list[Optimizer] = []
+        self._optimizers: dict[Optimizer, StepHandle] = {}
         self._mask: Tensor | None = None
         self._metrics: Metrics | None = None
         self._transform = Transform()
@@ -105,8 +105,11 @@ class BNP:
             A handle whose ``remove()`` ends it.
 
         Raises:
-            ValueError: The optimizer evaluates its closure several times (LBFGS), or it holds no observed weight.
+            ValueError: The optimizer is attached already, evaluates its closure several times (LBFGS), or holds no observed
+                weight.
         """
+        if optimizer in self._optimizers:
+            raise ValueError("the optimizer is attached already; call remove() of the handle of that attach() first")
         attached = self._layers_of(optimizer)
         if not attached:
             raise ValueError(
@@ -135,8 +138,9 @@ class BNP:
 
         handle = before_step(optimizer, prepare, discard=discard, owner="BNP")
         hooks = optimizer.register_state_dict_post_hook(save), optimizer.register_load_state_dict_pre_hook(load)
-        self._optimizers.append(optimizer)
-        return StepHandle([handle.remove, *(hook.remove for hook in hooks), lambda: self._optimizers.remove(optimizer)])
+        undo = [handle.remove, *(hook.remove for hook in hooks), lambda: self._forget(optimizer)]
+        self._optimizers[optimizer] = StepHandle(undo)
+        return self._optimizers[optimizer]
 
     def precondition_(self) -> None:
         """Precondition the gradients now, by hand: before clipping, say (under AMP after ``scaler.unscale_``).
@@ -176,7 +180,9 @@ class BNP:
         return [] if self._metrics is None else self._metrics.of_each()
 
     def remove(self) -> None:
-        """Take all hooks off the model; an attached optimizer then steps on plain gradients."""
+        """Take all hooks off the model and off attached optimizers, which then step on plain gradients."""
+        for handle in list(self._optimizers.values()):
+            handle.remove()
         for seen in self._layers:
             seen.remove()
         self._layers = []
@@ -222,6 +228,9 @@ class BNP:
         lines += [f"  {seen.path}: {_rule(seen)}" for seen in self._layers]
         lines += [f"  {path}: left alone: {reason}" for path, reason in self.skipped.items()]
         return "\n".join(lines)
+
+    def _forget(self, optimizer: Optimizer) -> None:
+        del self._optimizers[optimizer]
 
     def _layers_of(self, optimizer: Optimizer) -> list[Observed]:
         trained = _trained(optimizer)
