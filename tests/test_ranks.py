@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 
 from evenkeel.study.loop import Loop, evaluate
 from evenkeel.study.trial import load, make
+from evenkeel.study.whole_batch import WholeBatch
 from ranks_program import CONFIG, METHODS, WHOLE, key
 
 TORCHRUN = [
@@ -60,6 +63,27 @@ def test_two_ranks_train_on_whole_batches_as_one_process_does(outcome, method, d
     losses, test = one_process(WHOLE, method, data)
     assert outcome["whole"][method]["losses"] == pytest.approx(losses, rel=2e-3)
     assert outcome["whole"][method]["test"] == pytest.approx(test, rel=2e-3)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(input=x)
+
+
+def test_layers_called_by_keyword_are_given_the_rows_of_all_ranks(tmp_path):
+    x = torch.randn(4, 3)
+    expected = ByKeyword()(x)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        network = nn.Sequential(ByKeyword())
+        WholeBatch(network, network)
+        torch.testing.assert_close(network(x), expected)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_interrupted_run_goes_on_on_both_ranks_exactly(outcome):

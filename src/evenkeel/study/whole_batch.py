@@ -31,7 +31,7 @@ class WholeBatch:
         network.register_forward_hook(self._end, always_call=True)
         for module in model.modules():
             if isinstance(module, InputNorm) or uses_batch_statistics(module):
-                module.register_forward_pre_hook(self._gather)
+                module.register_forward_pre_hook(self._gather, with_kwargs=True)
                 module.register_forward_hook(self._own)
 
     @eager
@@ -46,12 +46,15 @@ class WholeBatch:
         self._sizes = None
 
     @eager
-    def _gather(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
+    def _gather(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._sizes is None or not layer.training:
             return None
-        x, *rest = args
+        x, *rest = args or kwargs.values()
         start, stop, total = self._rows(len(x))
-        return _AllRows.apply(x, start, stop, total), *rest
+        rows = _AllRows.apply(x, start, stop, total)
+        return ((rows, *rest), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): rows})
 
     @eager
     def _own(self, layer: nn.Module, _: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
