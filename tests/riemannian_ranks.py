@@ -1,13 +1,13 @@
 """What two ranks do in test_riemannian_distributed.py: train with half of the batch each, compare with one process."""
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from evenkeel import SGDG, AdamG, param_groups, scale_invariance
+from gloo import one_of
 
 RULES = {"sgdg": SGDG, "adamg": AdamG}
 STEPS = 4
@@ -50,8 +50,8 @@ def sharded(model):
     return fully_shard(model, mesh=mesh)
 
 
+@one_of(2)
 def compare(rank, store):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     for rule, options in (("sgdg", {"clip_orthogonality": False}), ("adamg", {"euclidean": "adam"})):
         alone = build()
         optimizer = optimizer_for(alone, rule, **options)
@@ -71,4 +71,3 @@ def compare(rank, store):
             for p in next(g["params"] for g in resumed.param_groups if g["manifold"]):
                 for name, value in resumed.state[p].items():
                     assert name == "step" or (type(value), len(whole(value))) == (type(p.detach()), len(p))
-    dist.destroy_process_group()
