@@ -18,21 +18,26 @@ from torch.optim.lr_scheduler import LambdaLR
 from common import interleaved, ratio, save
 from evenkeel.study.loop import LOSS_POINTS, Loop
 from evenkeel.study.plan import StudyConfig
-from evenkeel.study.records import TrialKey
+from evenkeel.study.records import CurvePoint, TrialKey
 from evenkeel.study.schedules import lr_factor
 from evenkeel.study.trial import load, make
 
+REPEATS = 4  # pairs of runs, each 23 paired times
 
-def measure(model: str, method: str, batch_size: int, chunk: int) -> dict[str, object]:
-    """Paired times of a trial's loop and of a bare one, in turns ``chunk`` steps each: from point to point of the curve."""
+
+def measure(model: str, method: str, batch_size: int, chunk: int, repeats: int) -> dict[str, object]:
+    """Paired times of trials' loops and of bare ones, in turns ``chunk`` steps each: from point to point of the curve."""
     rounds = LOSS_POINTS - 1
     steps = LOSS_POINTS * chunk
     config = StudyConfig(model=model, methods=(method,), batch_sizes=(batch_size,), budget=steps * batch_size)
     key = TrialKey("search", method, batch_size, 0.01, 0)
     data = load(config)
     inputs, labels = data.normalise(data.train.inputs), data.train.labels
-    loop = Loop(config, key, data, *make(config, key, data))
-    loop._validate = lambda _: None  # type: ignore[method-assign]
+
+    def trial() -> Iterator[CurvePoint]:
+        loop = Loop(config, key, data, *make(config, key, data))
+        loop._validate = lambda _: None  # type: ignore[method-assign]
+        return loop.points()
 
     def bare() -> Iterator[None]:
         network, optimizer = make(config, key, data)
@@ -48,9 +53,11 @@ def measure(model: str, method: str, batch_size: int, chunk: int) -> dict[str, o
             if step % chunk == 0:
                 yield
 
-    runs = {"trial": loop.points(), "bare": bare()}
-    tasks = {name: partial(next, run) for name, run in runs.items()}
-    seconds = interleaved(tasks, rounds, clock=time.process_time)
+    seconds: dict[str, list[float]] = {"trial": [], "bare": []}
+    for _ in range(repeats):
+        tasks = {"trial": partial(next, trial()), "bare": partial(next, bare())}
+        for name, times in interleaved(tasks, rounds, clock=time.process_time).items():
+            seconds[name] += times
     return {
         "model": model,
         "method": method,
@@ -71,7 +78,8 @@ def main() -> None:
         *(("digits-cnn", "batch", 64, 32), ("digits-cnn", "batch", 8, 80), ("digits-cnn", "batch", 1, 240)),
         *(("cnn5", "none", 1, 240), ("resnet20", "batch", 64, 8), ("resnet20", "batch", 1, 40)),
     )
-    rows = [measure(model, method, size, chunk // share) for model, method, size, chunk in cases]
+    repeats = 1 if arguments.quick else REPEATS
+    rows = [measure(model, method, size, chunk // share, repeats) for model, method, size, chunk in cases]
     for row in rows:
         found = row["overhead"]
         print(

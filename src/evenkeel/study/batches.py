@@ -5,6 +5,7 @@ sees the same examples, changed in the same way, and a trial can start again at 
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from evenkeel.study.data import Data, Split
 
 
-BLOCK = 64  # examples that are prepared together: small batches are cut from them, for a share of the calls
+BLOCK = (
+    2**18
+)  # values of the inputs (1 MiB) that are prepared together, for a share of the calls: batches are cut from them
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def batches(
         (inputs, labels) of this rank's share, on ``device``.
     """
     rank, ranks = share
-    together = max(1, BLOCK // batch_size)
+    together = max(1, BLOCK // (batch_size * math.prod(data.input_shape)))
     for indices, draws in _picks(len(split), budget, together * batch_size, seed, start):
         sizes = [len(part) for part in indices.split(batch_size)]
         if ranks > 1:
