@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 
-from evenkeel.study import store as store_module
+from evenkeel.study import connection
 from evenkeel.study.plan import StudyConfig, slots
 from evenkeel.study.records import CurvePoint, TrialResult
 from evenkeel.study.store import Store
@@ -19,8 +19,8 @@ CURVE = tuple(CurvePoint(100 * i, 2.3 / i, 0.1 * (i % 10)) for i in range(1, 25)
 
 def work(url: str, config: StudyConfig, pause: float, fatal_trial: int | None = None, name: str = "idle") -> None:
     """Work until the study ends; a trial takes up to ``pause`` seconds, and in one of them the worker is killed."""
-    store_module.HEARTBEAT_SECONDS = 1
-    store_module.GRACE_SECONDS = 10  # a claim that was never signed is free again after it
+    connection.HEARTBEAT_SECONDS = 1
+    connection.GRACE_SECONDS = 10  # a claim that was never signed is free again after it
     store = Store(url, name, lock_file(url))
     store.open(config)
     claimed = 0

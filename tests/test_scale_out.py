@@ -116,8 +116,8 @@ def test_a_server_that_restarts_ends_no_worker(server, url):
 
 
 def test_a_worker_without_a_heartbeat_loses_its_trial_to_another(url, monkeypatch):
-    monkeypatch.setattr("evenkeel.study.store.HEARTBEAT_SECONDS", 1)
-    monkeypatch.setattr("evenkeel.study.store.GRACE_SECONDS", 1)
+    monkeypatch.setattr("evenkeel.study.connection.HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr("evenkeel.study.connection.GRACE_SECONDS", 1)
     config = idle_config(1)
     silent, other = Store(url, "idle"), Store(url, "idle")
     silent.open(config)

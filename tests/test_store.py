@@ -10,10 +10,12 @@ import pytest
 from optuna.trial import TrialState
 
 import idle_worker
+from evenkeel.study.connection import redact
 from evenkeel.study.errors import StudyError
+from evenkeel.study.owners import alive, owner
 from evenkeel.study.plan import StudyConfig, slots
 from evenkeel.study.records import CurvePoint, TrialResult
-from evenkeel.study.store import Store, _slot, alive, owner, redact
+from evenkeel.study.store import Store, _slot
 from evenkeel.study.worker import lock_file
 
 CONFIG = StudyConfig(methods=("batch",), batch_sizes=(8,), seeds=3, lr_points=2)
@@ -202,7 +204,7 @@ def test_claims_of_this_process_are_alive_and_of_a_dead_one_are_not():
 
 
 def test_heartbeat_is_recorded_while_a_claim_is_worked_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("evenkeel.study.store.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("evenkeel.study.connection.HEARTBEAT_SECONDS", 0.02)
     store, beats = make(tmp_path), []
     claim = store.claim()
     monkeypatch.setattr(store.storage, "record_heartbeat", beats.append)

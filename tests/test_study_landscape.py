@@ -14,8 +14,9 @@ from evenkeel.instruments.result import plain
 from evenkeel.methods.noisy_norm import MomentNoise
 from evenkeel.study.errors import StudyError
 from evenkeel.study.how_bn_helps import HowBNHelps, deep_linear_task, findings
-from evenkeel.study.landscape import LandscapeConfig, Trace, apply, run_landscape, watch
+from evenkeel.study.landscape import apply, run_landscape, watch
 from evenkeel.study.landscape_report import figures_of, sections, table, write_landscape
+from evenkeel.study.traces import LandscapeConfig, Trace
 
 SMALL = LandscapeConfig(methods=("none", "batch", "none+noise"), batch_size=32, steps=6, every=3, limit=200)
 

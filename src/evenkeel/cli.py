@@ -16,7 +16,8 @@ from tyro.conf import FlagCreatePairsOff
 
 from evenkeel import __version__
 from evenkeel.cli_instruments import Doctor, Landscape, ReproduceHowBNHelps
-from evenkeel.cli_study import THOROUGH, Compare, Recipes, Report, Reproduce, Worker
+from evenkeel.cli_reproduce import Reproduce
+from evenkeel.cli_study import THOROUGH, Compare, Recipes, Report, Worker
 
 COMMANDS: dict[str, Any] = {
     "compare": Compare,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 if TYPE_CHECKING:
-    from evenkeel.study.landscape import LandscapeRecord
+    from evenkeel.study.traces import LandscapeRecord
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Landscape:
     def run(self, arguments: list[str]) -> int:
         """Train, measure and write the page."""
         from evenkeel.study.environment import command_line
-        from evenkeel.study.landscape import LandscapeConfig, run_landscape
+        from evenkeel.study.landscape import run_landscape
+        from evenkeel.study.traces import LandscapeConfig
 
         config = LandscapeConfig(
             data=self.data,

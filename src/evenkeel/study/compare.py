@@ -11,6 +11,7 @@ import torch
 
 from evenkeel._recipes import recipes
 from evenkeel.instruments.result import plain
+from evenkeel.study.connection import redact
 from evenkeel.study.cost import measure_costs
 from evenkeel.study.data import Data
 from evenkeel.study.environment import command_line, environment
@@ -21,7 +22,7 @@ from evenkeel.study.models import build_model
 from evenkeel.study.parallel import follow, launched_rank, lead, rank_count
 from evenkeel.study.plan import Slot, StudyConfig, slots, validate
 from evenkeel.study.records import Cost, StudyRecord, TrialResult
-from evenkeel.study.store import Store, difference, redact
+from evenkeel.study.store import Store, difference
 from evenkeel.study.trackers import Tracker
 from evenkeel.study.trial import load
 from evenkeel.study.worker import Place, lock_file, run_workers

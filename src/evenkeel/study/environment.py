@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from evenkeel.study.store import redact
+from evenkeel.study.connection import redact
 
 PACKAGES = ("evenkeel", "torch", "numpy", "scikit-learn", "datasets", "optuna", "scipy")
 

@@ -13,18 +13,10 @@ from torch.optim import Optimizer
 
 from evenkeel.study.environment import environment
 from evenkeel.study.errors import StudyError
-from evenkeel.study.landscape import (
-    NOISE_ALONE,
-    LandscapeConfig,
-    LandscapeRecord,
-    Task,
-    Trace,
-    apply,
-    run_landscape,
-    watch,
-)
+from evenkeel.study.landscape import Task, apply, run_landscape, watch
 from evenkeel.study.landscape_report import figures_of
 from evenkeel.study.models import build_model
+from evenkeel.study.traces import NOISE_ALONE, LandscapeConfig, LandscapeRecord, Trace
 
 LP = ("l1", "l2", "linf")
 METHODS = ("none", "batch", "noisy-batch", NOISE_ALONE, *LP)

@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from evenkeel.instruments.result import plain
 from evenkeel.study.axes import Axis, log_ticks, nice_ticks
 from evenkeel.study.figures import PANEL, Panel
-from evenkeel.study.landscape import LandscapeRecord, Trace
 from evenkeel.study.svg import Series, line_chart
+from evenkeel.study.traces import LandscapeRecord, Trace
 
 
 def write_landscape(record: LandscapeRecord, folder: Path) -> list[Path]:

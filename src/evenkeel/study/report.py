@@ -12,11 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from evenkeel.study.figures import by_batch_size, by_learning_rate, training_curves
-from evenkeel.study.landscape import Trace
 from evenkeel.study.landscape_report import sections as landscape_sections
 from evenkeel.study.records import StudyRecord
 from evenkeel.study.statistics import summarize
 from evenkeel.study.tables import edges, judging, tables, troubles
+from evenkeel.study.traces import Trace
 from evenkeel.study.verdict import count, judge, listing
 
 CSV_COLUMNS = (

@@ -6,12 +6,7 @@ study: claiming is one atomic change of state. A slot whose worker died is freed
 
 import contextlib
 import json
-import os
-import socket
 import threading
-import time
-import uuid
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,21 +17,18 @@ from typing import Any
 
 import optuna
 from filelock import FileLock
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import DBAPIError
 
+from evenkeel.study import connection
+from evenkeel.study.connection import connect, redact
 from evenkeel.study.errors import StudyError
-from evenkeel.study.patience import RETRY_SECONDS, patient
+from evenkeel.study.owners import alive, owner
+from evenkeel.study.patience import patient
 from evenkeel.study.plan import Slot, StudyConfig, resolve, slots
 from evenkeel.study.records import CurvePoint, TrialKey, TrialResult
 
-HEARTBEAT_SECONDS = 15
-GRACE_SECONDS = 60
-CONNECT_ATTEMPTS = 5
 MAX_DEATHS = 3  # of workers on one trial before it is taken to be the reason
 MIN_PEERS = 2  # that must have reached a point before a run can be pruned there
-_HOST = f"{socket.gethostname()}-{uuid.getnode():x}"
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,7 @@ class Store:
     def __init__(self, url: str, name: str, lock: Path | None = None) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
-            self.storage = _connect(url)
+            self.storage = connect(url)
         except Exception as error:
             reason = redact(str(error).partition("\n")[0], url)
             raise StudyError(
@@ -161,7 +153,7 @@ class Store:
         stop = threading.Event()
 
         def beat() -> None:
-            while not stop.wait(HEARTBEAT_SECONDS):
+            while not stop.wait(connection.HEARTBEAT_SECONDS):
                 with contextlib.suppress(Exception):  # a storage that is away for a moment must not end the trial
                     self.storage.record_heartbeat(claim.trial_id)
 
@@ -258,22 +250,6 @@ class Store:
         return self.storage.get_study_user_attrs(self.study_id).get(name)
 
 
-def _connect(url: str) -> RDBStorage:
-    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    for attempts_left in reversed(range(CONNECT_ATTEMPTS)):
-        try:
-            with warnings.catch_warnings():  # heartbeats are marked experimental since 2021
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                return RDBStorage(
-                    url, engine_kwargs=options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS
-                )
-        except DBAPIError as error:  # several processes may make the tables of a new storage at the same moment
-            if not attempts_left or "already exists" not in str(error):
-                raise
-            time.sleep(RETRY_SECONDS)
-    raise AssertionError("the last attempt returns or raises")
-
-
 def difference(kept: dict[str, Any], given: dict[str, Any]) -> str:
     """What two configurations differ in, as an error message."""
     keys = [key for key in sorted({*kept, *given}) if kept.get(key) != given.get(key)]
@@ -281,50 +257,12 @@ def difference(kept: dict[str, Any], given: dict[str, Any]) -> str:
     return f"--out holds a study with another configuration ({changes}); give another --out, or the kept values"
 
 
-def redact(text: str, url: str | None = None) -> str:
-    """``text`` without the password of a URL in it.
-
-    Examples:
-        >>> redact("postgresql://me:secret@host/db")
-        'postgresql://me:***@host/db'
-    """
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    source = url or text
-    with contextlib.suppress(ArgumentError, ValueError):
-        parsed = make_url(source)
-        if parsed.password:
-            text = text.replace(source, parsed.render_as_string(hide_password=True))
-            text = text.replace(str(parsed.password), "***")
-    return text
-
-
-def owner(pid: int | None = None) -> str:
-    """A process of this host (default: this one), as processes on other hosts can name it."""
-    return f"{_HOST}:{pid or os.getpid()}"
-
-
-def alive(holder: str) -> bool:
-    """False if ``holder`` is a process of this host that does not run; others are judged by their heartbeat."""
-    host, _, pid = holder.rpartition(":")
-    if host != _HOST:
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _abandoned(trial: FrozenTrial) -> bool:
     """Whether the trial's process is gone, or was gone before it could sign its claim."""
     if "owner" in trial.user_attrs:
         return not alive(trial.user_attrs["owner"])
     started = trial.datetime_start
-    return started is not None and (datetime.now() - started).total_seconds() > GRACE_SECONDS
+    return started is not None and (datetime.now() - started).total_seconds() > connection.GRACE_SECONDS
 
 
 def _slot(trial: FrozenTrial) -> Slot:

@@ -18,9 +18,10 @@ import torch
 
 from evenkeel.study.data import Data
 from evenkeel.study.errors import StudyError
+from evenkeel.study.owners import owner
 from evenkeel.study.plan import Slot, StudyConfig, slots
 from evenkeel.study.records import TrialResult
-from evenkeel.study.store import Store, owner
+from evenkeel.study.store import Store
 from evenkeel.study.trial import load, run_trial
 
 SHORTEST_REST, LONGEST_REST = 0.3, 10.0  # seconds
