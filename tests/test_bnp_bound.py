@@ -46,6 +46,21 @@ def test_with_a_bound_no_learning_rate_diverges(setting, by_hand):
     assert worst[0.1] < 5
 
 
+def test_the_bound_is_on_what_momentum_makes_of_a_lasting_gradient():
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    grads = []
+    for lr, momentum in ((50.0, 0.0), (5.0, 0.9)):  # lr / (1 - momentum) is the same
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer = SGD(model.parameters(), lr=lr, momentum=momentum)
+        bnp = BNP(model, max_change=0.1)
+        bnp.attach(optimizer)
+        model(x).square().sum().backward()
+        bnp.precondition_()
+        grads.append(model[0].weight.grad)
+    assert torch.allclose(*grads, rtol=1e-6)
+
+
 @pytest.mark.parametrize("largest", [1 << 22, 60])
 def test_layers_stepped_together_are_each_stepped_as_if_alone(monkeypatch, largest):
     monkeypatch.setattr(layer_steps, "LARGEST_BATCH", largest)
