@@ -7,6 +7,7 @@ run, with the accuracy on training images that no run trains on (choose rates by
 """
 
 import argparse
+import itertools
 import math
 import sys
 from time import process_time
@@ -96,7 +97,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--examples", type=int, default=4_000)
     parser.add_argument("--optimizer", default="sgd")
-    parser.add_argument("--gain", type=float, help="largest share of the newest step in A and B")
+    parser.add_argument(
+        "--gains",
+        nargs="+",
+        type=float,
+        default=[batchless_projected.GAIN],
+        help="largest share of the newest step in A and B",
+    )
     parser.add_argument(
         "--without", nargs="*", default=[], choices=["weights", "slopes", "restraint"], help="leave out a part"
     )
@@ -104,7 +111,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the examples")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    batchless_projected.GAIN = args.gain or batchless_projected.GAIN
     if "weights" in args.without:
         batchless_training.weight_producers = lambda model: []
     if "slopes" in args.without:
@@ -122,12 +128,12 @@ def main() -> None:
     results = []
     for batch_size in args.batch_sizes:
         for lr in args.lrs:
-            for method in args.methods:
-                for seed in args.seeds:
-                    result = run(method, lr, batch_size, seed, budget, splits, args.optimizer, args.model)
-                    results.append(result)
-                    cells = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in result.items())
-                    print(*cells, flush=True)
+            for gain, method, seed in itertools.product(args.gains, args.methods, args.seeds):
+                batchless_projected.GAIN = gain
+                result = run(method, lr, batch_size, seed, budget, splits, args.optimizer, args.model)
+                results.append(result | {"gain": gain})
+                cells = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in results[-1].items())
+                print(*cells, flush=True)
     given = " ".join(sys.argv[1:]).replace(args.data, "PATH/TO/cifar10")
     save(args.name, f"python benchmarks/batchless_projected.py {given}", results)
 

@@ -74,6 +74,21 @@ def test_a_repeated_step_is_orthogonal_to_one_and_to_n_wherever_mu_and_sigma_are
     assert residual.abs().max() > 0.01
 
 
+def test_a_step_moves_a_and_b_by_the_share_of_its_instances_towards_the_least_squares_fit():
+    torch.manual_seed(0)
+    norm = BatchlessNorm1d(3, affine=False, projected=True, dtype=torch.float64)
+    x, coefficients = torch.randn(4, 3, 5).double() + 1, torch.randn(4, 3, 5).double()
+    (norm(x.requires_grad_()) * coefficients).sum().backward()
+    collect([norm])
+    n, grad_n = rows(x.detach()) / norm.sigma, rows(coefficients)
+    for channel in range(3):
+        design = torch.stack([torch.ones(20).double(), n[:, channel]], 1)
+        fit = torch.linalg.lstsq(design, grad_n[:, channel : channel + 1]).solution.flatten()
+        moved = torch.stack([norm.control.shift[channel], norm.control.slope[channel]])
+        share, as_sums = 0.1 * 4 / (4 + 4), 20  # 4 instances, 20 rows
+        torch.testing.assert_close(moved, share * as_sums * fit, rtol=1e-12, atol=1e-12)
+
+
 def test_the_regression_removes_exactly_what_one_and_n_explain():
     torch.manual_seed(0)
     n = torch.randn(100, 3).double() * 2 + 1

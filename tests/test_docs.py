@@ -19,6 +19,19 @@ def test_every_recipe_has_a_card(name):
     assert any(f"`{name}`" in page.read_text() for page in DOCS)
 
 
+def test_what_stands_for_a_paper_cites_it():
+    plain = {"apply", "convert", "describe", "doctor", "fold", "functional", "instruments", "moments", "param_groups"}
+    plain |= {"recalibrate", "recipes", "revert", "scale_invariance"}
+    papers = [getattr(evenkeel, name) for name in evenkeel.__all__ if name not in plain]
+    assert [o.__name__ for o in papers if not re.search(r"arXiv \d|J\. Mach\. Learn\.", o.__doc__)] == []
+    assert [name for name in evenkeel.functional.__all__ if f"``{name}``" not in evenkeel.functional.__doc__] == []
+
+
+def test_every_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text()
+    assert [page.name for page in DOCS if page.name not in text] == []
+
+
 def test_the_readme_is_at_most_6_kb():
     assert len((ROOT / "README.md").read_bytes()) <= 6 * 1024
 

@@ -64,13 +64,14 @@ def test_records_are_those_of_the_instruments():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)
     batches = make_batches(3)
     expected = {}
-    with Monitor(model, objective, optimizer, every=2) as monitor:
+    walk = {"steps": 3, "span": (0.01, 30)}
+    with Monitor(model, objective, optimizer, every=2, **walk) as monitor:
         for step, batch in enumerate(batches):
             optimizer.zero_grad()
             loss = objective(model, batch)
             loss.backward()
             if step == 2:
-                expected["walk"] = landscape(model, objective, batch, lr=0.1)
+                expected["walk"] = landscape(model, objective, batch, lr=0.1, **walk)
                 expected["curvature"] = curvature(model, objective, batch, lr=0.1)
                 expected["removed"] = gradient_removed(model, objective, batch)
                 expected["channels"] = channels(model, objective, batch)

@@ -8,7 +8,7 @@ from torch import nn
 from evenkeel.methods.riemannian import SGDG, AdamG
 from riemannian_reference import Reference
 
-SHAPES = [(8, 3, 5, 5), (6, 8, 3, 3), (10, 6, 1, 1), (5, 72), (4, 75), (3, 2, 3, 2, 2)]
+SHAPES = [(8, 3, 5, 5), (6, 8, 3, 3), (10, 6, 1, 1), (6, 6), (5, 72), (4, 75), (3, 2, 3, 2, 2)]
 RULES = {"sgdg": SGDG, "adamg": AdamG}
 
 

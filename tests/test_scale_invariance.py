@@ -169,6 +169,8 @@ def test_the_papers_rule_takes_convolutions_with_fewer_filters_than_elements_inv
     assert total / sum(sizes.values()) == pytest.approx(0.992, abs=5e-4)
     assert exact / total == pytest.approx(0.465, abs=5e-4)
     assert "17.weight" not in chosen  # the classifier
+    square = scale_invariance(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 3, 1)), rule="paper")
+    assert [entry.manifold for entry in square.values()] == [False, True]
 
 
 def test_tied_weights_must_be_invariant_in_every_use():

@@ -1,4 +1,13 @@
-"""The pure functions of the methods, without state."""
+"""The pure functions of the methods, without state.
+
+- BNP (arXiv 2108.01110): ``precondition``, ``guarded_variance``, ``step_divisor``, ``update_running``; our bound on its steps,
+  ``unit_changes`` and ``bounding_factors``; ``preconditioned_noise`` (Lange, Deng, Ye, Lin, J. Mach. Learn. 2(1), 2023).
+- Batchless normalization (arXiv 2212.14729): ``gaussian_nll_gradients``; our ``projected_gradient`` and
+  ``projected_weight_gradient``.
+- SGD-G and Adam-G (arXiv 1709.09603): ``sgdg``, ``adamg``, ``clip_rows``, ``orthogonality_gradient``; on the sphere ``project``,
+  ``exponential_map``, ``logarithmic_map``, ``parallel_transport``.
+- Batch Renormalization (arXiv 1702.03275): ``renorm_correction``.
+"""
 
 from evenkeel.methods.batch_renorm import renorm_correction
 from evenkeel.methods.batchless_functions import gaussian_nll_gradients

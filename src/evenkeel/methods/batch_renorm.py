@@ -189,12 +189,12 @@ class _BatchRenorm(_BatchNorm):
 
 
 class BatchRenorm1d(_BatchRenorm, nn.BatchNorm1d):
-    """Batch Renormalization of ``(N, C)`` or ``(N, C, L)``; see :func:`renorm_correction`."""
+    """Batch Renormalization (arXiv 1702.03275) of ``(N, C)`` or ``(N, C, L)``; see :func:`renorm_correction`."""
 
 
 class BatchRenorm2d(_BatchRenorm, nn.BatchNorm2d):
-    """Batch Renormalization of ``(N, C, H, W)``; see :func:`renorm_correction`."""
+    """Batch Renormalization (arXiv 1702.03275) of ``(N, C, H, W)``; see :func:`renorm_correction`."""
 
 
 class BatchRenorm3d(_BatchRenorm, nn.BatchNorm3d):
-    """Batch Renormalization of ``(N, C, D, H, W)``; see :func:`renorm_correction`."""
+    """Batch Renormalization (arXiv 1702.03275) of ``(N, C, D, H, W)``; see :func:`renorm_correction`."""

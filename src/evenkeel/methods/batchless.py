@@ -32,9 +32,10 @@ PATIENCE = 8  # backward passes after which a layer that nobody attached complai
 
 
 class BatchlessNorm(nn.Module):
-    """Normalization by a learned Gaussian per channel: the same affine map in train and in eval mode.
+    """Normalization by a learned Gaussian per channel (arXiv 2212.14729), ``y = (x - mu) / sigma * gamma + beta``.
 
-    Use :class:`BatchlessNorm1d`, ``2d`` or ``3d``. The layer starts like batch normalization at mean 0 and variance 1;
+    The same affine map in train and in eval mode; mu and sigma are fitted by the likelihood ``log sigma + n^2 / 2``. Use
+    :class:`BatchlessNorm1d`, ``2d`` or ``3d``. The layer starts like batch normalization at mean 0 and variance 1;
     :func:`evenkeel.initialize` sets both from data. It learns only while :func:`evenkeel.attach` connects it with an
     optimizer.
 
@@ -269,7 +270,9 @@ def _without_count(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -
 
 
 class BatchlessNorm1d(BatchlessNorm):
-    """:class:`BatchlessNorm` of ``(N, C)`` or ``(N, C, L)`` inputs (``(N, L, C)`` with ``feature_dim=-1``).
+    """Batchless normalization (arXiv 2212.14729) of ``(N, C)`` or ``(N, C, L)``, ``(N, L, C)`` with ``feature_dim=-1``.
+
+    See :class:`BatchlessNorm`.
 
     Examples:
         >>> BatchlessNorm1d(2, affine=False, eps=0.0)(torch.tensor([[1.0, 2.0]])).tolist()
@@ -280,13 +283,13 @@ class BatchlessNorm1d(BatchlessNorm):
 
 
 class BatchlessNorm2d(BatchlessNorm):
-    """:class:`BatchlessNorm` of ``(N, C, H, W)`` inputs."""
+    """Batchless normalization (arXiv 2212.14729) of ``(N, C, H, W)``; see :class:`BatchlessNorm`."""
 
     dims = (4,)
 
 
 class BatchlessNorm3d(BatchlessNorm):
-    """:class:`BatchlessNorm` of ``(N, C, D, H, W)`` inputs."""
+    """Batchless normalization (arXiv 2212.14729) of ``(N, C, D, H, W)``; see :class:`BatchlessNorm`."""
 
     dims = (5,)
 

@@ -1,7 +1,7 @@
 """The projected gradient of batchless normalization: batch normalization's backward pass, from earlier steps.
 
 Our own addition to Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729; the derivation and the measurements
-are in docs/batchless.md.
+are in docs/batchless-projected.md.
 
 With ``n' = dL/dn``, batch normalization passes on ``dL/dx = (n' - A - B n) / sigma``, where ``A = mean(n')`` and
 ``B = mean(n' n)`` make the result orthogonal to 1 and n over the rows of the batch: no step can be spent on merely

@@ -19,7 +19,7 @@ def initialize(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     samples: int = 512,
 ) -> nn.Module:
-    """Set mu and sigma of every batchless layer from data, layer after layer in the order of execution.
+    """Set mu and sigma of every batchless layer from data, layer after layer as they run (arXiv 2212.14729).
 
     Layer by layer, so that each is fitted to what the already fitted layers before it really produce; the function of
     the model changes. Runs in eval mode without gradients and restores the modes.

@@ -1,6 +1,6 @@
 """The gradient of the weights in front of a batchless layer, without what the normalization undoes.
 
-Our own addition to Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729; see docs/batchless.md.
+Our own addition to Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729; see docs/batchless-projected.md.
 
 A and B of :mod:`evenkeel.methods.batchless_projected` come from earlier steps, so what is new in a step's own mean(n')
 and mean(n' n), and most of it is, remains in dL/dx. In the gradient of the linear or convolution layer that produces ``x = W h``

@@ -24,7 +24,10 @@ from evenkeel.stepping import StepHandle, before_step
 
 
 class BNP:
-    """Preconditions the gradients of all linear and convolution layers of a model.
+    """Preconditions the gradients of all linear and convolution layers of a model (arXiv 2108.01110).
+
+    Before each step ``W~ = (G_W - G_b mu^T) / (q^2 s)`` and ``b~ = G_b / q^2 - W~ mu`` take the place of the gradients, with
+    running mean mu and guarded variance s of the layer's input, see :func:`evenkeel.functional.precondition`.
 
     The model is not changed: no layer, no buffer, the plain state_dict, and in eval mode the plain graph. Statistics
     of a step come from exactly the rows whose gradients it uses: all micro-batches, all ranks (one all-reduce per

@@ -20,7 +20,7 @@ INPUT_SCALE = 0.58
 
 
 class InputNorm(nn.Module):
-    r"""Normalizes raw inputs per channel: ``y = weight * (x - mean) / sqrt(var + eps)``, without a shift.
+    r"""Normalizes raw inputs per channel (arXiv 2110.13989v1): ``y = weight * (x - mean) / sqrt(var + eps)``, no shift.
 
     For the first place of a model, on images in [0, 1], sequences or tabular features. In train mode the statistics are
     those of the batch; a batch of one sample is normalized by the running statistics, it included. In eval mode they

@@ -65,6 +65,7 @@ def preconditioned_noise(
 class LangevinBNP(Optimizer):
     """Samples from ``exp(-U)`` where the loss that is differentiated is ``U``, with BNP's metric in drift and noise.
 
+    ``theta <- theta - (eps/2) P P^T grad U + sqrt(eps) P xi``; Lange, Deng, Ye, Lin, J. Mach. Learn. 2(1), 2023.
     Parameters of layers that BNP leaves alone follow plain Langevin dynamics. The metric follows the running statistics,
     which settle, as inputs of hidden layers move with the samples; exact sampling needs them settled.
 

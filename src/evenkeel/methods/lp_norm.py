@@ -178,18 +178,18 @@ class LpNorm(nn.Module):
 
 
 class LpNorm1d(LpNorm):
-    """l_p normalization of ``(N, C)`` or ``(N, C, L)``."""
+    """l_p normalization (arXiv 1805.11604) of ``(N, C)`` or ``(N, C, L)``; see :class:`LpNorm`."""
 
     dimensions = (2, 3)
 
 
 class LpNorm2d(LpNorm):
-    """l_p normalization of ``(N, C, H, W)``."""
+    """l_p normalization (arXiv 1805.11604) of ``(N, C, H, W)``; see :class:`LpNorm`."""
 
     dimensions = (4,)
 
 
 class LpNorm3d(LpNorm):
-    """l_p normalization of ``(N, C, D, H, W)``."""
+    """l_p normalization (arXiv 1805.11604) of ``(N, C, D, H, W)``; see :class:`LpNorm`."""
 
     dimensions = (5,)

@@ -60,12 +60,12 @@ class NoisyBatchNorm(_BatchNorm):
 
 
 class NoisyBatchNorm1d(NoisyBatchNorm, nn.BatchNorm1d):
-    """Noisy batch normalization of ``(N, C)`` or ``(N, C, L)``; see :func:`moment_noise`."""
+    """Noisy batch normalization (arXiv 1805.11604) of ``(N, C)`` or ``(N, C, L)``; see :func:`moment_noise`."""
 
 
 class NoisyBatchNorm2d(NoisyBatchNorm, nn.BatchNorm2d):
-    """Noisy batch normalization of ``(N, C, H, W)``; see :func:`moment_noise`."""
+    """Noisy batch normalization (arXiv 1805.11604) of ``(N, C, H, W)``; see :func:`moment_noise`."""
 
 
 class NoisyBatchNorm3d(NoisyBatchNorm, nn.BatchNorm3d):
-    """Noisy batch normalization of ``(N, C, D, H, W)``; see :func:`moment_noise`."""
+    """Noisy batch normalization (arXiv 1805.11604) of ``(N, C, D, H, W)``; see :func:`moment_noise`."""

@@ -102,7 +102,7 @@ def lr_factors(module: nn.Module) -> dict[str, float]:
 
 @torch.no_grad()
 def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 100.0, arm: Arm = "paper") -> nn.Module:
-    """Give every BatchNorm of a built model the initial scale of the paper, and gamma its smaller learning rate.
+    """Give every BatchNorm of a built model a small initial scale, and gamma a smaller learning rate (arXiv 2110.13989).
 
     Sets gamma to ``scale`` and beta to 0 on every BatchNorm (by type, subclasses too, whatever the model's builder had
     set), multiplies the scale of an :class:`evenkeel.InputNorm`, and marks the layers so that

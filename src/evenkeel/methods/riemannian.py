@@ -73,7 +73,7 @@ def adamg(
 
 
 class SGDG(RowOptimizer):
-    """SGD-G for the filters of manifold groups, SGD with Nesterov momentum for all other groups.
+    """SGD-G (arXiv 1709.09603) for the filters of manifold groups, SGD with Nesterov momentum for all other groups.
 
     Manifold groups, per filter ``y``, with the projected and clipped gradient ``h``: ``d = momentum tau - lr h``,
     ``y <- exp_y(d)``, ``tau <- pt_y(d; d)``. Their weights are brought to unit rows when the group is added;
@@ -91,6 +91,9 @@ class SGDG(RowOptimizer):
         weight_decay: Decoupled weight decay of groups that are not on the manifold; a direction has nothing to decay.
         foreach: Few calls for many filters (default), or the readable loop over weights.
         fused: One kernel for all filters: on a GPU, with Triton. Default: where it is possible.
+
+    Raises:
+        ValueError: An option is out of range, or a weight of a manifold group has no filters to put on the sphere.
 
     Examples:
         >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
@@ -134,7 +137,7 @@ class SGDG(RowOptimizer):
 
 
 class AdamG(RowOptimizer):
-    """Adam-G for the filters of manifold groups, SGD with Nesterov momentum (the paper) or Adam for all other groups.
+    """Adam-G (arXiv 1709.09603) for the filters of manifold groups, SGD with Nesterov momentum or Adam for all others.
 
     Manifold groups, per filter ``y``, with the projected and clipped gradient ``h``: ``m = b1 tau + (1 - b1) h``,
     ``v <- b2 v + (1 - b2) h.h`` (one number per filter), ``d = -lr sqrt(1 - b2^t) / (1 - b1^t) m / sqrt(v + eps)``,
@@ -152,10 +155,13 @@ class AdamG(RowOptimizer):
             than fan-in; 0 for none. It costs two matrix products per weight.
         clip_orthogonality: Add the penalty's gradient before the projection and the clip (the paper), or after both.
         weight_decay: Decoupled weight decay of groups that are not on the manifold; a direction has nothing to decay.
-        euclidean: Rule of the other groups, ``"nesterov"`` or ``"adam"`` (with the same betas and eps).
+        euclidean: Rule of the other groups, ``"nesterov"`` (the paper) or ``"adam"`` (with the same betas and eps).
         foreach: Few calls for many filters (default), or the readable loop over weights.
         fused: One kernel for all filters: on a GPU, with Triton. Default: where it is possible.
         capturable: Count steps on the weights' device, so that a step can be captured in a CUDA graph.
+
+    Raises:
+        ValueError: An option is out of range, or a weight of a manifold group has no filters to put on the sphere.
 
     Examples:
         >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
