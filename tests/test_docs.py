@@ -5,6 +5,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 import evenkeel
 from evenkeel.cli import main
@@ -12,6 +15,25 @@ from evenkeel.study.report import read_results
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+PARAGRAPHS = [
+    pytest.param(paragraph, id=f"{card}, {paragraph.splitlines()[0]}")
+    for card in ("bnp", "bnp-langevin", "batchless", "how-bn-helps", "revisited", "riemannian")
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{card}.md").read_text(), re.DOTALL)
+    for paragraph in block.split("\n\n")
+]
+
+
+@pytest.mark.parametrize("paragraph", PARAGRAPHS)
+def test_each_paragraph_of_a_cards_code_runs_on_a_model_of_yours(paragraph):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3))
+    x, y = torch.randn(8, 3, 6, 6), torch.randint(3, (8,))
+    names = {"torch": torch, "evenkeel": evenkeel, "F": F, "model": model, "x": x, "y": y, "batch": (x, y)}
+    names |= {"some_batches": [x], "examples": 8, "prior": lambda model: 0.0}
+    names |= {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    names |= {"objective": lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])}
+    exec(paragraph, names)
 
 
 @pytest.mark.parametrize("name", evenkeel.recipes())
