@@ -49,11 +49,11 @@ def test_one_sided_study_says_only_what_it_asked():
     assert sentence == "At batch size 64 no method is shown to be better than `batch` beyond the noise."
 
 
-def test_worse_method_is_named():
+def test_worse_method_is_named_and_a_higher_mean_within_the_noise_is_not_denied():
     levels = {"batch": {64: 0.95}, "group": {64: 0.80}, "layer": {64: 0.951}}
     sentence = judge(study(levels)).sentence
-    assert sentence.startswith("At batch size 64 nothing did better than `batch` (95.")
-    assert sentence.endswith("and `group` (80.0 %) did worse.")
+    assert sentence.startswith("At batch size 64 no method did better than `batch` (95.")
+    assert sentence.endswith("%) beyond the noise, and `group` (80.0 %) did worse.")
 
 
 def test_few_seeds_claim_nothing_and_many_say_at_which_level():

@@ -197,8 +197,8 @@ def _behind(others: Sequence[Summary], base: Summary) -> tuple[float, str, str] 
     who = listing([_name(s, with_mean=True) for s in behind])
     if len(behind) > _NAMED:
         who = f"{len(behind)} methods (lowest {_name(behind[0], with_mean=True)})"
-    full = f"nothing did better than {_name(base, with_mean=True)}, and {who} did worse"
-    return base.mean - (behind[0].mean or 0.0), full, f"nothing did better than {_name(base)}"
+    full = f"no method did better than {_name(base, with_mean=True)} beyond the noise, and {who} did worse"
+    return base.mean - (behind[0].mean or 0.0), full, f"no method did better than {_name(base)} beyond the noise"
 
 
 def _strength(record: StudyRecord, ran: Sequence[Summary]) -> tuple[str, ...]:
