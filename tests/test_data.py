@@ -269,10 +269,24 @@ def test_a_corrupt_image_is_named(tmp_path, keep):
         load_data(str(tmp_path / "bad"))
 
 
-def test_a_file_that_is_no_parquet_is_refused(tmp_path):
-    (tmp_path / "data.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(DataError, match=r"only \.parquet files"):
-        load_data(str(tmp_path / "data.csv"))
+def test_a_single_file_is_refused_since_it_has_no_test_split(parquet):
+    with pytest.raises(DataError, match=r"one file, which has no test split; give a folder"):
+        load_data(str(parquet / "train-00000.parquet"))
+
+
+def test_images_of_more_than_eight_bits_are_refused_not_cut_off(tmp_path):
+    deep = [encoded(np.full((4, 4), 1000 * (i + 1), np.uint16)) for i in range(3)]
+    for role in ("train", "test"):
+        write_parquet(tmp_path / "deep" / f"{role}.parquet", deep, [0, 1, 2])
+    with pytest.raises(DataError, match=r"image 0 has more than 8 bits per value \(mode I;16\); scale"):
+        load_data(str(tmp_path / "deep"))
+
+
+@pytest.mark.parametrize(("shape", "told"), [((6, 5), "1x6x5"), ((7, 5, 3), "3x7x5")], ids=["grey", "larger"])
+def test_images_of_another_shape_in_the_test_split_are_refused(parquet, shape, told):
+    write_parquet(parquet / "test-00000.parquet", map(encoded, pictures(3, shape=shape)), [0, 1, 2])
+    with pytest.raises(DataError, match=f"test images are {told}, those for training 3x6x5"):
+        load_data(str(parquet))
 
 
 def test_parquet_without_image_features_is_refused(tmp_path):

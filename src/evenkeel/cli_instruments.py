@@ -17,7 +17,7 @@ class Landscape:
     """Train methods under the instruments: smoothness of the loss, covariate shift, stability of the activations."""
 
     data: str = "digits"
-    """digits, spiral, a Hugging Face name, a local folder or parquet file, or package.module:factory."""
+    """digits, spiral, a Hugging Face name, a local folder, or package.module:factory."""
     model: str = "digits-cnn"
     """A name such as vgg13-small, or package.module:factory."""
     methods: str = "none,batch,noisy-batch,none+noise,bnp,l1"

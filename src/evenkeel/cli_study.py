@@ -19,7 +19,7 @@ class Compare:
     """Compare methods fairly on one model and data, and write a report."""
 
     data: str = "digits"
-    """digits, spiral, a Hugging Face name, a local folder or parquet file, or package.module:factory."""
+    """digits, spiral, a Hugging Face name, a local folder, or package.module:factory."""
     model: str = "digits-cnn"
     """A name such as resnet20, or package.module:factory."""
     methods: str = "none,batch,group,bnp,batchless-projected"

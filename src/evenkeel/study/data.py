@@ -149,7 +149,7 @@ def load_data(
 
     Args:
         name: ``digits`` (embedded), ``spiral`` (generated), ``package.module:factory`` or ``path/to/file.py:factory``,
-            a local folder or parquet file, or a data set of the Hugging Face hub (``name`` or ``name@configuration``).
+            a local folder, or a data set of the Hugging Face hub (``name`` or ``name@configuration``).
             A factory takes no argument and returns ``(train, validation, test)``, each a ``torch.utils.data.Dataset``
             of (input, label) or a pair of tensors; validation may be None.
         image_column: Column with the images, for hub and local data; found by its type when there is one only.

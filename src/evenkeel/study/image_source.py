@@ -1,4 +1,4 @@
-"""Where images come from: the hub, a folder or parquet files, through Hugging Face datasets; their splits and columns."""
+"""Where images come from: the hub or a local folder, through Hugging Face datasets; their splits and columns."""
 
 import socket
 from collections.abc import Generator
@@ -26,11 +26,12 @@ def load_source(name: str) -> Any:
     except ImportError as error:
         raise DataError(f"data {name!r} needs Hugging Face datasets; install evenkeel[study]") from error
     local = Path(name).expanduser()
-    if local.is_file() and local.suffix != ".parquet":
-        raise DataError(f"data {name!r}: only .parquet files are read; give a folder for anything else")
+    if local.is_file():
+        raise DataError(
+            f"data {name!r} is one file, which has no test split; give a folder with train.parquet and test.parquet, or with "
+            "images in train/CLASS/ and test/CLASS/"
+        )
     try:
-        if local.is_file():
-            return datasets.load_dataset("parquet", data_files={"train": str(local)})
         if local.is_dir():
             return datasets.load_dataset(str(local.resolve()))
         repository, _, configuration = name.partition("@")

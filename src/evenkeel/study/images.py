@@ -1,4 +1,4 @@
-"""Images of a Hugging Face hub name, a local folder or parquet files, decoded once.
+"""Images of a Hugging Face hub name or a local folder, decoded once.
 
 All images of a split become one contiguous uint8 array in a cache folder, memory-mapped from then on: a second start
 decodes nothing, processes share the memory, and what does not fit into memory still works. The folder is
@@ -55,7 +55,7 @@ def load_images(
         The data, its tensors memory-mapped from the cache.
 
     Raises:
-        DataError: No such data, no network, corrupt files, missing columns or splits, images of different sizes.
+        DataError: No such data, no network, corrupt files, missing columns or splits, images of different shapes.
     """
     local = Path(name).expanduser()
     dataset = None
@@ -156,8 +156,16 @@ def _open(name: str, entry: Path) -> Data:
         }
         note, validation = "; ".join(meta["notes"]), splits.get("validation")
         data = make_data(name, splits["train"], splits["test"], validation=validation, note=note)
-        return replace(data, classes=meta["classes"])
     except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"data {name!r}: its cache {entry} is damaged ({error}); delete that folder and start again"
         ) from error
+    for role, split in splits.items():
+        if split.stored.shape[1:] != data.train.stored.shape[1:]:
+            shapes = f"{_shape(split)}, those for training {_shape(data.train)} (channels x height x width)"
+            raise DataError(f"data {name!r}: the {role} images are {shapes}; make them alike, their size with image_size")
+    return replace(data, classes=meta["classes"])
+
+
+def _shape(split: Split) -> str:
+    return "x".join(map(str, split.stored.shape[1:]))

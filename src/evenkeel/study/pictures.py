@@ -26,7 +26,7 @@ def decode_split(where: str, split: Any, column: str, size: int | None, target: 
         What a report must say of them.
 
     Raises:
-        DataError: An image is damaged or of another size, or there is none.
+        DataError: An image is damaged, of another size or of more than 8 bits per value, or there is none.
     """
     from datasets import Image
 
@@ -77,11 +77,17 @@ def _picture(where: str, index: int, value: Any) -> Any:
 
     try:
         source = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-        return Image.open(io.BytesIO(source))
+        picture = Image.open(io.BytesIO(source))
     except Exception as error:
         raise DataError(
             f"{where}: image {index} cannot be read ({type(error).__name__}: {error}); fetch or remove it"
         ) from error
+    if picture.mode.startswith(("I", "F")):  # which a conversion to 8 bits would cut off at 255
+        raise DataError(
+            f"{where}: image {index} has more than 8 bits per value (mode {picture.mode}); scale the images to 8 bits, or "
+            "give a factory, package.module:factory, that returns tensors"
+        )
+    return picture
 
 
 def _fit(picture: Any, size: int) -> Any:
