@@ -109,7 +109,11 @@ def test_recipes_are_listed_with_their_papers(capsys):
         (["compare", "--data", "spiral", "--methods", "batch"], "--model: model 'digits-cnn' takes images"),
         (["compare", "--device", "xpu:9"], "--device xpu:9: cannot be used here"),
         (["compar"], "did you mean 'compare'"),
+        (["compare", "--data", ""], "data '' is no name"),
         (["report", "/nonexistent"], "holds no study"),
+        (["worker", "--storage", "sqlite://", "--workers", "-1"], "--workers -1: give at least 1"),
+        (["doctor", "--device", "xpu:9"], "--device xpu:9: cannot be used here"),
+        (["doctor", "--checkpoint", __file__], "cannot be read"),
     ],
 )
 def test_bad_input_is_one_line_with_exit_code_2(arguments, message, capsys, monkeypatch, tmp_path):
@@ -166,6 +170,46 @@ def test_an_output_folder_that_cannot_be_written_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run("compare", *QUICK, "--out", tmp_path / "file" / "out") == 2
     assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--momentum", "5"], "--momentum 5.0: give a number in [0, 1)"),
+        (["--weight-decay", "nan"], "--weight-decay nan: give a number"),
+        (["--device", "xpu:9"], "--device xpu:9: cannot be used here"),
+    ],
+)
+def test_bad_input_to_landscape_is_one_line(arguments, message, capsys, tmp_path):
+    assert run("landscape", *arguments, "--out", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_landscape_trains_nothing_before_it_knows_that_it_can_write(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert run("landscape", "--out", tmp_path / "file") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: File exists\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "stopped", "told"),
+    [
+        (["reproduce", "bnp-mlp"], "evenkeel.study.reproduce.reproduce", "the same command goes on"),
+        (["doctor"], "evenkeel.study.doctor.run_doctor", "stopped"),
+        (["landscape"], "evenkeel.study.landscape.run_landscape", "stopped"),
+    ],
+)
+def test_ctrl_c_ends_every_command_without_a_traceback(command, stopped, told, monkeypatch, tmp_path, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stopped, interrupted)
+    assert run(*command) == 130
+    assert told in capsys.readouterr().err
 
 
 def test_a_damaged_study_file_is_named(tmp_path, capsys):

@@ -32,7 +32,11 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of the command ``evenkeel``; returns the exit code (2 for bad input)."""
+    """Entry point of the command ``evenkeel``; returns the exit code (2 for bad input).
+
+    Raises:
+        OSError: Where it does not say what is wrong, or with ``--debug``.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         command = _parse(arguments)
@@ -40,11 +44,22 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _complain(error)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output has gone: `evenkeel recipes | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a folder that cannot be made, a full disk
+        if "--debug" in arguments or error.strerror is None:
+            raise
+        return _complain(f"{error.filename or 'a file'}: {error.strerror}")
+
+
+def _complain(what: object) -> int:
+    print("error:", *str(what).split(), file=sys.stderr)  # a line, also where a user's exception has several
+    return 2
 
 
 def _parse(arguments: list[str]) -> Any:

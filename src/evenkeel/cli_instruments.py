@@ -51,6 +51,7 @@ class Landscape:
         from evenkeel.study.landscape import run_landscape
         from evenkeel.study.traces import LandscapeConfig
 
+        Path(self.out).mkdir(parents=True, exist_ok=True)  # not after the runs
         config = LandscapeConfig(
             data=self.data,
             model=self.model,
@@ -142,6 +143,7 @@ class ReproduceHowBNHelps:
         from evenkeel.study.environment import command_line
         from evenkeel.study.how_bn_helps import HowBNHelps, reproduce
 
+        Path(self.out).mkdir(parents=True, exist_ok=True)
         config = HowBNHelps(self.model, self.data, self.scale, self.width, self.seed, self.device)
         return _written(reproduce(config, command=command_line(arguments), show=_say), self.out)
 

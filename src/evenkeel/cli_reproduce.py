@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from evenkeel.cli_study import words
+from evenkeel.cli_study import stopped, words
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,20 @@ class Reproduce:
         }
         out = Path(self.out) if self.out else Path("runs") / self._name
         changes = {name: value for name, value in given.items() if value and (name, value) != ("device", "cpu")}
-        page = reproduce(
-            self.preset,
-            scale=self.scale,
-            out=out,
-            changes=changes,
-            model=self.model or None,
-            paper_rates=self.paper_rates,
-            workers=self.workers or None,
-            quiet=self.quiet,
-            arguments=arguments,
-        )
+        try:
+            page = reproduce(
+                self.preset,
+                scale=self.scale,
+                out=out,
+                changes=changes,
+                model=self.model or None,
+                paper_rates=self.paper_rates,
+                workers=self.workers or None,
+                quiet=self.quiet,
+                arguments=arguments,
+            )
+        except KeyboardInterrupt:
+            return stopped()
         print(page)
         print(f"written: {out / 'reproduce.md'}")
         return 0

@@ -115,8 +115,7 @@ class Compare:
                 arguments=arguments,
             )
         except KeyboardInterrupt:
-            print("\nstopped; nothing is lost: the same command goes on where it was", file=sys.stderr)
-            return 130
+            return stopped()
         _show(record, folder)
         return 0
 
@@ -153,13 +152,14 @@ class Worker:
         Raises:
             ValueError: No storage is given.
         """
-        from evenkeel.study.compare import STORAGE_VARIABLE, available_cores, check
+        from evenkeel.study.compare import STORAGE_VARIABLE, available_cores, check, check_workers
         from evenkeel.study.images import cache_folder
         from evenkeel.study.join import join
 
         url = self.storage or os.environ.get(STORAGE_VARIABLE, "")
         if not url:
             raise ValueError(f"--storage is empty; give the URL of a storage, or set {STORAGE_VARIABLE}")
+        check_workers(self.workers)
         count = self.workers or (1 if torch.cuda.is_available() else available_cores())
         folder = Path(self.checkpoints) if self.checkpoints else cache_folder() / "checkpoints"
         try:
@@ -206,6 +206,12 @@ class Recipes:
         for name, recipe in recipes().items():
             print(f"{name:<{width}}  {recipe.summary}\n{'':<{width}}  {recipe.paper}")
         return 0
+
+
+def stopped() -> int:
+    """Say that a study was stopped with Ctrl-C; returns the exit code."""
+    print("\nstopped; nothing is lost: the same command goes on where it was", file=sys.stderr)
+    return 130
 
 
 def _show(record: Any, folder: Path) -> None:

@@ -14,7 +14,7 @@ from evenkeel.instruments.result import plain
 from evenkeel.study.connection import redact
 from evenkeel.study.cost import measure_costs
 from evenkeel.study.data import Data
-from evenkeel.study.environment import command_line, environment
+from evenkeel.study.environment import check_device, command_line, environment
 from evenkeel.study.errors import StudyError
 from evenkeel.study.landscape import study_traces
 from evenkeel.study.live import Display
@@ -144,12 +144,7 @@ def check(config: StudyConfig) -> Data:
         StudyError: Data or model cannot be used as given.
     """
     validate(config)
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise StudyError(
-            f"--device {config.device}: cannot be used here ({str(error).splitlines()[0]}); use --device cpu"
-        ) from error
+    check_device(config.device)
     try:
         data = load(config)
     except StudyError:
@@ -224,8 +219,7 @@ def compare(
         StudyError: Bad input; nothing was run.
         KeyboardInterrupt: The user stopped it; there is a report of what has ended, and the same call goes on.
     """
-    if workers is not None and workers < 1:
-        raise StudyError(f"--workers {workers}: give at least 1, or 0 for one per core")
+    check_workers(workers or 0)
     path = out or Path("runs") / study_name(config)
     data = check(config)
     folder = StudyFolder(path, config, command_line(arguments), redact(storage) if storage else None)
@@ -289,6 +283,16 @@ def _summary(data: Data) -> str:
     sizes = f"{len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test examples"
     shape = "x".join(map(str, data.input_shape))
     return f"{data.name}: {sizes} of {data.classes} classes, {shape} inputs" + (f". {data.note}" if data.note else "")
+
+
+def check_workers(count: int) -> None:
+    """Check a number of worker processes, 0 for one per core.
+
+    Raises:
+        StudyError: It is negative.
+    """
+    if count < 0:
+        raise StudyError(f"--workers {count}: give at least 1, or 0 for one per core")
 
 
 def available_cores() -> int:

@@ -1,6 +1,5 @@
 """The doctor on a model, data and checkpoint that are given by name."""
 
-import pickle
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ import evenkeel
 from evenkeel.instruments import Diagnosis
 from evenkeel.study.batches import batches
 from evenkeel.study.data import load_data
+from evenkeel.study.environment import check_device
 from evenkeel.study.errors import StudyError, nearest
 from evenkeel.study.models import build_model
 
@@ -58,6 +58,7 @@ def run_doctor(config: DoctorConfig) -> Diagnosis:
     for flag, count in (("--batch-size", config.batch_size), ("--accumulate", config.accumulate)):
         if count < 1:
             raise StudyError(f"{flag} {count}: give at least 1")
+    check_device(config.device)
     try:
         data = load_data(config.data, limit=config.limit)
         model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device)
@@ -97,7 +98,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
         saved: Any = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise StudyError(f"--checkpoint {file}: there is no such file") from error
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except Exception as error:  # torch raises many kinds for a file that is none of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StudyError(f"--checkpoint {file}: cannot be read ({reason}); give a state dict by torch.save") from error
     for key in ("model", "state_dict"):

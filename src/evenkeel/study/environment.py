@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from evenkeel.study.connection import redact
+from evenkeel.study.errors import StudyError
 
 PACKAGES = ("evenkeel", "torch", "numpy", "scikit-learn", "datasets", "optuna", "scipy")
 
@@ -26,6 +27,20 @@ def environment(device: str) -> dict[str, str]:
     if commit:
         found["commit"] = commit + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
     return found
+
+
+def check_device(device: str) -> None:
+    """Check that tensors can be made on a device.
+
+    Raises:
+        StudyError: They cannot.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise StudyError(
+            f"--device {device}: cannot be used here ({str(error).splitlines()[0]}); use --device cpu"
+        ) from error
 
 
 def command_line(arguments: Sequence[str]) -> str:

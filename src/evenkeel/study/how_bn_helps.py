@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evenkeel.study.environment import environment
+from evenkeel.study.environment import check_device, environment
 from evenkeel.study.errors import StudyError
 from evenkeel.study.landscape import Task, apply, run_landscape, watch
 from evenkeel.study.landscape_report import figures_of
@@ -80,6 +80,7 @@ def reproduce(
     """
     if not 0 < config.scale <= 1:
         raise StudyError(f"--scale {config.scale}: give a share of the paper's steps in (0, 1]")
+    check_device(config.device)
     record = (_vgg if config.model == "vgg" else _deep_linear)(config, command, show)
     paper = VGG_STEPS if config.model == "vgg" else DEEP_LINEAR_STEPS
     steps = record.config["steps"]

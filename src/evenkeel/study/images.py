@@ -57,6 +57,8 @@ def load_images(
     Raises:
         DataError: No such data, no network, corrupt files, missing columns or splits, images of different shapes.
     """
+    if not name:
+        raise DataError("data '' is no name; give one, for example digits, or a folder")
     local = Path(name).expanduser()
     dataset = None
     if local.exists():
@@ -163,7 +165,9 @@ def _open(name: str, entry: Path) -> Data:
     for role, split in splits.items():
         if split.stored.shape[1:] != data.train.stored.shape[1:]:
             shapes = f"{_shape(split)}, those for training {_shape(data.train)} (channels x height x width)"
-            raise DataError(f"data {name!r}: the {role} images are {shapes}; make them alike, their size with image_size")
+            raise DataError(
+                f"data {name!r}: the {role} images are {shapes}; make them alike, their size with image_size"
+            )
     return replace(data, classes=meta["classes"])
 
 

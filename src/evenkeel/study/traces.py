@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import evenkeel
+from evenkeel.study.environment import check_device
 from evenkeel.study.errors import StudyError, nearest
+from evenkeel.study.training import Training
 
 NOISE_ALONE = "none+noise"  # not a recipe: the noise of noisy-batch on a net without normalization
 
@@ -57,6 +59,8 @@ class LandscapeConfig:
                 raise StudyError(f"{flag} {value}: give at least 1")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise StudyError(f"--lr {self.lr}: a learning rate is a positive number")
+        Training(momentum=self.momentum, weight_decay=self.weight_decay).validate()
+        check_device(self.device)
         known = [*evenkeel.recipes(), NOISE_ALONE]
         if not self.methods:
             raise StudyError("--methods is empty; give at least one method, see `evenkeel recipes`")
