@@ -405,6 +405,28 @@ def test_recipes_train_in_micro_batches_of_one_as_in_one_batch(name):
     assert_same(*states, tolerance=1e-9 if name == "batchless-adam" else 1e-12)
 
 
+@pytest.mark.parametrize("instances", [1, 16])
+def test_by_default_a_step_of_many_instances_moves_mu_by_seven_hundredths(instances):
+    norm = BatchlessNorm1d(2, dtype=torch.float64)
+    optimizer = torch.optim.SGD(norm.parameters(), lr=0.1)
+    evenkeel.attach(norm, optimizer)
+    norm(torch.ones(instances, 2).double()).sum().backward()
+    optimizer.step()
+    share = 0.07 * instances / (instances + 6)
+    torch.testing.assert_close(norm.running_mean.data, torch.full((2,), share, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "gradient", "projected"),
+    [("batchless", "natural", False), ("batchless-adam", "plain", False), ("batchless-projected", "natural", True)],
+)
+def test_recipes_fit_mu_and_sigma_as_their_card_says(name, gradient, projected):
+    model, optimizer = evenkeel.apply(name, nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)), lr=0.01)
+    assert (model[1].gradient, model[1].scale, model[1].projected) == (gradient, "log", projected)
+    assert isinstance(optimizer, torch.optim.Adam) == (name == "batchless-adam")
+    assert any(p is model[1].running_mean for p in optimizer.param_groups[-1]["params"])
+
+
 @pytest.mark.parametrize("name", ["batchless", "batchless-adam", "batchless-projected"])
 def test_recipes_start_from_what_the_model_knew(name):
     torch.manual_seed(0)

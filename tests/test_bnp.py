@@ -216,6 +216,18 @@ def test_the_first_steps_weigh_evenly_and_the_start_values_never_count():
     assert torch.allclose(entry["variance"], xs.reshape(-1, 4).var(0, correction=0), rtol=1e-12)
 
 
+def test_after_a_hundred_steps_the_newest_weighs_a_hundredth():
+    layer = nn.Linear(1, 1).double()
+    bnp = BNP(layer)
+    for row in (*[0.0] * 150, 1.0):
+        layer(torch.full((1, 1), row, dtype=torch.float64)).sum().backward()
+        bnp.precondition_()
+        bnp._layers[0].prepared = False
+    entry = bnp.state_dict()[""]
+    assert entry["mean"].item() == pytest.approx(0.01, rel=1e-12)
+    assert entry["variance"].item() == pytest.approx(0.01 * 0.99, rel=1e-12)
+
+
 def test_padding_masked_out_does_not_exist():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()

@@ -136,6 +136,23 @@ def test_a_gradient_that_a_fused_optimizer_will_unscale_is_bounded_as_the_true_o
     assert torch.allclose(grads[0], grads[1], rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["bnp", "bnp-paper", "group+bnp"])
+def test_a_unit_changes_by_a_twentieth_of_its_spread_at_most_except_in_the_papers_form(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    model, optimizer = evenkeel.apply(name, model.double(), lr=3.0)
+    x = torch.randn(64, 6, dtype=torch.float64)
+    x = 8 * torch.linalg.qr(x - x.mean(0))[0]  # uncorrelated, as the metric takes them to be
+    before = model[0](x).detach()
+    model(x).square().sum().backward()
+    optimizer.step()
+    change = (model[0](x) - before).square().mean(0).sqrt() / before.std(0, correction=0)
+    if name == "bnp-paper":
+        assert change.min() > 1
+    else:  # a lasting gradient carries ten times as far, at momentum 0.9
+        assert change.tolist() == pytest.approx([0.005] * 8, rel=0.01)
+
+
 @pytest.mark.parametrize("name", ["bnp", "bnp-paper", "bnp-adam", "group+bnp"])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_recipes_train_a_network_whose_batch_normalization_they_replace(name, batch):
