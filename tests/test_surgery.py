@@ -4,6 +4,8 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import evenkeel
 from evenkeel.methods.batchless import BatchlessNorm
@@ -341,13 +343,57 @@ def test_every_kind_of_channels_first_norm_converts_and_comes_back(layer, shape,
 def test_layer_norms_stay_unless_the_target_can_normalise_the_last_dimension():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU(), nn.RMSNorm(4))
     layers = list(model)
-    assert list(convert(model, "group")) == layers
+    with pytest.warns(UserWarning, match="LayerNorm, RMSNorm cannot become 'group'; the model is unchanged"):
+        assert list(convert(model, "group")) == layers
     convert(model, "batchless")
     assert (model[1].feature_dim, type(model[3])) == (-1, nn.RMSNorm)
     assert model(torch.randn(2, 5, 4)).shape == (2, 5, 4)
     convert(model, "none")
     assert [type(model[i]) for i in (1, 3)] == [Removed, Removed]
     assert list(revert(model)) == layers
+
+
+def test_layer_norms_over_several_dimensions_stay_and_maps_of_tokens_are_normalised():
+    model = nn.Sequential(nn.LayerNorm((3, 4)), nn.LayerNorm(4))
+    several = model[0]
+    convert(model, "batchless")
+    assert model[0] is several
+    assert model(torch.randn(2, 5, 3, 4)).shape == (2, 5, 3, 4)
+
+
+class Rectified(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Contiguous(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x.contiguous())
+
+
+class ChannelsFirst(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_subclass_that_computes_something_else_is_refused_and_nothing_is_changed(to):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), Rectified(8))
+    layers = list(model)
+    with pytest.raises(ValueError, match=r"3: Rectified computes something else than torch's layer .* `where`"):
+        convert(model, to)
+    assert list(model) == layers
+    assert model[0].bias is None
+    convert(model, to, where=["1"])
+    assert model[3] is layers[3]
+
+
+def test_what_a_subclass_computes_counts_and_not_that_it_has_a_forward():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Contiguous(8), ChannelsFirst(8))
+    convert(model, "none", where=["1"])
+    assert type(model[1]) is Removed
+    with pytest.raises(ValueError, match="2: ChannelsFirst computes something else"):
+        convert(model, "none")
 
 
 def test_a_group_norm_whose_dimensions_are_unknown_is_refused_and_nothing_is_changed():
@@ -378,13 +424,23 @@ def test_a_lazy_layer_whose_bias_would_change_is_refused_before_its_first_batch(
     assert model[0].bias.requires_grad
 
 
-def test_a_model_wrapped_in_data_parallel_is_refused_with_the_remedy(tmp_path):
+def test_a_wrapped_or_sharded_model_is_refused_with_the_remedy(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(small_net())
         for change in (lambda: convert(wrapped, "group"), lambda: revert(wrapped)):
             with pytest.raises(ValueError, match=r"convert the bare model first, then wrap it \(wrapped.module"):
                 change()
+        sharded = fully_shard(small_net(), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"is sharded \(fully_shard\).*; convert the model before sharding it"):
+            convert(sharded, "group")
+        for to, attach in (
+            ("none", lambda model, optimizer: evenkeel.BNP(model).attach(optimizer)),
+            ("batchless", evenkeel.attach),
+        ):
+            model = fully_shard(convert(small_net(), to), mesh=init_device_mesh("cpu", (1,)))
+            with pytest.raises(ValueError, match=r"sharded over ranks \(fully_shard\).*; use DistributedDataParallel"):
+                attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
     finally:
         torch.distributed.destroy_process_group()
 
@@ -482,6 +538,28 @@ def test_every_recipe_trains(name):
     optimizer.step()
     assert all(p.isfinite().all() for p in model.parameters())
     assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("bnp", {"lr": -0.1}, "lr is -0.1"),
+        ("group", {"lr": 0.1, "weight_decay": float("nan")}, "weight_decay is nan"),
+        ("revisited", {"lr": 0.1, "momentum": -1}, "momentum is -1"),
+        ("bnp", {"lr": 0.1}, "8: another BNP observes this layer"),
+        ("batchless", {"lr": 0.1, "batches": []}, "batches is empty"),
+    ],
+)
+def test_when_a_recipe_raises_the_model_is_as_it_was(name, options, message):
+    model = trained_net()
+    observed = evenkeel.BNP(model, layers=["8"]) if "BNP" in message else None
+    layers, state = list(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        evenkeel.apply(name, model, **options)
+    assert list(model) == layers
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert observed is None or len(model[8]._forward_hooks) == 1
 
 
 def test_when_a_conversion_raises_the_model_is_as_it_was():

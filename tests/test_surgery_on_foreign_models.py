@@ -122,3 +122,13 @@ def test_recalibrate_takes_the_batches_these_models_take(case):
     norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     evenkeel.recalibrate(model, [batch])
     torch.testing.assert_close(norm.running_mean, seen[0].transpose(0, 1).flatten(1).mean(1), rtol=1e-4, atol=1e-5)
+
+
+def test_norms_that_carry_an_activation_or_other_dimensions_are_refused_and_nothing_is_changed():
+    bit = transformers.BitConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_groups=2, num_labels=3)
+    convnext = transformers.ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4, num_labels=3)
+    for model in (transformers.BitForImageClassification(bit), transformers.ConvNextForImageClassification(convnext)):
+        before = list(model.modules())
+        with pytest.raises(ValueError, match=r"norm.*: (Bit|ConvNext)\w+ computes something else"):
+            evenkeel.convert(model, "none")
+        assert list(model.modules()) == before

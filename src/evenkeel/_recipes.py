@@ -3,7 +3,8 @@
 The study, the command line, the adapters and the docs read this list; nothing else knows a method's name.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ from evenkeel.methods.input_norm import with_input_norm
 from evenkeel.methods.revisited import Arm, revisit
 from evenkeel.methods.riemannian import SGDG, AdamG
 from evenkeel.methods.zero_gamma import zero_gamma
-from evenkeel.surgery import convert
+from evenkeel.origins import origin_of
+from evenkeel.surgery import convert, revert
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,27 @@ def _batch(request: Request) -> tuple[nn.Module, Optimizer]:
     return request.model, sgd(request, request.model)
 
 
+@contextmanager
+def _conversion(model: nn.Module, to: str, **settings: Any) -> Generator[nn.Module, None, None]:
+    """Convert a model; if what is built on it raises, it becomes what it was.
+
+    Yields:
+        The converted model.
+    """
+    untouched = not any(origin_of(module) for module in model.modules())
+    converted = convert(model, to, **settings)
+    try:
+        yield converted
+    except BaseException:
+        if untouched:
+            revert(converted)
+        raise
+
+
 def _converted(to: str, **settings: Any) -> Callable[[Request], tuple[nn.Module, Optimizer]]:
     def build(request: Request) -> tuple[nn.Module, Optimizer]:
-        model = convert(request.model, to, **settings)
-        return model, sgd(request, model)
+        with _conversion(request.model, to, **settings) as model:
+            return model, sgd(request, model)
 
     return build
 
@@ -118,10 +137,10 @@ def _bnp(
     to: str, optimizer: Callable[[Request, nn.Module], Optimizer], max_change: float | None = None
 ) -> Callable[[Request], tuple[nn.Module, Optimizer]]:
     def build(request: Request) -> tuple[nn.Module, Optimizer]:
-        model = convert(request.model, to)
-        stepped = optimizer(request, model)
-        BNP(model, max_change=max_change).attach(stepped)
-        return model, stepped
+        with _conversion(request.model, to) as model:
+            stepped = optimizer(request, model)
+            BNP(model, max_change=max_change).attach(stepped)
+            return model, stepped
 
     return build
 
@@ -130,13 +149,13 @@ def _batchless(
     to: str, optimizer: Callable[[Request, nn.Module], Optimizer], **settings: Any
 ) -> Callable[[Request], tuple[nn.Module, Optimizer]]:
     def build(request: Request) -> tuple[nn.Module, Optimizer]:
-        model = convert(request.model, to, **settings)
-        if request.batches is not None and batchless_layers(model):
-            initialize(model, request.batches)
-        stepped = optimizer(request, model)
-        if batchless_layers(model):
-            attach(model, stepped)
-        return model, stepped
+        with _conversion(request.model, to, **settings) as model:
+            if request.batches is not None and batchless_layers(model):
+                initialize(model, request.batches)
+            stepped = optimizer(request, model)
+            if batchless_layers(model):
+                attach(model, stepped)
+            return model, stepped
 
     return build
 
@@ -307,11 +326,14 @@ def apply(
         The model to train and the optimizer to step.
 
     Raises:
-        ValueError: The method or the optimizer is unknown.
+        ValueError: The method or the optimizer is unknown, a number is negative, or the method refuses the model.
     """
     table = recipes()
     if name not in table:
         raise ValueError(f"unknown method {name!r}; choose one of {', '.join(table)}")
     if optimizer not in _OPTIMIZERS:
         raise ValueError(f"unknown optimizer {optimizer!r}; choose one of {', '.join(_OPTIMIZERS)}")
+    for option, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise ValueError(f"apply: {option} is {value}; give a number that is not negative")
     return table[name].build(Request(model, lr, momentum, weight_decay, batches, optimizer))

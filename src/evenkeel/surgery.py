@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from evenkeel.graph import PRODUCERS, is_norm, outputs, producers
 from evenkeel.origins import Origin, Producer, default_bias, lend, origin_of, restored, translate
+from evenkeel.probing import computes_as_its_type
 from evenkeel.regroup import check_optimizer, regroup
 from evenkeel.targets import TARGETS, Removed, spatial_dims
 
@@ -59,8 +60,8 @@ def convert(
 
     Raises:
         ValueError: The target, or a path in ``where``, is unknown; the target has no settings; the model is wrapped
-            in DistributedDataParallel or scripted; a layer is lazy and not yet initialised; the optimizer holds no
-            parameter of the model.
+            in DistributedDataParallel, sharded or scripted; a layer is lazy and not yet initialised, or of a subclass that
+            computes something else; the optimizer holds no parameter of the model.
 
     Examples:
         >>> convert(nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16)), "none")
@@ -80,8 +81,12 @@ def convert(
             warnings.warn(f"convert: no normalization layer to convert to {to!r}; the model is unchanged", stacklevel=2)
         return model
     fed_by = feeding(model)
-    swaps = [_plan(model, path, layer, fed_by.get(layer), to, settings) for path, layer in layers.items()]
-    return _carry_out(model, [swap for swap in swaps if swap is not None], optimizer)
+    plans = [_plan(model, path, layer, fed_by.get(layer), to, settings) for path, layer in layers.items()]
+    swaps = [swap for swap in plans if swap is not None]
+    if not swaps and not any(origin_of(layer) or TARGETS[to].is_native(layer) for layer in layers.values()):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers.values()}))
+        warnings.warn(f"convert: {kinds} cannot become {to!r}; the model is unchanged", stacklevel=2)
+    return _carry_out(model, swaps, optimizer)
 
 
 def revert(model: nn.Module, *, where: Where = None, optimizer: Optimizer | None = None) -> nn.Module:
@@ -137,6 +142,11 @@ def _check(model: nn.Module, optimizer: Optimizer | None) -> None:
             raise ValueError(
                 f"{where} is a scripted module, whose layers are fixed; convert the model before scripting it"
             )
+        if any(hasattr(parameter, "placements") for parameter in module._parameters.values()):
+            raise ValueError(
+                f"{where} is sharded (fully_shard), which has noted the layers to replace; convert the model before "
+                "sharding it"
+            )
     if optimizer is not None:
         check_optimizer(optimizer, model)
 
@@ -170,7 +180,8 @@ def _plan(
     """The swap that turns ``layer`` into the target, or None where it is one already or cannot be.
 
     Raises:
-        ValueError: The layer, or the one before it whose bias is changed, is lazy and not yet initialised.
+        ValueError: The layer computes something else than its type; or it, or the one before it whose bias is changed,
+            is lazy and not yet initialised.
     """
     origin, target = origin_of(layer), TARGETS[to]
     if origin is not None and (origin.to, origin.settings) == (to, settings):
@@ -187,8 +198,15 @@ def _plan(
         )
     if isinstance(source, (nn.LayerNorm, nn.RMSNorm)) and not target.takes_tokens:
         return None
-    if isinstance(source, nn.RMSNorm) and to != "none":
+    several = isinstance(source, nn.LayerNorm) and len(source.normalized_shape) > 1
+    if (several or isinstance(source, nn.RMSNorm)) and to != "none":
         return None
+    if not computes_as_its_type(source):
+        raise ValueError(
+            f"{path}: {type(source).__name__} computes something else than torch's layer that it derives from (an activation "
+            "after it, other dimensions, more arguments), which would be lost; leave it out with `where`, or make that a "
+            "module of its own"
+        )
     biased = frozen = None
     if to == "none" and producer is not None and honours_bias(producer):
         new, biased = Removed(), producer if producer.bias is None else None

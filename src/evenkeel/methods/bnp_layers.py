@@ -57,9 +57,10 @@ def choose(model: nn.Module, layers: Iterable[str] | None = None) -> tuple[dict[
                 raise ValueError(f"layers: {path!r} cannot be preconditioned: {_why_not(path, modules, skipped)}")
         chosen = {path: chosen[path] for path in wanted}
     if not chosen:
+        few = [f"; {path}: {reason}" for path, reason in skipped.items()][:5]
+        more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         raise ValueError(
-            f"{type(model).__name__} has no linear or convolution layer that can be preconditioned"
-            + "".join(f"; {path}: {reason}" for path, reason in skipped.items())
+            f"{type(model).__name__} has no linear or convolution layer that can be preconditioned{''.join(few)}{more}"
         )
     for path, found in chosen.items():
         if any(isinstance(hook, Hook) for layer in found for hook in layer._forward_hooks.values()):
