@@ -465,3 +465,46 @@ def test_an_affine_free_first_layer_of_frozen_inputs_learns_too():
         head(norm(torch.randn(500, 3).double() * 3 + 1)).sum().backward()
         optimizer.step()
     torch.testing.assert_close(norm.sigma, torch.full((3,), 3.0).double(), rtol=0.2, atol=0)
+
+
+def test_an_affine_free_first_layer_learns_when_zero_grad_comes_between_forward_and_backward():
+    norm = BatchlessNorm1d(3, affine=False, dtype=torch.float64)
+    head = nn.Linear(3, 1).double()
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    evenkeel.attach(norm, optimizer, rate=0.5)
+    torch.manual_seed(0)
+    for _ in range(30):
+        loss = head(norm(torch.randn(500, 3).double() * 3 + 1)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(norm.sigma, torch.full((3,), 3.0).double(), rtol=0.2, atol=0)
+
+
+@variants
+def test_unfreezing_every_parameter_changes_nothing(options):
+    thawed = network(options).requires_grad_(False).requires_grad_(True)
+    assert_same(train(thawed, [16]), train(network(options), [16]))
+
+
+@variants
+def test_an_empty_batch_trains_nothing_and_harms_nothing(options):
+    model = network(options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    evenkeel.attach(model, optimizer)
+    before = state(model)
+    model(data()[0][:0]).sum().backward()
+    optimizer.step()
+    assert_same(state(model), before)
+
+
+def test_an_optimizer_of_named_parameters_keeps_their_names():
+    model = network(VARIANTS["plain"])
+    optimizer = torch.optim.Adam(model.named_parameters(), lr=0.1)
+    evenkeel.attach(model, optimizer)
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    assert optimizer.param_groups[1]["param_names"] == [
+        "0.1.running_mean", "0.1.rho", "1.1.running_mean", "1.1.rho"
+    ]  # fmt: skip
+    assert len(names) == len(params) == len(set(names))

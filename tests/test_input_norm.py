@@ -166,3 +166,23 @@ def test_putting_it_in_front_keeps_the_modes_of_the_model():
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3).eval())
     assert [m.training for m in with_input_norm(model).modules()] == [True, True, True, True, False]
     assert not any(m.training for m in with_input_norm(model.eval()).modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "narrow", [lambda dtype: evenkeel.InputNorm(3, dtype=dtype), lambda dtype: evenkeel.InputNorm(3).to(dtype)]
+)
+def test_a_half_precision_layer_keeps_fp32_statistics_in_every_mode(narrow, dtype):
+    layer = narrow(dtype)
+    wide = evenkeel.InputNorm(3)
+    x = (torch.randn(8, 3, 4, 4) * 3 + 5).to(dtype)
+    for inputs in (x, x[:1]):
+        torch.testing.assert_close(layer(inputs).float(), wide(inputs.float()), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(layer.eval()(x).float(), wide.eval()(x.float()), rtol=2e-2, atol=2e-2)
+    assert layer(x).dtype == dtype
+    torch.testing.assert_close(layer.running_mean, wide.running_mean)
+
+
+def test_the_number_of_channels_is_read_from_batches_of_inputs_and_labels():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    assert with_input_norm(model, [(torch.randn(4, 3, 2, 2), torch.zeros(4))])[0].channels == 3

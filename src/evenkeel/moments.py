@@ -41,6 +41,11 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def at_least_single(new: Tensor, old: Tensor) -> Tensor:
+    """What ``module.half()`` may make of a statistic: nothing narrower than fp32, where small steps would round away."""
+    return old.to(new.device) if new.dtype.itemsize < 4 else new
+
+
 def empty(features: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Moments:
     """Moments of no rows."""
     return Moments(

@@ -21,9 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.compilation import eager
-from evenkeel.methods.batchless_functions import Gradient, affine_map, at_least_single, moments_about
+from evenkeel.methods.batchless_functions import Gradient, affine_map, moments_about
 from evenkeel.methods.batchless_projected import GradientControl
-from evenkeel.moments import Moments, Tally, empty, observe_unchecked, observing, once_reached, statistics_dtype
+from evenkeel.moments import (
+    Moments,
+    Tally,
+    at_least_single,
+    empty,
+    observe_unchecked,
+    observing,
+    once_reached,
+    statistics_dtype,
+)
 
 Scale = Literal["log", "abs"]
 _Self = TypeVar("_Self", bound="BatchlessNorm")
@@ -105,6 +114,7 @@ class BatchlessNorm(nn.Module):
         self.mismatch: Tensor | None = None
         self.tally = Tally()
         self.instances = 0  # whose rows are in the tally
+        self.follows_gradients = True
         self._collector: int | None = None
         self._uncollected = 0
         self.register_load_state_dict_pre_hook(_without_count)
@@ -144,17 +154,20 @@ class BatchlessNorm(nn.Module):
         Raises:
             ValueError: ``x`` has the wrong number of dimensions or channels.
         """
-        if x.dim() not in self.dims or x.shape[self.feature_dim] != self.num_features:
+        tokens = self.feature_dim == -1 and x.dim() > 1
+        if not (tokens or x.dim() in self.dims) or x.shape[self.feature_dim] != self.num_features:
             raise ValueError(
                 f"{self}: input {'x'.join(map(str, x.shape))} does not fit; expected "
                 f"{' or '.join(map(str, self.dims))} dimensions with {self.num_features} channels in dimension "
                 f"{self.feature_dim} (channels-last inputs need feature_dim=-1)"
             )
-        last = self.feature_dim == -1 and x.dim() > 2
+        last = tokens and x.dim() > 2
         rows = x.reshape(-1, self.num_features) if last else x
         learns = self.training and torch.is_grad_enabled()
         affine = affine_map if self.control is None or not learns else self.control
-        y = affine(rows, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        # constants to the task loss, also in a model whose parameters were all unfrozen
+        statistics = self.running_mean.detach(), self.running_var.detach()
+        y = affine(rows, *statistics, self.weight, self.bias, self.eps)
         y = y.view_as(x) if last else y
         if learns and observing():
             self._count(rows if mask is None else x, y, mask)
@@ -173,9 +186,10 @@ class BatchlessNorm(nn.Module):
             self.tally.add(moments)
             self.instances += instances
 
+        self.follows_gradients = y.requires_grad
         if y.requires_grad:
             once_reached(y, add)
-        else:  # raw inputs without affine: no gradient will ever come by
+        else:  # raw inputs without affine: no gradient will ever come by, and none is dropped
             add()
         if self.is_collected:
             return

@@ -112,8 +112,3 @@ def affine_map(
     shape = (-1, *[1] * (x.dim() - 2))
     scale = (variance + eps).rsqrt()
     return torch.addcmul((-mean * scale).view(shape), x, scale.view(shape)).to(x.dtype)
-
-
-def at_least_single(new: Tensor, old: Tensor) -> Tensor:
-    """What ``module.half()`` may make of a statistic: nothing narrower than fp32, where small steps would round away."""
-    return old.to(new.device) if new.dtype.itemsize < 4 else new

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.compilation import eager
-from evenkeel.methods.batchless_functions import affine_map, at_least_single
-from evenkeel.moments import Moments, observing
+from evenkeel.methods.batchless_functions import affine_map
+from evenkeel.moments import Moments, at_least_single, observing
 
 GAIN, INSTANCES = 0.1, 4.0  # the share of the newest step: 0.1 from many instances, 0.02 from one
 
@@ -104,7 +104,7 @@ class GradientControl(nn.Module):
         rows = self.rows.max()
         add = self._add if observing() else None
         learned = self.shift / rows, self.slope / rows
-        return _projected_affine(x, weight, bias, mean.detach(), variance.detach(), *learned, eps, add)
+        return _projected_affine(x, weight, bias, mean, variance, *learned, eps, add)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         before = dict(self._buffers)
@@ -149,9 +149,11 @@ class _ProjectedAffine(torch.autograd.Function):
         (dy,) = grads
         x, weight, mean, variance, shift, slope = ctx.saved_tensors
         gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-        _, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(
-            dy, x, gamma, mean, variance, None, None, False, ctx.eps, [False, True, True]
-        )
+        d_gamma = d_beta = torch.zeros_like(mean)
+        if dy.numel():  # of an empty batch the kernel would divide by zero, which ends the process
+            _, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(
+                dy, x, gamma, mean, variance, None, None, False, ctx.eps, [False, True, True]
+            )
         if ctx.add is not None:
             ctx.add(torch.stack([gamma * d_beta, gamma * d_gamma]).detach())
         dx = None

@@ -44,7 +44,7 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
         A handle whose ``remove()`` detaches again.
 
     Raises:
-        ValueError: The model has no batchless layer, or one that is attached already.
+        ValueError: The model has no batchless layer, one that is attached already, or sharded ones.
     """
     layers = batchless_layers(model)
     if not layers:
@@ -56,10 +56,19 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
         raise ValueError(
             f"attach: layer {taken!r} is attached already; call remove() of the handle of that attach() first"
         )
+    if any(hasattr(layer.running_mean, "placements") for layer in layers):
+        raise ValueError(
+            "attach: the batchless layers are sharded over ranks (fully_shard), and mean and variance must be whole; use "
+            "DistributedDataParallel"
+        )
     for layer in layers:
         layer.set_collected(True)
     plain = {layer: Plain(layer) for layer in layers if layer.gradient == "plain"}
-    _move_to_own_group(optimizer, [p for own in plain.values() for p in own.parameters()])
+    fitted: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, BatchlessNorm) and module in plain:
+            fitted[f"{path}.running_mean"], fitted[f"{path}.rho"] = plain[module].parameters()
+    _move_to_own_group(optimizer, fitted)
     feeding = weight_producers(model)
 
     @torch.no_grad()
@@ -79,7 +88,8 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
 
     def discard() -> None:
         for layer in layers:
-            layer.discard()
+            if layer.follows_gradients:
+                layer.discard()
         for producer in feeding:
             producer.tally.take()
 
@@ -149,14 +159,18 @@ def restrain(optimizer: Optimizer, layers: list[BatchlessNorm]) -> None:
             torch._foreach_mul_([grad for grad in grads if grad.device == device], factor.to(device))
 
 
-def _move_to_own_group(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
+def _move_to_own_group(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> None:
     """Take ``params`` out of the optimizer's groups and give them one of their own without weight decay."""
     if not params:
         return
-    ours = {id(p) for p in params}
+    ours = {id(p) for p in params.values()}
     for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in ours]
-    group: dict[str, Any] = {"params": params}
+        keep = [i for i, p in enumerate(group["params"]) if id(p) not in ours]
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key] = [group[key][i] for i in keep]
+    named = any("param_names" in group for group in optimizer.param_groups)
+    group: dict[str, Any] = {"params": list(params.items() if named else params.values())}
     if "weight_decay" in optimizer.defaults:
         group["weight_decay"] = 0.0
     optimizer.add_param_group(group)

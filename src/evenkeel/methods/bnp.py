@@ -109,7 +109,7 @@ class BNP:
 
         Raises:
             ValueError: The optimizer is attached already, evaluates its closure several times (LBFGS), or holds no observed
-                weight.
+                weight or sharded ones.
         """
         if optimizer in self._optimizers:
             raise ValueError("the optimizer is attached already; call remove() of the handle of that attach() first")
@@ -117,6 +117,12 @@ class BNP:
         if not attached:
             raise ValueError(
                 "the optimizer holds no weight of a layer that BNP observes; build it from the parameters of this model"
+            )
+        sharded = next((seen.path for seen in attached if hasattr(seen.weight, "placements")), None)
+        if sharded is not None:
+            raise ValueError(
+                f"{sharded}: its weight is sharded over ranks (fully_shard), and preconditioning needs the whole gradient; "
+                "use DistributedDataParallel"
             )
         for seen in attached:
             seen.place()

@@ -4,7 +4,7 @@ Revisiting Batch Normalization, Jim Davis, Logan Frank, arXiv 2110.13989 (versio
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from evenkeel.graph import PRODUCERS, dataflow
-from evenkeel.moments import Moments, merge, observe, statistics_dtype
+from evenkeel.moments import Moments, at_least_single, merge, observe, statistics_dtype
 
 INPUT_SCALE = 0.58
 """About the standard deviation of ReLU(N(0, 1)), ``sqrt(1/2 - 1/(2 pi)) = 0.5838``: inputs scaled like activations."""
@@ -85,7 +85,8 @@ class InputNorm(nn.Module):
         if self.training and x.shape[0] > 1:
             y = F.batch_norm(first, None, None, self.weight, None, training=True, eps=self.eps)
         else:
-            y = F.batch_norm(first, self.running_mean, self.running_var, self.weight, None, eps=self.eps)
+            weight = self.weight.to(self.running_mean.dtype)
+            y = F.batch_norm(first, self.running_mean, self.running_var, weight, None, eps=self.eps)
         return y.movedim(1, self.channel_dim)
 
     @torch.no_grad()
@@ -97,6 +98,14 @@ class InputNorm(nn.Module):
         self.running_var.copy_(torch.where(seen.count > 0, seen.variance, self.running_var))
         self.rows_seen.copy_(seen.count.long())
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = self.running_mean, self.running_var
+        super()._apply(fn, recurse)
+        self.running_mean, self.running_var = (
+            at_least_single(new, old) for new, old in zip((self.running_mean, self.running_var), before, strict=True)
+        )
+        return self
+
     def extra_repr(self) -> str:
         """Arguments of the layer."""
         return f"{self.channels}, eps={self.eps}, channel_dim={self.channel_dim}"
@@ -107,8 +116,8 @@ def with_input_norm(model: nn.Module, batches: Iterable[Any] | None = None) -> n
 
     Args:
         model: Any module that takes one floating-point tensor.
-        batches: Batches of inputs ``(N, C, ...)``, of which the first is looked at for the number of channels; without
-            them it is that of the first linear or convolutional layer.
+        batches: Batches of inputs ``(N, C, ...)``, or tuples that begin with them, of which the first is looked at for the
+            number of channels; without them it is that of the first linear or convolutional layer.
 
     Returns:
         The new model.
@@ -117,6 +126,7 @@ def with_input_norm(model: nn.Module, batches: Iterable[Any] | None = None) -> n
         ValueError: There is no batch, and no layer to tell the number of channels from.
     """
     first = next(iter(batches), None) if batches is not None else None
+    first = first[0] if isinstance(first, (tuple, list)) else first
     channels = first.shape[1] if isinstance(first, Tensor) and first.ndim > 1 else _input_channels(model)
     like = next(model.parameters(), torch.empty(0))
     norm = InputNorm(channels, device=like.device, dtype=like.dtype)
