@@ -1,3 +1,6 @@
+import math
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -141,3 +144,21 @@ def test_the_recipe_trains_at_batch_size_one_on_feature_maps():
         losses.append(loss.item())
     assert isinstance(model[1], BatchRenorm2d)
     assert sum(losses[-8:]) < 0.5 * sum(losses[:8])
+
+
+@pytest.mark.parametrize("bad", [torch.full((4, 3), math.nan), torch.full((4, 3), math.inf), torch.zeros(0, 3)])
+def test_a_batch_that_is_empty_or_not_finite_does_not_poison_the_statistics(bad):
+    layer = BatchRenorm1d(3)
+    layer(torch.randn(8, 3))
+    before = layer.running_mean.clone(), layer.running_var.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about the variance of nothing
+        layer(bad)
+    torch.testing.assert_close((layer.running_mean, layer.running_var), before, rtol=1e-6, atol=1e-6)
+
+
+def test_torchs_update_bn_averages_all_batches():
+    layer = BatchRenorm1d(3)
+    batches = list(torch.randn(5, 8, 3) + 1)
+    torch.optim.swa_utils.update_bn(batches, layer)
+    torch.testing.assert_close(layer.running_mean, torch.cat(batches).mean(0))

@@ -269,3 +269,8 @@ def test_describe_shows_the_revision_and_conversion_keeps_it():
     assert 0.01 in [group["lr"] for group in evenkeel.param_groups(model, lr=1.0)]
     evenkeel.revert(model)
     assert revision_of(model) == revision("paper", 0.1, 100.0)
+
+
+def test_a_scale_without_a_shift_is_revisited_too():
+    model = evenkeel.revisit(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, bias=False)))
+    assert model[1].weight.tolist() == pytest.approx([0.1] * 3)

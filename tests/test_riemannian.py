@@ -435,3 +435,23 @@ def test_filters_added_later_are_brought_to_length_one():
     late = nn.Parameter(torch.full((2, 4), 3.0))
     optimizer.add_param_group({"params": [late], "manifold": True})
     assert torch.equal(late.detach(), torch.full((2, 4), 0.5))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_state_of_another_optimizer_is_refused_with_the_remedy(rule):
+    params = weights()
+    other = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    run(other, params, 1)
+    optimizer = RULES[rule]([{"params": params, "manifold": True}])
+    with pytest.raises(ValueError, match=r"group 0 of the state has no .*manifold.* another optimizer"):
+        optimizer.load_state_dict(other.state_dict())
+    assert "manifold" in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_complex_parameters_train_beside_the_sphere(rule):
+    beside = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    optimizer = RULES[rule]([{"params": weights()[:1], "manifold": True}, {"params": [beside], "lr": 0.1}])
+    beside.grad = torch.full((3,), 1j, dtype=torch.complex64)
+    optimizer.step()
+    torch.testing.assert_close(beside.detach(), torch.full((3,), 1 - 0.19j, dtype=torch.complex64))

@@ -178,9 +178,13 @@ class _BatchRenorm(_BatchNorm):
     def _track(self, batch: Correction, running_std: Tensor) -> None:
         running_mean, running_var, steps = self._running()
         steps.add_(1)
-        weight = (1 / steps.to(running_std.dtype)).clamp(min=self.momentum)
-        std = running_std.lerp(batch.std.to(running_std.dtype), weight)  # the paper averages deviations, not variances
-        running_mean.lerp_(batch.mean.to(running_std.dtype), weight)
+        weight = (1 / steps.to(running_std.dtype)).clamp(min=self.momentum or 0)  # torch's update_bn sets it to None
+        # an empty batch, or one that is not finite, must not poison what takes part in training from here on
+        usable = batch.std.isfinite()
+        mean = torch.where(usable, batch.mean, running_mean).to(running_mean.dtype)
+        std = torch.where(usable, batch.std, running_std).to(running_std.dtype)
+        std = running_std.lerp(std, weight)  # the paper averages deviations, not variances
+        running_mean.lerp_(mean, weight)
         running_var.copy_((std.square() - self.eps).clamp(min=0))
 
     def extra_repr(self) -> str:

@@ -150,7 +150,8 @@ def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 1
             norm.weight.mul_(change.scale)
         else:
             norm.weight.fill_(change.scale)
-            norm.bias.zero_()
+            if norm.bias is not None:
+                norm.bias.zero_()
             if norm in behind and norm.running_var is not None and norm.num_batches_tracked is not None:
                 fresh = norm.num_batches_tracked == 0
                 norm.running_var.copy_(torch.where(fresh, norm.running_var * change.scale**2, norm.running_var))

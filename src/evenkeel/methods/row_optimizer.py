@@ -133,7 +133,16 @@ class RowOptimizer(Optimizer):
 
         Args:
             state_dict: What :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: It is another optimizer's.
         """
+        for number, group in enumerate(state_dict["param_groups"]):
+            if missing := self.defaults.keys() - group.keys():
+                raise ValueError(
+                    f"{type(self).__name__}: group {number} of the state has no {', '.join(sorted(missing))}, so it is that of "
+                    "another optimizer, whose momentum means something else; start without it"
+                )
         super().load_state_dict(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -219,8 +228,8 @@ class RowOptimizer(Optimizer):
         params = [local(p) for p in params]
         if group["weight_decay"] != 0:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        # torch's foreach kernel writes to the gradients; its fused one does not, but wants contiguous memory
-        fused = all(x.is_contiguous() for x in (*params, *grads, *buffers))
+        # torch's foreach kernel writes to the gradients; its fused one does not, but wants contiguous memory and real numbers
+        fused = all(x.is_contiguous() and not x.is_complex() for x in (*params, *grads, *buffers))
         sgd(
             params,
             grads if fused else [g.clone() for g in grads],
