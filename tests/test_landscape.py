@@ -80,6 +80,25 @@ def test_dropout_draws_the_same_mask_at_every_step():
     assert all(change < 1e-3 * found.gradient_norm for change in found.gradient_changes)
 
 
+class Moody(nn.Module):
+    """Its loss depends on how often it was run."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        self.register_buffer("runs", torch.zeros((), dtype=torch.float64))
+
+    def forward(self):
+        self.runs += 1
+        return self.runs * self.w.sum()
+
+
+def test_every_step_starts_from_the_same_buffers():
+    found = landscape(Moody(), lambda model, _: model(), None, lr=1e-9, steps=4)
+    assert found.losses == pytest.approx([found.loss] * 4, rel=1e-6)
+    assert found.gradient_changes == (0.0,) * 4
+
+
 def test_divergence_along_the_way_shows_in_the_band_and_not_in_the_json():
     found = landscape(Point([1.0]), lambda m, _: m.w.sum() * (1 / (m.w > 0).double()).sum(), None, lr=1.0, steps=2)
     assert math.isinf(found.loss_band[1]) or math.isnan(found.loss_band[1])

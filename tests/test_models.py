@@ -56,6 +56,18 @@ def test_deep_linear_network_is_25_square_layers():
     assert not any(layer.bias is not None for layer in linear)
 
 
+def test_the_networks_of_the_batchless_paper_are_as_its_experiments_name_them():
+    spiral = list(build_model("spiral-mlp", input_shape=(2,), classes=3))
+    assert [layer.out_features for layer in spiral if isinstance(layer, nn.Linear)] == [50, *[40] * 20, 3]
+    assert [type(layer) for layer in spiral[1:4]] == [nn.Linear, nn.LeakyReLU, nn.BatchNorm1d]
+    cnn = list(build_model("batchless-cnn", input_shape=IMAGE, classes=10))
+    assert [layer.kernel_size for layer in cnn if isinstance(layer, nn.Conv2d)] == [(7, 7), (5, 5), (3, 3)]
+    assert {layer.out_channels for layer in cnn if isinstance(layer, nn.Conv2d)} == {64}
+    assert [type(layer) for layer in cnn[1:5]] == [nn.LeakyReLU, nn.BatchNorm2d, nn.Dropout, nn.MaxPool2d]
+    assert {layer.p for layer in cnn if isinstance(layer, nn.Dropout)} == {0.25}
+    assert [layer.out_features for layer in cnn if isinstance(layer, nn.Linear)] == [50, 50, 10]
+
+
 SMALL = {
     "digits-cnn": (1, 8, 8),
     "cnn5": IMAGE,

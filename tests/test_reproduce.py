@@ -34,11 +34,28 @@ def test_wide_networks_are_named_with_the_papers_dropout(model):
     assert build_model(small, input_shape=(3, 32, 32), classes=10) is not None
 
 
-def test_published_figures_are_those_of_the_papers_table():
-    vgg13 = PRESETS["riemannian-cifar10"].rows[0]
-    assert [vgg13.published[method] for method in ("batch", "sgd-g-paper", "adam-g-paper")] == [94.12, 94.13, 93.95]
-    last = PRESETS["riemannian-svhn"].rows[-1]
-    assert [last.published[method] for method in last.config.methods] == [98.36, 98.37, 98.45]
+ERRORS = """
+    cifar10   vgg13 5.88/5.87/6.05     vgg19 6.49/5.92/6.02     wrn-28-10 3.89/3.85/3.78     wrn-40-10 3.72/3.72/3.80
+    cifar100  vgg13 26.17/25.29/24.89  vgg19 27.62/25.79/25.59  wrn-28-10 18.66/18.19/18.30  wrn-40-10 18.39/18.04/17.85
+    svhn      vgg13 1.78/1.74/1.72     vgg19 1.94/1.81/1.77     wrn-16-4 1.64/1.67/1.61      wrn-22-8 1.64/1.63/1.55
+"""
+
+
+@pytest.mark.parametrize("line", ERRORS.split("\n")[1:-1], ids=lambda line: line.split()[0])
+def test_published_figures_are_those_of_the_papers_table(line):
+    data, *cells = line.split()
+    rows = PRESETS[f"riemannian-{data}"].rows
+    assert [row.label for row in rows] == cells[::2]
+    for row, errors in zip(rows, cells[1::2], strict=True):
+        expected = [pytest.approx(100 - float(error)) for error in errors.split("/")]
+        for methods in (("batch", "sgd-g-paper", "adam-g-paper"), row.config.methods):
+            assert [row.published[method] for method in methods] == expected
+
+
+def test_published_figures_of_vgg_are_those_with_and_without_batch_normalization():
+    plain, augmented = PRESETS["how-bn-helps-accuracy"].rows
+    assert (plain.config.flip, plain.published) == (False, {"batch": 83, "none": 80})
+    assert (augmented.config.flip, augmented.published) == (True, {"batch": 92, "none": 88})
 
 
 def test_the_listing_has_every_preset_with_its_cost():

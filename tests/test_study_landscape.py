@@ -13,7 +13,7 @@ from evenkeel.cli import main
 from evenkeel.instruments.result import plain
 from evenkeel.methods.noisy_norm import MomentNoise
 from evenkeel.study.errors import StudyError
-from evenkeel.study.how_bn_helps import HowBNHelps, deep_linear_task, findings
+from evenkeel.study.how_bn_helps import DEEP_LINEAR, HowBNHelps, deep_linear_task, findings
 from evenkeel.study.landscape import apply, run_landscape, watch
 from evenkeel.study.landscape_report import figures_of, sections, table, write_landscape
 from evenkeel.study.traces import LandscapeConfig, Trace
@@ -99,6 +99,11 @@ def test_the_deep_linear_loss_is_that_of_the_paper():
     assert x.shape == (1000, 10)
     assert task.objective(model, batch).item() == pytest.approx((x @ product.T - y).square().sum().item(), rel=1e-4)
     assert optimizer.param_groups[0]["lr"] == 1e-6
+
+
+def test_the_walks_are_as_long_as_the_papers():
+    assert DEEP_LINEAR["span"] == (1 / 100, 30)
+    assert LandscapeConfig().span == (1 / 2, 4)
 
 
 def test_a_diverged_run_does_not_set_the_scale():
