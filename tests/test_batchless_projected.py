@@ -210,9 +210,16 @@ def test_of_a_constant_gradient_next_to_nothing_is_left_where_inputs_are_far_fro
     assert got.abs().max() < 0.01 * grad.abs().max()
 
 
-def test_inputs_that_are_not_finite_leave_a_gradient_as_it_is():
-    grad, mean = torch.randn(4, 6), torch.full((6,), torch.inf)
-    assert torch.equal(projected_weight_gradient(grad, torch.randn(4, 6), mean, mean), grad)
+def test_statistics_that_are_not_finite_take_nothing_out_along_the_mean():
+    layer, norm = nn.Linear(6, 4), BatchlessNorm1d(4, projected=True)
+    grad = torch.randn(4, 6)
+    layer.weight.grad = grad.clone()
+    overflowed, none = torch.full((6,), torch.inf), torch.zeros(6)
+    sums = torch.tensor(10.0), overflowed, overflowed
+    batchless_weights.project_weights([batchless_weights.Producer(norm, layer)], [sums])
+    expected = projected_weight_gradient(grad, layer.weight.detach(), none, none)
+    torch.testing.assert_close(layer.weight.grad, expected, rtol=0, atol=0)
+    assert (expected - grad).abs().max() > 0.01  # what scales the filters is gone
 
 
 def test_the_scale_of_a_loss_scales_the_weights_gradient():

@@ -176,10 +176,6 @@ def merge(a: Moments, b: Moments) -> Moments:
 def reduce(moments: Sequence[Moments], group: dist.ProcessGroup | None = None) -> list[Moments]:
     """Moments of all ranks' rows, for all layers together, in ONE all-reduce.
 
-    Sums of squares about a zero pivot would cancel in fp32, so the flattened vector ``(count, count mean, m2 + count
-    mean^2)`` travels in float64. Without an initialised process group, or with one rank, the moments come back
-    unchanged.
-
     Args:
         moments: One entry per layer, in the same order on every rank (a layer that saw nothing contributes no rows).
         group: Process group, default the world.
@@ -187,27 +183,44 @@ def reduce(moments: Sequence[Moments], group: dist.ProcessGroup | None = None) -
     Returns:
         The merged moments, in the dtypes of the given ones.
     """
-    if not moments or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-        return list(moments)
+    return reduce_together(moments, (), group)[0]
+
+
+def reduce_together(
+    moments: Sequence[Moments], sums: Sequence[Tensor], group: dist.ProcessGroup | None = None
+) -> tuple[list[Moments], list[Tensor]]:
+    """Moments of all ranks' rows, and tensors summed over ranks, in ONE all-reduce.
+
+    Sums of squares about a zero pivot would cancel in fp32, so the flattened vector ``(count, count mean, m2 + count
+    mean^2)`` travels in float64. Without an initialised process group, or with one rank, everything comes back unchanged.
+
+    Args:
+        moments: In the same order on every rank; one that saw nothing contributes no rows.
+        sums: Tensors, of the same shapes on every rank.
+        group: Process group, default the world.
+
+    Returns:
+        The merged moments and the sums, in the dtypes of the given ones.
+    """
+    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1
+    if alone or not (moments or sums):
+        return list(moments), list(sums)
     parts = []
     for m in moments:
         count, mean, m2 = m.count.double(), m.mean.double(), m.m2.double()
         parts += [count.reshape(1), count * mean, m2 + count * mean.square()]
-    flat = torch.cat(parts)
+    flat = torch.cat([*parts, *(tensor.double().flatten() for tensor in sums)])
     dist.all_reduce(flat, group=group)
-    merged, start = [], 0
+    pieces = iter(
+        flat.split([size for m in moments for size in (1, m.mean.numel(), m.mean.numel())] + [t.numel() for t in sums])
+    )
+    merged = []
     for m in moments:
-        size = m.mean.numel()
-        count, total, square = (
-            flat[start],
-            flat[start + 1 : start + 1 + size],
-            flat[start + 1 + size : start + 1 + 2 * size],
-        )
-        start += 1 + 2 * size
+        (count,), total, square = next(pieces), next(pieces), next(pieces)
         mean = total / count.clamp(min=1)
         m2 = (square - count * mean.square()).clamp(min=0)
         merged.append(Moments(count.to(m.count.dtype), mean.to(m.mean.dtype), m2.to(m.m2.dtype)))
-    return merged
+    return merged, [piece.view_as(tensor).to(tensor.dtype) for piece, tensor in zip(pieces, sums, strict=True)]
 
 
 _pauses = 0  # of the whole process, not of a thread: checkpointed forwards are recomputed on autograd's own threads

@@ -219,12 +219,12 @@ class BatchlessNorm(nn.Module):
         if self.control is not None:
             self.control.sums = None
 
-    def take(self) -> tuple[Moments, Moments]:
-        """Moments of the rows since the last call, if need be of none; and, as moments of nothing, of how many instances."""
+    def take(self) -> tuple[Moments, Tensor]:
+        """Moments of the rows since the last call, if need be of none, and of how many instances they are, ``()``."""
         like, instances = self.running_mean.detach(), self.instances
-        self.instances, none = 0, like.new_empty(0)
+        self.instances = 0
         rows = self.tally.take() or empty(self.num_features, dtype=like.dtype, device=like.device)
-        return rows, Moments(like.new_full((), instances), none, none)
+        return rows, like.new_full((), instances)
 
     @classmethod
     def from_batchnorm(cls: type[_Self], bn: nn.Module, **options: Any) -> _Self:

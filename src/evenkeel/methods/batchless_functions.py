@@ -3,6 +3,7 @@
 Berger, Uc Cetina. "Batchless Normalization", arXiv 2212.14729.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -112,3 +113,8 @@ def affine_map(
     shape = (-1, *[1] * (x.dim() - 2))
     scale = (variance + eps).rsqrt()
     return torch.addcmul((-mean * scale).view(shape), x, scale.view(shape)).to(x.dtype)
+
+
+def per_feature(values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """One value for each layer, ``()``, as one for each feature of all layers, ``(sum(sizes),)``."""
+    return torch.cat([value.expand(size) for value, size in zip(values, sizes, strict=True)])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from evenkeel.compilation import eager
 from evenkeel.methods.batchless_functions import affine_map
-from evenkeel.moments import Moments, at_least_single, observing
+from evenkeel.moments import at_least_single, observing
 
 GAIN, INSTANCES = 0.1, 4.0  # the share of the newest step: 0.1 from many instances, 0.02 from one
 
@@ -101,9 +101,8 @@ class GradientControl(nn.Module):
         self, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
         """:func:`affine_map` with the projected gradient."""
-        rows = self.rows.max()
         add = self._add if observing() else None
-        learned = self.shift / rows, self.slope / rows
+        learned = torch.stack([self.shift, self.slope]), self.rows.max()
         return _projected_affine(x, weight, bias, mean, variance, *learned, eps, add)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -117,11 +116,10 @@ class GradientControl(nn.Module):
     def _add(self, sums: Tensor) -> None:
         self.sums = sums if self.sums is None else self.sums + sums
 
-    def take(self, count: Tensor) -> Moments:
-        """The mean over ``count`` rows of (n', n' n) since the last call, as moments that reduce like any others."""
+    def take(self) -> Tensor:
+        """The sums over the rows of n' and n' n since the last call, ``(2, features)``."""
         sums, self.sums = self.sums, None
-        mean = self.shift.new_zeros(2 * self.shift.numel()) if sums is None else sums.flatten() / count.clamp(min=1)
-        return Moments(count, mean, torch.zeros_like(mean))
+        return self.shift.new_zeros(2, self.shift.numel()) if sums is None else sums
 
 
 class _ProjectedAffine(torch.autograd.Function):
@@ -135,19 +133,19 @@ class _ProjectedAffine(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor,
         variance: Tensor,
-        shift: Tensor,
-        slope: Tensor,
+        sums: Tensor,
+        rows: Tensor,
         eps: float,
         add: Callable[[Tensor], None] | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, variance, shift, slope)
+        ctx.save_for_backward(x, weight, mean, variance, sums, rows)
         ctx.add, ctx.eps, ctx.first = add, eps, True
         return affine_map(x, mean, variance, weight, bias, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dy,) = grads
-        x, weight, mean, variance, shift, slope = ctx.saved_tensors
+        x, weight, mean, variance, sums, rows = ctx.saved_tensors
         gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
         d_gamma = d_beta = torch.zeros_like(mean)
         if dy.numel():  # of an empty batch the kernel would divide by zero, which ends the process
@@ -155,17 +153,17 @@ class _ProjectedAffine(torch.autograd.Function):
                 dy, x, gamma, mean, variance, None, None, False, ctx.eps, [False, True, True]
             )
         if ctx.add is not None:
-            ctx.add(torch.stack([gamma * d_beta, gamma * d_gamma]).detach())
+            ctx.add(torch.stack([d_beta, d_gamma]).detach() * gamma.detach())
         dx = None
         if ctx.needs_input_grad[0]:
-            if not ctx.first:  # A and B belong to the sum of all backward passes: they go once
-                shift, slope = torch.zeros_like(shift), torch.zeros_like(slope)
-            ctx.first = False
             inverse = (variance + ctx.eps).rsqrt()
+            # A and B belong to the sum of all backward passes: they go once
+            shift, slope = sums * (inverse / rows if ctx.first else torch.zeros_like(inverse))
+            ctx.first = False
             slope = slope * inverse
-            terms = torch.stack([(slope * mean - shift) * inverse, -slope * inverse, gamma * inverse]).to(dy.dtype)
+            terms = torch.stack([slope * mean - shift, slope, gamma * inverse]).to(dy.dtype)
             constant, linear, outer = terms.view(3, -1, *[1] * (x.dim() - 2))
-            dx = torch.addcmul(constant, x, linear).addcmul_(dy, outer)
+            dx = torch.addcmul(constant, x, linear, value=-1).addcmul_(dy, outer)
         d_gamma, d_beta = (
             d if needed else None for d, needed in zip((d_gamma, d_beta), ctx.needs_input_grad[1:3], strict=True)
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.methods.batchless import BatchlessNorm
-from evenkeel.methods.batchless_functions import gaussian_nll_gradients
+from evenkeel.methods.batchless_functions import gaussian_nll_gradients, per_feature
 from evenkeel.methods.batchless_projected import gain, regression
 from evenkeel.moments import Moments, finite
 
@@ -25,9 +25,9 @@ class Fit:
     Rows with anything that is not finite in them, in any of the layers, count for nothing.
 
     Args:
-        layers: Layers on one device and of one dtype.
+        layers: Layers on one device, of one dtype and one eps.
         moments: Of the rows that each layer saw since the last step, over all ranks.
-        instances: How many instances they belong to, for each layer.
+        instances: How many instances they belong to, for each layer, ``()``.
     """
 
     def __init__(self, layers: list[BatchlessNorm], moments: list[Moments], instances: list[Tensor]) -> None:
@@ -36,23 +36,26 @@ class Fit:
         self.mean = torch.cat([layer.running_mean for layer in layers])
         self.variance = torch.cat([layer.running_var for layer in layers])
         self.seen = torch.cat([m.mean for m in moments])
-        self.rows = self._spread([m.count for m in moments])
-        self.instances = self._spread(instances)
+        self.rows = per_feature([m.count for m in moments], self.sizes)
+        self.instances = per_feature(instances, self.sizes)
         deviation = self.seen - self.mean
-        spread = torch.cat([m.m2 for m in moments]) / self.rows.clamp(min=1)
-        self.about = spread + deviation.square()  # E (x - mu)^2
+        variance = torch.cat([m.m2 for m in moments]) / self.rows.clamp(min=1)
+        self.about = variance + deviation.square()  # E (x - mu)^2
         self.valid = (self.rows > 0) & torch.isfinite(self.about.sum())
-        scale = torch.cat([(layer.running_var + layer.eps).rsqrt() for layer in layers])
+        scale = (self.variance + layers[0].eps).rsqrt()
         self.m1, self.m2 = deviation * scale, self.about * scale.square()
+        self.misfit = torch.stack([part.mean() for part in torch.where(self.valid, self.m2, 1).split(self.sizes)])
+        """E n^2 of each layer, mean over its channels; 1 where nothing is known."""
 
-    def _spread(self, per_layer: list[Tensor]) -> Tensor:
-        return torch.cat([t.expand(n) for t, n in zip(per_layer, self.sizes, strict=True)])
+    @property
+    def projected(self) -> bool:
+        """Whether the layers before these receive the projected gradient."""
+        return self.layers[0].projected
 
     def note_mismatch(self) -> None:
         """Write every layer's ``mismatch``."""
-        excess = (torch.where(self.valid, self.m2, 1) - 1) / 2
-        for layer, part in zip(self.layers, excess.split(self.sizes), strict=True):
-            layer.mismatch = part.mean()
+        for layer, mismatch in zip(self.layers, (self.misfit - 1) / 2, strict=True):
+            layer.mismatch = mismatch
 
     def follow(self, rate: float) -> None:
         """Step mu and sigma along the natural gradient, at ``eta = rate N / (N + 6)`` for N instances.
@@ -66,28 +69,26 @@ class Fit:
         self._write([layer.running_mean for layer in self.layers], torch.where(self.valid, mean, self.mean))
         self._write([layer.running_var for layer in self.layers], torch.where(self.valid, variance, self.variance))
 
-    def project(self, products: list[Moments], ranks: int) -> None:
-        """Move A and B towards the regression over the rows of this step.
+    def project(self, products: list[Tensor], ranks: int) -> None:
+        """Move A and B of projected layers towards the regression over the rows of this step.
 
         Args:
-            products: Moments of (n', n' n) over all ranks, one of each layer; empty for layers without projection.
+            products: Sums of n' and n' n over all rows and ranks, ``(2, features)`` for each layer.
             ranks: Over which a mean loss was averaged.
         """
         controls = [layer.control for layer in self.layers if layer.control is not None]
-        if not controls:
-            return
-        rows = self.rows / ranks
-        sum_grad, sum_grad_n = torch.cat([m.mean.view(2, -1) for m in products], 1) * rows
+        sum_grad, sum_grad_n = torch.cat(products, 1) / ranks
         old = torch.stack([torch.cat([c.shift for c in controls]), torch.cat([c.slope for c in controls])])
         new = torch.stack(regression(sum_grad, sum_grad_n, self.m1, self.m2))
         valid = self.valid & torch.isfinite(new.sum())
         shift, slope = torch.where(valid, old.lerp(new, gain(self.instances)), old)
         self._write([c.shift for c in controls], shift)
         self._write([c.slope for c in controls], slope)
-        last = torch.stack([m.count / ranks for m in products])
-        for control, count, counts in zip(controls, last, valid.split(self.sizes), strict=True):
-            known = torch.stack([count, control.rows[0]])
-            control.rows.copy_(torch.where(counts[0], known, control.rows))
+        last = torch.stack([m.count for m in self.moments]) / ranks
+        rows = torch.stack([c.rows for c in controls])
+        known = torch.stack([last, rows[:, 0]], 1)
+        rows = torch.where(torch.stack([part[0] for part in valid.split(self.sizes)]).unsqueeze(1), known, rows)
+        torch._foreach_copy_([c.rows for c in controls], list(rows))
 
     def _write(self, targets: list[Tensor], values: Tensor) -> None:
         torch._foreach_copy_(targets, list(values.split(self.sizes)))

@@ -6,18 +6,19 @@ Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729.
 # pyright: reportPrivateImportUsage=false
 # (torch's optimizers are written with the same _foreach functions)
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evenkeel.methods.batchless import BatchlessNorm, batchless_layers
 from evenkeel.methods.batchless_step import RATE, Fit, Plain
-from evenkeel.methods.batchless_weights import Producer, weight_producers
-from evenkeel.moments import Moments, reduce
+from evenkeel.methods.batchless_weights import Producer, project_weights, weight_producers
+from evenkeel.moments import Moments, reduce_together
 from evenkeel.stepping import StepHandle, before_step
 
 MISFIT = 1.5  # mean square of n from which the gradients of a step shrink, for projected layers
@@ -74,7 +75,7 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
     @torch.no_grad()
     def prepare() -> None:
         fits = collect(layers, feeding)
-        restrain(optimizer, layers)
+        restrain(optimizer, fits)
         for fit in fits:
             if fit.layers[0].gradient == "natural":
                 fit.follow(rate)
@@ -91,7 +92,7 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
             if layer.follows_gradients:
                 layer.discard()
         for producer in feeding:
-            producer.tally.take()
+            producer.discard()
 
     handle = before_step(optimizer, prepare, after=finish, discard=discard, owner="evenkeel.attach")
 
@@ -106,7 +107,7 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
 
 
 @torch.no_grad()
-def collect(layers: list[BatchlessNorm], feeding: list[Producer] | None = None) -> list[Fit]:
+def collect(layers: list[BatchlessNorm], feeding: Sequence[Producer] = ()) -> list[Fit]:
     """Take what every layer counted, over all ranks; write the mismatch, project the weights' gradients, update A and B.
 
     Args:
@@ -116,30 +117,31 @@ def collect(layers: list[BatchlessNorm], feeding: list[Producer] | None = None) 
     Returns:
         The fit of the layers, of those that are alike together.
     """
-    feeding = feeding or []
-    seen, instances = zip(*(layer.take() for layer in layers), strict=True)
-    products = [layer.control.take(m.count) for layer, m in zip(layers, seen, strict=True) if layer.control is not None]
-    reduced = iter(reduce([*seen, *instances, *(producer.take() for producer in feeding), *products]))
-    moments, counts = ([next(reduced) for _ in layers] for _ in range(2))
-    for producer in feeding:
-        producer.project(next(reduced))
-    groups: dict[Any, list[tuple[BatchlessNorm, Moments, Moments, Moments | None]]] = {}
-    for layer, rows, count in zip(layers, moments, counts, strict=True):
-        kind = layer.running_mean.device, layer.running_mean.dtype, layer.gradient, layer.projected
-        groups.setdefault(kind, []).append((layer, rows, count, next(reduced) if layer.projected else None))
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    seen, instances = zip(*(layer.take() for layer in layers), strict=True)
+    inputs = [tensor for producer in feeding for tensor in producer.take()]
+    products = [layer.control.take() for layer in layers if layer.control is not None]
+    moments, sums = reduce_together(seen, [*instances, *inputs, *products])
+    remaining = iter(sums)
+    counts = [next(remaining) for _ in layers]
+    project_weights(feeding, [tuple(islice(remaining, 3)) for _ in feeding])
+    groups: dict[Any, list[tuple[BatchlessNorm, Moments, Tensor, Tensor | None]]] = {}
+    for layer, rows, count in zip(layers, moments, counts, strict=True):
+        kind = layer.running_mean.device, layer.running_mean.dtype, layer.eps, layer.gradient, layer.projected
+        groups.setdefault(kind, []).append((layer, rows, count, next(remaining) if layer.projected else None))
     fits = []
     for group in groups.values():
-        alike, rows, count, product = (list(column) for column in zip(*group, strict=True))
-        fit = Fit(alike, rows, [c.count for c in count])
+        alike, rows, counts, products = (list(column) for column in zip(*group, strict=True))
+        fit = Fit(alike, rows, counts)
         fit.note_mismatch()
-        fit.project([p for p in product if p is not None], ranks)
+        if fit.projected:
+            fit.project(products, ranks)
         fits.append(fit)
     return fits
 
 
 @torch.no_grad()
-def restrain(optimizer: Optimizer, layers: list[BatchlessNorm]) -> None:
+def restrain(optimizer: Optimizer, fits: list[Fit]) -> None:
     """Multiply all gradients by ``min(1, 1.5 / m2)``, m2 = E n^2 of the projected layer that is fitted worst.
 
     Batch normalization divides an inflated activation by its own standard deviation in the same step; here it passes
@@ -148,9 +150,9 @@ def restrain(optimizer: Optimizer, layers: list[BatchlessNorm]) -> None:
 
     Args:
         optimizer: Whose gradients.
-        layers: Layers whose mismatch was measured in this step; those without projection do not matter.
+        fits: Of the layers in this step; those without projection do not matter.
     """
-    misfits = [2 * layer.mismatch + 1 for layer in layers if layer.projected and layer.mismatch is not None]
+    misfits = [fit.misfit.max() for fit in fits if fit.projected]
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     grads = [p.grad for p in params if p.grad is not None]
     if misfits and grads:

@@ -9,6 +9,7 @@ Neither changes the function batch normalization would train. Both are taken out
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from evenkeel.compilation import eager
 from evenkeel.graph import producers
 from evenkeel.methods.batchless import BatchlessNorm
-from evenkeel.moments import Moments, Tally, empty, observing, totals
+from evenkeel.methods.batchless_functions import per_feature
+from evenkeel.moments import observing, once_reached, totals
 
 
 def projected_weight_gradient(
@@ -37,37 +39,37 @@ def projected_weight_gradient(
     Args:
         grad: g, dL/dW, ``(out, in / groups, *taps)``.
         weight: W, shape of g.
-        mean: Mean of h, ``(in,)``; the taps of a convolution share that of their channel.
-        variance: Variance of h, ``(in,)``.
+        mean: Mean of h, ``(in,)``; the taps of a convolution share that of their channel. Finite.
+        variance: Variance of h, ``(in,)``. Finite.
         groups: Groups of the convolution.
 
     Returns:
-        Shape and dtype of g; g itself if the statistics of h are not finite.
+        Shape and dtype of g.
 
     Examples:
         >>> grad, weight = torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[2.0, 0.0, 0.0]])
         >>> projected_weight_gradient(grad, weight, torch.tensor([0.0, 0.0, 3.0]), torch.ones(3))
         tensor([[0.0000, 1.0000, 0.1000]])
     """
-    g, w = grad.flatten(1).to(mean.dtype), weight.flatten(1).to(mean.dtype)
+    taps = grad.shape[2:].numel()
+    g, w = (tensor.to(mean.dtype).reshape(groups, -1, len(mean) // groups * taps) for tensor in (grad, weight))
+    tiny = torch.finfo(g.dtype).tiny
 
-    def per_weight(statistic: Tensor) -> Tensor:
-        shared = statistic.view(groups, -1).repeat_interleave(g.shape[1] * groups // len(statistic), 1)
-        return shared.repeat_interleave(len(g) // groups, 0) if groups > 1 else shared
+    def products(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(2, keepdim=True)
 
-    def along(direction: Tensor, square: Tensor) -> Tensor:
-        return direction * ((g * direction).sum(1, keepdim=True) / square.clamp(min=torch.finfo(g.dtype).tiny))
-
-    m, s = per_weight(mean), per_weight(variance)
-    length = m.square().sum(1, keepdim=True)
-    spread = (m.square() * s).sum(1, keepdim=True) / length.clamp(min=torch.finfo(g.dtype).tiny)
-    g = g - along(m, length + spread)
-    g = g - along(w, w.square().sum(1, keepdim=True))
-    return torch.where(torch.isfinite(length + spread).all(), g.to(grad.dtype).view_as(grad), grad)
+    m, s = (statistic.view(groups, 1, -1) for statistic in (mean, variance))
+    square = m.square()
+    length = square.sum(2, keepdim=True)  # of m at one tap
+    variance_along = products(square, s) / length.clamp(min=tiny)
+    m = m.unsqueeze(3).expand(-1, -1, -1, taps).reshape(groups, 1, -1)
+    g = torch.addcmul(g, products(g, m) / (variance_along + taps * length).clamp(min=tiny), m, value=-1)
+    g = g.addcmul_(products(g, w) / products(w, w).clamp(min=tiny), w, value=-1)
+    return g.to(grad.dtype).view_as(grad)
 
 
 class Producer:
-    """The layer that feeds a batchless layer, and the moments of its inputs in this step.
+    """The layer that feeds a batchless layer, and the sums over the rows of its inputs in this step.
 
     Args:
         norm: The batchless layer.
@@ -76,7 +78,8 @@ class Producer:
 
     def __init__(self, norm: BatchlessNorm, layer: nn.Linear | _ConvNd) -> None:
         self.norm, self.layer = norm, layer
-        self.tally = Tally()
+        self.features = layer.in_channels if isinstance(layer, _ConvNd) else layer.in_features
+        self.discard()
         self._own = id(self)  # a copy of the model brings a copy of this along, which has nothing to do
         self._hook = layer.register_forward_hook(self._see, with_kwargs=True)
 
@@ -84,34 +87,64 @@ class Producer:
         """Take the hook off."""
         self._hook.remove()
 
+    def discard(self) -> None:
+        """Forget what was seen since the last step."""
+        self._seen: tuple[int, Tensor, Tensor] | None = None
+
     @eager
     def _see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if not (self.norm.training and output.requires_grad and observing() and self._own == id(self)):
             return
         x = args[0] if args else kwargs["input"]
         total, square = totals(x, 1 if isinstance(layer, _ConvNd) else -1)
-        count = torch.full((), x.numel() / len(total), dtype=total.dtype, device=x.device)
-        mean = total / count.clamp(min=1)
-        self.tally.offer(Moments(count, mean, (square - total * mean).clamp(min=0)), output)
+        rows = x.numel() // self.features
 
-    def take(self) -> Moments:
-        """Moments of the layer's inputs since the last call, if need be of none."""
-        like = self.norm.running_mean
-        features = self.layer.in_channels if isinstance(self.layer, _ConvNd) else self.layer.in_features
-        return self.tally.take() or empty(features, dtype=like.dtype, device=like.device)
+        def add() -> None:
+            before = self._seen
+            self._seen = (
+                (rows, total, square) if before is None else (before[0] + rows, before[1] + total, before[2] + square)
+            )
 
-    def project(self, moments: Moments) -> None:
+        once_reached(output, add)
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Number of rows ``()``, sum and sum of squares ``(in,)`` of the layer's inputs since the last call."""
+        like = self.norm.running_mean.detach()
+        rows, total, square = self._seen or (0, *(like.new_zeros(self.features) for _ in range(2)))
+        self.discard()
+        return like.new_full((), rows), total, square
+
+    def project(self, mean: Tensor, variance: Tensor) -> None:
         """Replace the gradient of the weight, if there is one, by the projected one.
 
         Args:
-            moments: Of the layer's inputs in this step, over all ranks.
+            mean: Of the layer's inputs in this step, over all ranks, ``(in,)``.
+            variance: Likewise.
         """
         weight = self.layer._parameters.get("weight")  # by now it may be computed from other parameters
         if weight is not None and weight.grad is not None:
             groups = getattr(self.layer, "groups", 1)
-            weight.grad.copy_(
-                projected_weight_gradient(weight.grad, weight.detach(), moments.mean, moments.variance, groups=groups)
-            )
+            weight.grad.copy_(projected_weight_gradient(weight.grad, weight.detach(), mean, variance, groups=groups))
+
+
+def project_weights(producers: Sequence[Producer], sums: Sequence[tuple[Tensor, ...]]) -> None:
+    """Project the gradients of all producers' weights.
+
+    Args:
+        producers: The layers.
+        sums: What :meth:`Producer.take` gave for each, over all ranks. Statistics that are not finite count as zero.
+    """
+    groups: dict[Any, list[tuple[Producer, tuple[Tensor, ...]]]] = {}
+    for producer, own in zip(producers, sums, strict=True):
+        groups.setdefault((own[1].device, own[1].dtype), []).append((producer, own))
+    for group in groups.values():
+        sizes = [producer.features for producer, _ in group]
+        rows = per_feature([own[0] for _, own in group], sizes).clamp(min=1)
+        mean, square = (torch.cat([own[k] for _, own in group]) / rows for k in (1, 2))
+        variance = (square - mean.square()).clamp(min=0)
+        mean, variance = (t.nan_to_num(0, 0, 0).split(sizes) for t in (mean, variance))
+        for (producer, _), m, v in zip(group, mean, variance, strict=True):
+            producer.project(m, v)
 
 
 def weight_producers(model: nn.Module) -> list[Producer]:
