@@ -253,11 +253,12 @@ def test_a_method_that_cannot_run_at_a_batch_size_says_so_and_the_study_goes_on(
                 "--seeds",
                 "2",
             ),
-            *("--budget", "64", "--lr-points", "2", "--quiet", "--out", out),
+            *("--budget", "64", "--lr-points", "2", "--landscape", "--quiet", "--out", out),
         )
         == 0
     )
     record = read_results(out / "results.json")
+    assert [trace["method"] for trace in record.landscape] == ["none"]
     finals = [t for t in record.trials if t.key.phase == "final"]
     assert {t.state for t in finals if t.key.method == "none"} == {"finished"}
     assert {t.state for t in finals if t.key.method == "batch"} == {"failed"}

@@ -434,7 +434,7 @@ def sparse_cache(entry, images, side=128):
 def test_data_larger_than_the_memory_is_split_checked_and_read(tmp_path, monkeypatch):
     from evenkeel.study import images
     from evenkeel.study.batches import batches
-    from evenkeel.study.compare import check
+    from evenkeel.study.check import check
     from evenkeel.study.plan import StudyConfig
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -152,7 +152,8 @@ class Worker:
         Raises:
             ValueError: No storage is given.
         """
-        from evenkeel.study.compare import STORAGE_VARIABLE, available_cores, check, check_workers
+        from evenkeel.study.check import check
+        from evenkeel.study.compare import STORAGE_VARIABLE, available_cores, check_workers
         from evenkeel.study.images import cache_folder
         from evenkeel.study.join import join
 

@@ -11,20 +11,20 @@ import torch
 
 from evenkeel._recipes import recipes
 from evenkeel.instruments.result import plain
+from evenkeel.study.check import check
 from evenkeel.study.connection import redact
 from evenkeel.study.cost import measure_costs
 from evenkeel.study.data import Data
-from evenkeel.study.environment import check_device, command_line, environment
+from evenkeel.study.environment import command_line, environment, together
 from evenkeel.study.errors import StudyError
+from evenkeel.study.identity import hold
 from evenkeel.study.landscape import study_traces
 from evenkeel.study.live import Display
-from evenkeel.study.models import build_model
 from evenkeel.study.parallel import follow, launched_rank, lead, rank_count
-from evenkeel.study.plan import Slot, StudyConfig, slots, validate
+from evenkeel.study.plan import Slot, StudyConfig, slots
 from evenkeel.study.records import Cost, StudyRecord, TrialResult
 from evenkeel.study.store import Store, difference
 from evenkeel.study.trackers import Tracker
-from evenkeel.study.trial import load
 from evenkeel.study.worker import Place, lock_file, run_workers
 
 STUDY_FILE = "study.json"
@@ -137,53 +137,6 @@ def study_name(config: StudyConfig) -> str:
     return f"{plain}-{digest}"
 
 
-def check(config: StudyConfig) -> Data:
-    """Load the data and try the model on it, so that a mistake ends the study before it begins.
-
-    Raises:
-        StudyError: Data or model cannot be used as given.
-    """
-    validate(config)
-    check_device(config.device)
-    try:
-        data = load(config)
-    except StudyError:
-        raise
-    except ValueError as error:
-        raise StudyError(f"--data: {error}") from error
-    for size in config.batch_sizes:
-        if size > len(data.train):
-            raise StudyError(
-                f"--batch-sizes: {size} is larger than the training split of {len(data.train)} examples; give less"
-            )
-    try:
-        model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device)
-    except ValueError as error:
-        raise StudyError(f"--model: {error}") from error
-    sample = data.normalise(data.train.examples(slice(2))[0].to(config.device))
-    if config.augmentation and (len(data.input_shape) != 3 or config.crop >= min(data.input_shape[1:])):
-        raise StudyError(
-            f"--flip, --crop: --data {config.data} has inputs of shape {data.input_shape}; they need images "
-            "larger than the crop"
-        )
-    model.eval()
-    try:
-        with torch.no_grad():
-            output = model(sample)
-    except Exception as error:
-        raise StudyError(
-            f"--model {config.model}: cannot take inputs of shape {tuple(sample.shape)} from --data {config.data} "
-            f"({type(error).__name__}: {error}); give a model that fits the data"
-        ) from error
-    if not isinstance(output, torch.Tensor) or output.shape != (len(sample), data.classes):
-        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise StudyError(
-            f"--model {config.model}: its output is {found} where --data {config.data} with {data.classes} classes needs "
-            f"{(len(sample), data.classes)}; build the model with `classes` outputs"
-        )
-    return data
-
-
 def assist(config: StudyConfig, out: Path | None = None) -> None:
     """What the ranks other than 0 do in :func:`compare` under ``torchrun``: train along, report nothing."""
     follow(config, (out or Path("runs") / study_name(config)) / CHECKPOINTS)
@@ -227,9 +180,11 @@ def compare(
     place = folder.place(storage)
     store = place.store()
     store.open(config)
+    hold(store, config, data)
     folder.save()
-    store.note("environment", environment(config.device) | rank_count())
-    store.note("data", {"classes": data.classes, "data_summary": _summary(data)})
+    if len(store.results()) < len(slots(config)):
+        store.note("environment", together(store.noted("environment"), environment(config.device) | rank_count()))
+    store.note("data", {"classes": data.classes, "data_summary": summary(data)})
     count = workers or (1 if config.device.startswith("cuda") else available_cores())
     try:
         with Display(quiet=quiet) as shown:
@@ -251,7 +206,8 @@ def compare(
                 store.note("costs", [vars(cost) for cost in measure_costs(config, data)])
             if landscape and store.noted("landscape") is None:
                 shown.message("looking at the landscape of every method")
-                store.note("landscape", [plain(trace) for trace in study_traces(config, data, store.results())])
+                traces = study_traces(config, data, store.results(), shown.message)
+                store.note("landscape", [plain(trace) for trace in traces])
     except KeyboardInterrupt:
         report(folder, store)  # of what there is
         raise
@@ -278,11 +234,14 @@ def report(folder: StudyFolder, store: Store) -> StudyRecord:
     return record
 
 
-def _summary(data: Data) -> str:
+def summary(data: Data) -> str:
+    """The data in one line, for the report."""
     assert data.validation is not None
     sizes = f"{len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test examples"
     shape = "x".join(map(str, data.input_shape))
-    return f"{data.name}: {sizes} of {data.classes} classes, {shape} inputs" + (f". {data.note}" if data.note else "")
+    trained = len(data.train.labels.unique())
+    classes = f"{data.classes} classes" + (f" ({trained} of them in training)" if trained < data.classes else "")
+    return f"{data.name}: {sizes} of {classes}, {shape} inputs" + (f". {data.note}" if data.note else "")
 
 
 def check_workers(count: int) -> None:

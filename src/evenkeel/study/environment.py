@@ -29,6 +29,21 @@ def environment(device: str) -> dict[str, str]:
     return found
 
 
+def together(kept: dict[str, str] | None, found: dict[str, str]) -> dict[str, str]:
+    """What a study ran on, where it goes on elsewhere: all values of what differs.
+
+    Examples:
+        >>> together({"torch": "2.12", "device": "A"}, {"torch": "2.13", "device": "A"})
+        {'torch': '2.12; 2.13', 'device': 'A'}
+    """
+    joined = dict(kept or {})
+    for name, value in found.items():
+        before = joined.get(name, "")
+        if value not in before.split("; "):
+            joined[name] = f"{before}; {value}" if before else value
+    return joined
+
+
 def check_device(device: str) -> None:
     """Check that tensors can be made on a device.
 

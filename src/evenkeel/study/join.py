@@ -6,7 +6,10 @@ from pathlib import Path
 
 import optuna
 
+from evenkeel.study.data import Data
+from evenkeel.study.environment import environment, together
 from evenkeel.study.errors import StudyError, nearest
+from evenkeel.study.identity import hold
 from evenkeel.study.plan import Slot, StudyConfig, slots
 from evenkeel.study.records import TrialResult
 from evenkeel.study.store import Store
@@ -34,7 +37,7 @@ def join(
     study: str | None,
     count: int,
     checkpoints: Path,
-    check: Callable[[StudyConfig], object],
+    check: Callable[[StudyConfig], Data],
     say: Callable[[str], None],
 ) -> int:
     """Work on the studies of a storage until none has work left.
@@ -60,8 +63,11 @@ def join(
             raise StudyError(f"--study {study}: the storage has no such study; {nearest(study, known)}")
         waiting = {name: config for name, config in waiting.items() if name == study}
     for name, config in waiting.items():
-        check(config)
+        data = check(config)
         place = Place(url, name, lock_file(url), checkpoints)
+        store = place.store()
+        hold(store, config, data)
+        store.note("environment", together(store.noted("environment"), environment(config.device)))
         ended = 0
 
         def watch(results: list[TrialResult], _: list[Slot], name: str = name, config: StudyConfig = config) -> None:

@@ -196,16 +196,19 @@ def run_landscape(
 STUDY_STEPS, STUDY_MEASUREMENTS = 200, 10
 
 
-def study_traces(config: StudyConfig, data: Data, results: Iterable[TrialResult]) -> list[Trace]:
+def study_traces(
+    config: StudyConfig, data: Data, results: Iterable[TrialResult], complain: Callable[[str], None]
+) -> list[Trace]:
     """One run per method of a study, at its largest batch size and with the learning rate of its final runs there.
 
     Args:
         config: The study.
         data: Its data.
         results: Its trials.
+        complain: Told of a method that cannot run; the others go on.
 
     Returns:
-        One trace for every method that has had final runs.
+        One trace for every method that has had final runs and can run.
     """
     size = max(config.batch_sizes)
     rates = {r.key.method: r.key.lr for r in results if r.key.phase == "final" and r.key.batch_size == size}
@@ -224,5 +227,8 @@ def study_traces(config: StudyConfig, data: Data, results: Iterable[TrialResult]
             )
             task = classification(settings, data, optimizer=config.optimizer)
             every = max(1, steps // STUDY_MEASUREMENTS)
-            traces.append(watch(task, method, every=every, span=settings.span))
+            try:
+                traces.append(watch(task, method, every=every, span=settings.span))
+            except Exception as error:  # as in its trials, whose results must not be lost for it
+                complain(f"no landscape of {method}: {type(error).__name__}: {error}".splitlines()[0])
     return traces

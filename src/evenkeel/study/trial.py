@@ -7,10 +7,12 @@ data order from the seed alone.
 import hashlib
 import json
 import math
+import random
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -21,6 +23,7 @@ from evenkeel.study.batches import batches
 from evenkeel.study.checkpoint import CheckpointFile
 from evenkeel.study.data import Data, DataError, load_data
 from evenkeel.study.errors import StudyError
+from evenkeel.study.factory import is_factory
 from evenkeel.study.loop import Diverged, Loop, evaluate, from_first, ranks
 from evenkeel.study.models import build_model
 from evenkeel.study.plan import StudyConfig
@@ -38,6 +41,8 @@ def load(config: StudyConfig) -> Data:
         DataError: The data cannot be used.
         StudyError: It leaves no example to train or to validate on.
     """
+    if is_factory(config.data):  # one that draws its examples, or its splits, gives every process the same
+        seed_all(0)
     data = load_data(
         config.data,
         image_column=config.image_column,
@@ -58,9 +63,16 @@ def load(config: StudyConfig) -> Data:
     return data
 
 
+def seed_all(seed: int) -> None:
+    """Seed the random number generators that a user's factory may draw from: Python's, NumPy's and torch's."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def make(config: StudyConfig, key: TrialKey, data: Data) -> tuple[nn.Module, Optimizer]:
     """Model and optimizer of a trial; the weights depend on the seed alone, so methods share them where shapes agree."""
-    torch.manual_seed(key.seed)
+    seed_all(key.seed)
     model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device)
     first = batches(data, data.train, batch_size=64, budget=INITIAL_EXAMPLES, seed=key.seed, device=config.device)
     return evenkeel.apply(
