@@ -228,7 +228,7 @@ _pauses = 0  # of the whole process, not of a thread: checkpointed forwards are 
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Let no tally count what is offered inside: for forward and backward passes that measure and do not train."""
+    """Let nothing inside be observed: for forward and backward passes that measure and do not train."""
     global _pauses  # noqa: PLW0603
     _pauses += 1
     try:
@@ -238,14 +238,21 @@ def paused() -> Iterator[None]:
 
 
 def observing() -> bool:
-    """Whether offers count at present; a layer may spare itself the statistics when they do not."""
+    """Whether forward passes count at present; a layer spares itself the statistics when they do not."""
     return _pauses == 0
 
 
 def once_reached(output: Tensor, count: Callable[[], None]) -> None:
-    """Call ``count`` when, and only when, a gradient reaches ``output``; once, however many backward passes run."""
-    if not output.requires_grad:
-        return
+    """Call ``count`` when, and only when, a gradient reaches ``output``; once, however many backward passes run.
+
+    So evaluation and probing forwards never count, and a forward recomputed by activation checkpointing counts exactly
+    once in both of its modes: reentrant (first pass without grad: nothing to flow back) and not (recomputed graph:
+    never run backward).
+
+    Args:
+        output: Of a forward pass with gradients.
+        count: What to call.
+    """
     waiting = [count]
 
     def arrived(_: Tensor) -> None:
@@ -256,24 +263,13 @@ def once_reached(output: Tensor, count: Callable[[], None]) -> None:
 
 
 class Tally:
-    """What one layer has observed since the last optimizer step.
-
-    Forward passes *offer* moments; they count once gradients have really flowed back through that forward. So
-    evaluation, ``no_grad`` and probing forwards never count, and a forward recomputed by activation checkpointing
-    counts exactly once in both of its modes: reentrant (first pass without grad: nothing to flow back) and not
-    (recomputed graph: never run backward).
-    """
+    """Moments of the rows that were counted since they were last taken."""
 
     def __init__(self) -> None:
         self.pending: Moments | None = None
 
-    def offer(self, moments: Moments, output: Tensor) -> None:
-        """Count ``moments`` when, and only when, a gradient reaches ``output`` (once, however many backward passes)."""
-        if observing():
-            once_reached(output, lambda: self.add(moments))
-
     def add(self, moments: Moments) -> None:
-        """Count ``moments`` at once."""
+        """Count ``moments``."""
         self.pending = moments if self.pending is None else merge(self.pending, moments)
 
     def take(self) -> Moments | None:
