@@ -341,6 +341,8 @@ def test_initialize_refuses_what_it_cannot_use():
         evenkeel.initialize(nn.Linear(2, 2), [torch.randn(1, 2)])
     with pytest.raises(ValueError, match="batches is empty"):
         evenkeel.initialize(network({}), [])
+    with pytest.raises(ValueError, match=r"one tensor of shape \(16, 3, 6, 6\); give several, or \[batch\]"):
+        evenkeel.initialize(network({}), data()[0])
 
 
 def test_initialize_restores_modes_when_the_model_raises():

@@ -138,6 +138,7 @@ def test_a_batch_that_overflows_does_not_count():
         (nn.Linear(2, 2), [torch.zeros(2, 2)], "no batch normalization that tracks statistics and no batchless layer"),
         (nn.BatchNorm1d(2), iter(()), "batches is empty"),
         (evenkeel.BatchlessNorm1d(2), [], "batches is empty"),
+        (nn.BatchNorm1d(2), torch.zeros(4, 2), r"batches is one tensor of shape \(4, 2\); give several, or \[batch\]"),
     ],
 )
 def test_nothing_to_recalibrate_is_an_error_that_says_so(model, batches, message):

@@ -275,3 +275,40 @@ def test_the_papers_recipes_put_weights_on_the_sphere_that_go_into_a_sum(name):
     sphere = [{len(g["params"]) for g in o.param_groups if g["name"] == "sphere"}.pop() for o in (exact, paper)]
     assert sphere[1] > sphere[0]
     assert any(model.summed.weight is p for g in paper.param_groups if g["name"] == "sphere" for p in g["params"])
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight + 1, self.bias)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class Padded(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "invariant"),
+    [
+        (Noisy(4, 6), nn.BatchNorm1d(6), False),
+        (Standardised(4, 6, 3), nn.BatchNorm2d(6), True),
+        (Padded(4, 6, 3, dilation=2, bias=False), nn.BatchNorm2d(6), True),
+    ],
+)
+def test_a_forward_of_its_own_counts_by_what_it_makes_of_a_scaled_filter(layer, norm, invariant):
+    entry = evenkeel.scale_invariance(nn.Sequential(layer, norm))["0.weight"]
+    assert entry.invariant == invariant
+    assert invariant or entry.reason == "Noisy has a forward of its own, whose output does not scale with the filters"
+
+
+def test_a_model_without_trainable_weights_is_told_by_structure_alone():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+    model[0].weight.requires_grad_(False)
+    report = evenkeel.scale_invariance(model, lambda model, x: model(x).square().mean(), torch.randn(8, 4))
+    assert report == evenkeel.scale_invariance(model)

@@ -19,8 +19,8 @@ from evenkeel.graph import PRODUCERS, dataflow, is_frozen_norm, is_norm, sole_co
 from evenkeel.layerwise import Forward, evaluating, run_batch
 from evenkeel.methods.input_norm import InputNorm
 from evenkeel.methods.revisited import FeatureScale
+from evenkeel.probing import honours_bias
 from evenkeel.recording import record, tensors_in
-from evenkeel.surgery import honours_bias
 from evenkeel.targets import Removed
 
 

@@ -20,6 +20,7 @@ from evenkeel.graph import PRODUCERS, Dataflow, aligned, dataflow, is_norm, outp
 from evenkeel.guard import Objective, Probe
 from evenkeel.methods.batch_renorm import _BatchRenorm
 from evenkeel.methods.lp_norm import LpNorm
+from evenkeel.probing import scales_with_its_filters
 
 Rule: TypeAlias = Literal["exact", "paper"]
 
@@ -131,6 +132,8 @@ def _verdict(flow: Dataflow, modules: dict[str, nn.Module], path: str, training:
         return _no("transposed convolution: its filters are no rows of the weight")
     if layer.weight[0].numel() < 2:
         return _no("one element per filter: nothing but scale")
+    if not scales_with_its_filters(layer):
+        return _no(f"{type(layer).__name__} has a forward of its own, whose output does not scale with the filters")
     calls = flow.calls(path)
     if not calls:
         return _no(_UNTRACED)
@@ -209,6 +212,8 @@ def _confirmed(
 ) -> dict[str, Invariance]:
     """The report after one backward pass: structure denied where alignment is large, the untraced decided by it."""
     weights = {name: weight for name in report if (weight := model.get_parameter(name)).requires_grad}
+    if not weights:
+        return report
     with Probe(model, objective, batch) as probe, _feeding(model) as fed:
         if not model.training:
             model.train()  # a normalization in eval mode removes no scale; the probe restores all flags

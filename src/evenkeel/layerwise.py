@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from evenkeel.moments import Moments, Tally, observe, paused
 
@@ -18,6 +18,16 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def check_batches(batches: Any, caller: str) -> None:
+    """Refuse one batch where an iterable of batches belongs: its rows would be taken for batches.
+
+    Raises:
+        ValueError: ``batches`` is a tensor.
+    """
+    if isinstance(batches, Tensor):
+        raise ValueError(f"{caller}: batches is one tensor of shape {tuple(batches.shape)}; give several, or [batch]")
 
 
 @contextmanager

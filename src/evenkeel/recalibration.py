@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evenkeel.layerwise import Forward, evaluating, layerwise, run_batch
+from evenkeel.layerwise import Forward, check_batches, evaluating, layerwise, run_batch
 from evenkeel.methods.batchless import BatchlessNorm
 from evenkeel.moments import Moments, Tally, empty, observe, reduce
 
@@ -33,7 +33,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward: Forward = 
         The model.
 
     Raises:
-        ValueError: The model has no such layer, or there is no batch.
+        ValueError: The model has no such layer, or there is no batch, or one tensor instead of batches.
 
     Examples:
         >>> import torch
@@ -50,6 +50,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward: Forward = 
         raise ValueError(
             "recalibrate: the model has no batch normalization that tracks statistics and no batchless layer"
         )
+    check_batches(batches, "recalibrate")
     with evaluating(model):
         if any(isinstance(layer, BatchlessNorm) for layer in layers):
             _layer_after_layer(model, layers, list(batches), forward)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from evenkeel.graph import PRODUCERS, is_norm, outputs, producers
 from evenkeel.origins import Origin, Producer, default_bias, lend, origin_of, restored, translate
-from evenkeel.probing import computes_as_its_type
+from evenkeel.probing import computes_as_its_type, honours_bias
 from evenkeel.regroup import check_optimizer, regroup
 from evenkeel.targets import TARGETS, Removed, spatial_dims
 
@@ -118,16 +118,6 @@ def feeding(model: nn.Module) -> dict[nn.Module, Producer]:
     modules = dict(model.named_modules())
     pairs = ((modules[norm], modules[source]) for norm, source in producers(model).items())
     return {norm: source for norm, source in pairs if isinstance(source, PRODUCERS)}
-
-
-def honours_bias(layer: nn.Module) -> bool:
-    """Whether the layer computes as torch's own does, so that a bias it is given takes effect."""
-    plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    names = ("forward", "_conv_forward")
-    return any(
-        isinstance(layer, cls) and all(getattr(type(layer), name, None) is getattr(cls, name, None) for name in names)
-        for cls in plain
-    )
 
 
 def _check(model: nn.Module, optimizer: Optimizer | None) -> None:

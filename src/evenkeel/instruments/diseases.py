@@ -79,7 +79,7 @@ def small_batch(seen: Examination) -> Finding | None:
     layers = {}
     for path, facts in _with_batch(seen).items():
         independent = effective_rows(facts.batches)
-        if facts.rows is None or facts.rows == 1:
+        if facts.rows is None or facts.rows <= 1:
             continue
         if facts.rows < FEW_ROWS:
             error = math.sqrt(2 / (facts.rows - 1))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from evenkeel.layerwise import evaluating, layerwise, run_batch
+from evenkeel.layerwise import check_batches, evaluating, layerwise, run_batch
 from evenkeel.methods.batchless import batchless_layers
 
 
@@ -36,7 +36,7 @@ def initialize(
         The model.
 
     Raises:
-        ValueError: The model has no batchless layer, or there is no batch.
+        ValueError: The model has no batchless layer, or there is no batch, or one tensor instead of batches.
     """
     forward = forward or run_batch
     layers = batchless_layers(model)
@@ -44,6 +44,7 @@ def initialize(
         raise ValueError(
             "initialize: the model has no batchless layer; convert it first, e.g. evenkeel.convert(model, 'batchless')"
         )
+    check_batches(batches, "initialize")
     few = _take(batches, samples)
     if not few:
         raise ValueError("initialize: batches is empty; give at least one batch of training data")
