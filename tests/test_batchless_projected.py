@@ -201,6 +201,22 @@ def test_a_steps_gradient_scales_no_filter(layer, shape):
 
 
 @pytest.mark.parametrize(("layer", "_"), LAYERS)
+def test_the_weights_gradient_is_the_formula_filter_by_filter(layer, _):
+    torch.manual_seed(0)
+    grad, weight = torch.randn_like(layer.weight).double(), torch.randn_like(layer.weight).double()
+    mean, variance = torch.randn(6).double(), torch.rand(6).double()
+    groups, (outs, ins, *taps) = getattr(layer, "groups", 1), weight.shape
+    got = projected_weight_gradient(grad, weight, mean, variance, groups=groups)
+    for out in range(outs):
+        first = out // (outs // groups) * ins
+        per_tap = [t[first : first + ins].reshape(ins, *[1] * len(taps)).expand(ins, *taps) for t in (mean, variance)]
+        (m, s), g, w = (t.flatten() for t in per_tap), grad[out].flatten(), weight[out].flatten()
+        g = g - m * (g @ m) / (m @ m + (m * m) @ s / (m @ m))
+        g = g - w * (g @ w) / (w @ w)
+        torch.testing.assert_close(got[out].flatten(), g, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("layer", "_"), LAYERS)
 def test_of_a_constant_gradient_next_to_nothing_is_left_where_inputs_are_far_from_zero(layer, _):
     torch.manual_seed(0)
     weight, mean = torch.randn_like(layer.weight).double(), torch.full((6,), 10.0).double()
