@@ -2,9 +2,11 @@
 
 Memory: bytes that one forward pass keeps for backward (parameters and inputs not counted), for an effective batch of 128
 processed in micro-batches; ResNet-20 on 32x32 and ResNet-50 on 64x64 images, without computing anything (meta tensors). Time:
-steps of ResNet-20 at equal batch, methods in turn within each round, median and quartiles of the paired ratios.
+steps of a network at equal batch, methods in turn within each round, median and quartiles of the paired ratios; on one
+thread of a CPU processor time is taken.
 
-    python benchmarks/batchless.py [--quick] [--threads 1] [--rounds 15]
+    python benchmarks/batchless.py [--quick] [--threads 1] [--rounds 15]                 # ResNet-20 on the CPU
+    python benchmarks/batchless.py --device cuda --model resnet50 --size 224 --batch-size 64 --name batchless_gpu
 """
 
 import argparse
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import evenkeel
-from common import interleaved, ratio, save
+from common import interleaved, ratio, save, synchronized, timer
 from evenkeel.study.models.build import build_model
 
 METHODS = ("batch", "batchless", "batchless-projected", "batch-renorm", "group", "layer", "none")
@@ -68,10 +70,12 @@ def memory(depth: int, pixels: int) -> list[dict[str, object]]:
     return table
 
 
-def time(rounds: int, batch_size: int) -> dict[str, dict[str, float]]:
+def time(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Step time of each method relative to batch normalization's in the same round."""
-    base = build_model("resnet20", input_shape=(3, 32, 32), classes=10)
-    x, labels = torch.randn(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,))
+    shape = (3, args.size, args.size)
+    base = build_model(args.model, input_shape=shape, classes=10).to(args.device)
+    x = torch.randn(args.batch_size, *shape, device=args.device)
+    labels = torch.randint(0, 10, (args.batch_size,), device=args.device)
     tasks = {}
     for method in METHODS:
         model, optimizer = evenkeel.apply(method, copy.deepcopy(base), lr=1e-3)
@@ -81,12 +85,16 @@ def time(rounds: int, batch_size: int) -> dict[str, dict[str, float]]:
             F.cross_entropy(model(x), labels).backward()
             optimizer.step()
 
-        tasks[method] = step
-    seconds = interleaved(tasks, rounds)
+        tasks[method] = synchronized(step, args.steps, args.device)
+    seconds = interleaved(tasks, args.rounds, timer(args.device))
     result = {}
     for method in METHODS:
-        result[method] = {**ratio(seconds[method], seconds["batch"]), "best_seconds": min(seconds[method])}
-        print(f"step, batch {batch_size}: {method:20}", " ".join(f"{k} {v:.3f}" for k, v in result[method].items()))
+        best = min(seconds[method]) / args.steps
+        result[method] = {**ratio(seconds[method], seconds["batch"]), "best_seconds": best}
+        print(
+            f"{args.model}, batch {args.batch_size}: {method:20}",
+            " ".join(f"{k} {v:.3f}" for k, v in result[method].items()),
+        )
     return result
 
 
@@ -96,14 +104,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ResNet-20 alone and few rounds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=1, help="per method and round")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--size", type=int, default=32, help="height and width of the images")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--name", default="batchless", help="of the file in results/")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     shapes = ((20, 32),) if args.quick else ((20, 32), (50, 64))
     table = [row for depth, pixels in shapes for row in memory(depth, pixels)]
-    steps = time(3 if args.quick else args.rounds, args.batch_size)
-    save("batchless", "python benchmarks/batchless.py " + " ".join(sys.argv[1:]), {"memory": table, "step": steps})
+    args.rounds = 3 if args.quick else args.rounds
+    command = " ".join(["python benchmarks/batchless.py", *sys.argv[1:]])
+    save(args.name, command, {"memory": table, "step": time(args)}, args.device)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from common import interleaved, ratio, save, timer
+from common import interleaved, ratio, save, synchronized, timer
 from evenkeel import BNP, convert
 from evenkeel.study.models import build_model
 
@@ -55,18 +55,6 @@ def trainer(name: str, args: argparse.Namespace, model_name: str, batch: int) ->
             bnp.discard()
 
     return step
-
-
-def synchronized(step: Callable[[], None], steps: int, device: str) -> Callable[[], None]:
-    """``steps`` steps that are really over when the function returns."""
-
-    def run() -> None:
-        for _ in range(steps):
-            step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return run
 
 
 def peak_memory(step: Callable[[], None], device: str) -> int:

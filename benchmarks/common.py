@@ -17,6 +17,18 @@ def timer(device: str) -> Callable[[], float]:
     return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
+def synchronized(step: Callable[[], None], steps: int, device: str) -> Callable[[], None]:
+    """``steps`` steps that are really over when the function returns."""
+
+    def run() -> None:
+        for _ in range(steps):
+            step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
 def interleaved(
     tasks: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
