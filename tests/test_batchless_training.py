@@ -255,6 +255,14 @@ def test_a_layer_that_nobody_attached_says_so_once():
     norm(x)
 
 
+@pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
+def test_attach_refuses_a_rate_out_of_range_before_anything_is_hooked(rate):
+    model = network({})
+    with pytest.raises(ValueError, match=f"rate is {rate}"):
+        evenkeel.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), rate=rate)
+    assert not any(layer.is_collected for layer in batchless_layers(model))
+
+
 def test_attach_refuses_a_model_without_layers_and_a_second_attachment():
     plain = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="no batchless layer"):

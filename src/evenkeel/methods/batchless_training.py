@@ -45,8 +45,10 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
         A handle whose ``remove()`` detaches again.
 
     Raises:
-        ValueError: The model has no batchless layer, one that is attached already, or sharded ones.
+        ValueError: The rate is out of range; the model has no batchless layer, one that is attached already, or sharded ones.
     """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"attach: rate is {rate}; mu is a running mean of that weight, so give 0 to 1")
     layers = batchless_layers(model)
     if not layers:
         raise ValueError(

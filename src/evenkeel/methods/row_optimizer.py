@@ -49,7 +49,8 @@ class RowOptimizer(Optimizer):
         if not any(group["manifold"] for group in self.param_groups):
             warnings.warn(
                 f"{type(self).__name__}: no group has manifold=True, so no weight is on the sphere; build the groups "
-                "with evenkeel.param_groups(model, lr=..., manifold_lr=...), or set manifold=True on a group yourself",
+                "with evenkeel.param_groups(model, lr=..., manifold_lr=...), or set manifold=True on a group yourself (where "
+                "param_groups finds none, evenkeel.scale_invariance(model) says why)",
                 stacklevel=3,
             )
 

@@ -67,7 +67,8 @@ def zero_gamma(model: nn.Module) -> nn.Module:
     if not scales:
         raise ValueError(
             "zero_gamma: no residual branch of the model ends in a normalization layer with a scale; plain networks "
-            "have no such branch, and in pre-activation networks (WRN) it ends in a convolution: use a ResNet"
+            "have no such branch, in pre-activation networks (WRN) it ends in a convolution, and in networks that torch.fx "
+            "does not trace (data-dependent shapes) none is found: use a ResNet"
         )
     for scale in scales:
         scale.zero_()
