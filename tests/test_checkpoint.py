@@ -1,3 +1,6 @@
+import errno
+import os
+
 import pytest
 import torch
 
@@ -61,3 +64,15 @@ def test_an_ended_trial_leaves_no_checkpoint(file):
     file.remove()
     assert list(file.latest.parent.iterdir()) == []
     file.remove()
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(file, monkeypatch):
+    file.save({"seen": 1})
+    monkeypatch.setattr(os, "fsync", full_disk)
+    file.save({"seen": 2})
+    assert file.load() == {"seen": 1}
+    assert [path.name for path in file.latest.parent.iterdir()] == ["trial.ckpt"]
+
+
+def full_disk(_):
+    raise OSError(errno.ENOSPC, "No space left on device")

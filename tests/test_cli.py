@@ -68,6 +68,14 @@ def test_report_is_made_again_from_the_store(study):
     assert (study / "report.html").read_bytes() == before
 
 
+def test_a_report_is_not_replaced_by_an_empty_one_when_the_trials_are_gone(study, tmp_path, capsys):
+    for name in ("study.json", "report.md"):
+        (tmp_path / name).write_bytes((study / name).read_bytes())
+    assert run("report", tmp_path) == 2
+    assert "does not hold the trials" in capsys.readouterr().err
+    assert (tmp_path / "report.md").read_bytes() == (study / "report.md").read_bytes()
+
+
 def test_another_configuration_in_the_same_folder_is_refused(study, capsys):
     changed = [*QUICK[:-1], "--momentum", "0.5", "--out", study]
     assert run("compare", *changed) == 2

@@ -184,11 +184,21 @@ class Report:
     """Show the traceback of an error."""
 
     def run(self, arguments: list[str]) -> int:
-        """Write the report."""
+        """Write the report.
+
+        Raises:
+            ValueError: The trials are gone.
+        """
         from evenkeel.study.compare import StudyFolder, report
+        from evenkeel.study.connection import redact
 
         folder = StudyFolder.read(self.run_folder)
-        store = folder.place(self.storage or None).store()
+        place = folder.place(self.storage or None)
+        store = place.store()
+        if not store.exists():
+            raise ValueError(
+                f"{redact(place.url)} does not hold the trials of {self.run_folder} (any more): the report stays as it is"
+            )
         store.open(folder.config)
         _show(report(folder, store), folder.path)
         return 0

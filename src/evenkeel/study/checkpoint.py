@@ -1,5 +1,6 @@
 """Checkpoints of a trial on disk: written atomically, checked when read, the one before kept in reserve."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -26,22 +27,31 @@ class CheckpointFile:
         self.previous = folder / f"{name}.previous.ckpt"
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write ``state``; a process killed at any moment leaves the last complete checkpoint readable."""
-        if not self.writes:
-            return
+        """Write ``state``; a process killed at any moment leaves the last complete checkpoint readable.
+
+        Where it cannot be written, on a full disk for example, the run goes on with the one before.
+        """
+        if self.writes:
+            with contextlib.suppress(OSError):
+                self._write(state)
+
+    def _write(self, state: dict[str, Any]) -> None:
         self.latest.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getbuffer()
         part = self.latest.with_suffix(f".{os.getpid()}.part")
-        with part.open("wb") as file:
-            file.write(hashlib.sha256(content).digest())
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if self.latest.exists():
-            self.latest.replace(self.previous)
-        part.replace(self.latest)
+        try:
+            with part.open("wb") as file:
+                file.write(hashlib.sha256(content).digest())
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if self.latest.exists():
+                self.latest.replace(self.previous)
+            part.replace(self.latest)
+        finally:
+            part.unlink(missing_ok=True)
 
     def load(self) -> dict[str, Any] | None:
         """The newest state that is whole, in main memory, or None: a damaged file counts as absent."""

@@ -8,8 +8,11 @@ from typing import ParamSpec, TypeVar
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import DBAPIError
 
+from evenkeel.study.errors import StudyError
+
 PATIENCE_SECONDS = 300.0
 RETRY_SECONDS = 1.0
+_LASTING = ("database or disk is full", "disk I/O error", "readonly database", "unable to open")  # SQLite's words
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -17,6 +20,8 @@ _T = TypeVar("_T")
 
 def patient(call: Callable[_P, _T]) -> Callable[_P, _T]:
     """Repeat ``call`` while its storage is away, for at most ``PATIENCE_SECONDS``; it must bear being repeated.
+
+    The call raises a :class:`StudyError` where waiting does not help, or has not.
 
     Examples:
         >>> patient(lambda x: x + 1)(1)
@@ -29,9 +34,12 @@ def patient(call: Callable[_P, _T]) -> Callable[_P, _T]:
         while True:
             try:
                 return call(*args, **kwargs)
-            except (StorageInternalError, DBAPIError):
-                if time.monotonic() > deadline:
-                    raise
+            except (StorageInternalError, DBAPIError) as error:
+                reason = str(error.__cause__ or error).splitlines()[0]
+                if time.monotonic() > deadline or any(words in reason for words in _LASTING):
+                    raise StudyError(
+                        f"--storage: cannot be used ({reason}); see to it and give the command again, what it has is kept"
+                    ) from error
                 time.sleep(RETRY_SECONDS)
 
     return repeated

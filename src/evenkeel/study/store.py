@@ -86,6 +86,10 @@ class Store:
                     study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={"slot": asdict(slot)}))
         self.config = config
 
+    def exists(self) -> bool:
+        """Whether the storage has the study."""
+        return self.name in optuna.get_all_study_names(self.storage)
+
     @property
     def study_id(self) -> int:
         """Optuna's number of the study."""

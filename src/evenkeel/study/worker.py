@@ -6,6 +6,7 @@ Trials run with one torch thread each, so that a result depends on its key alone
 import multiprocessing as mp
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -135,9 +136,12 @@ def _worker_main(place: Place, config: StudyConfig) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _end_with_parent()
     torch.set_num_threads(1)
-    store = place.store()
-    store.config = config
-    work(store, config, load(config), place.checkpoints)
+    try:
+        store = place.store()
+        store.config = config
+        work(store, config, load(config), place.checkpoints)
+    except ValueError as error:  # a line, as the parent would say it
+        sys.exit(f"error: {error}")
 
 
 def _end_with_parent() -> None:
