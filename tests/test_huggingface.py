@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="needs evenkeel[transformers]")
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.modeling_outputs import ModelOutput
 
     from evenkeel.integrations.huggingface import BatchlessCallback, BNPCallback, MonitorCallback
@@ -47,7 +47,7 @@ class InOrder(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def train(model, callbacks, folder, resume=None, **options):
+def train(model, callbacks, folder, resume=None, run=True, **options):
     defaults = {
         "per_device_train_batch_size": 4,
         "learning_rate": 0.1,
@@ -63,7 +63,8 @@ def train(model, callbacks, folder, resume=None, **options):
     trainer = InOrder(
         model, TrainingArguments(str(folder), **{**defaults, **options}), train_dataset=rows(), callbacks=callbacks
     )
-    trainer.train(resume_from_checkpoint=resume)
+    if run:
+        trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -93,6 +94,24 @@ def test_bnp_preconditions_and_then_clips(tmp_path):
     assert_same(model, by_hand(Model()))
     assert trainer.args.max_grad_norm == 0.1
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_an_interrupted_training_can_be_started_again(tmp_path):
+    class Interrupted(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    callbacks = [BNPCallback(), BatchlessCallback(), MonitorCallback(every=2)]
+    model = Model(norm=True)
+    evenkeel.convert(model, "batchless")
+    trainer = train(model, [*callbacks, Interrupted()], tmp_path, run=False)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Interrupted)
+    trainer.train()
+    assert trainer.args.max_grad_norm == 0.1
+    assert not any(m._forward_hooks for m in model.modules())
+    assert [record["step"] for record in callbacks[2].monitor.history] == [0, 2, 4]
 
 
 def test_statistics_of_bnp_come_back_from_a_checkpoint(tmp_path):

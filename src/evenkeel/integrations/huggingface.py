@@ -59,6 +59,7 @@ class BNPCallback(TrainerCallback):
             raise ValueError(
                 "BNPCallback: fp16=True leaves gradients scaled where they are preconditioned; use bf16=True"
             )
+        self.on_train_end(args, state, control)  # a training that was interrupted did not come to it
         self.bnp = BNP(kwargs["model"], **self.options)
         self.bnp.attach(_unwrapped(kwargs["optimizer"]))
         self.max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
@@ -110,6 +111,7 @@ class BatchlessCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach to the Trainer's optimizer, whose state was loaded before."""
+        self.on_train_end(args, state, control)  # a training that was interrupted did not come to it
         self._handle = attach(kwargs["model"], _unwrapped(kwargs["optimizer"]), rate=self.rate)
         kept = _checkpoint(args, state) / "optimizer.pt"
         if state.global_step and kept.exists():
@@ -148,6 +150,7 @@ class MonitorCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start watching; the Trainer shows its callbacks no batches, so a hook on the model takes note of them."""
+        self.on_train_end(args, state, control)  # a training that was interrupted did not come to it
         model = kwargs["model"]
         self.monitor = Monitor(model, self.objective, _unwrapped(kwargs["optimizer"]), **self.options)
         self._hook = model.register_forward_hook(self._note, with_kwargs=True)
