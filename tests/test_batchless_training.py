@@ -268,6 +268,8 @@ def test_attach_refuses_a_model_without_layers_and_a_second_attachment():
     with pytest.raises(ValueError, match="no batchless layer"):
         evenkeel.attach(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
     model = network({})
+    with pytest.raises(ValueError, match="this SGD holds no parameter of the model"):
+        evenkeel.attach(model, torch.optim.SGD(plain.parameters(), lr=0.1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with evenkeel.attach(model, optimizer), pytest.raises(ValueError, match=r"'0\.1' is attached already"):
         evenkeel.attach(model, optimizer)

@@ -19,6 +19,7 @@ from evenkeel.methods.batchless import BatchlessNorm, batchless_layers
 from evenkeel.methods.batchless_step import RATE, Fit, Plain
 from evenkeel.methods.batchless_weights import Producer, project_weights, weight_producers
 from evenkeel.moments import Moments, reduce_together
+from evenkeel.regroup import check_optimizer
 from evenkeel.stepping import StepHandle, before_step
 
 MISFIT = 1.5  # mean square of n from which the gradients of a step shrink, for projected layers
@@ -45,7 +46,8 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
         A handle whose ``remove()`` detaches again.
 
     Raises:
-        ValueError: The rate is out of range; the model has no batchless layer, one that is attached already, or sharded ones.
+        ValueError: The rate is out of range; the model has no batchless layer, one that is attached already, or sharded ones;
+            the optimizer is another model's.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"attach: rate is {rate}; mu is a running mean of that weight, so give 0 to 1")
@@ -54,6 +56,8 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
         raise ValueError(
             "attach: the model has no batchless layer; convert it first, e.g. evenkeel.convert(model, 'batchless')"
         )
+    if any(p.requires_grad for p in model.parameters()):
+        check_optimizer(optimizer, model)
     taken = next((name for name, m in model.named_modules() if isinstance(m, BatchlessNorm) and m.is_collected), None)
     if taken is not None:
         raise ValueError(
