@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -201,3 +202,20 @@ def test_a_study_of_best_weights_says_so_with_place_and_cost():
 def test_rates_given_for_each_method_are_told():
     rates = {"batch": 0.1, "group": 0.2}
     assert "&#39;group&#39;: 0.2" in render_html(realistic(lr=rates))
+
+
+def test_the_time_that_all_runs_took_is_told():
+    study = record([result(seed=seed) for seed in range(60)], methods=("batch",), sizes=(64,))  # of 1.25 s each
+    for page in (render_html(study), render_markdown(study)):
+        assert "60 runs, which took 1 min 15 s one after the other." in page
+    assert "one after the other" not in render_markdown(record([], planned=3))
+
+
+def test_crosses_and_markers_of_the_first_point_stay_clear_of_the_labels_of_the_axis():
+    trials = [result(method=m, size=s, state="diverged") for m in ("batch", "group", "none") for s in (8, 1)]
+    page = render_html(record([*trials, result(method="layer", size=8)], sizes=(8, 1)))
+    chart = re.search(r'<svg class="chart wide".*?</svg>.*?</svg>', page, re.DOTALL)
+    assert chart is not None
+    places = re.findall(r'class="(?:cross|mark) c\d" transform="translate\(([0-9.]+) ', chart[0])
+    assert len(places) == 7
+    assert min(map(float, places)) >= 46  # where the axis begins, left of which its labels stand

@@ -13,7 +13,7 @@ from torch.utils.benchmark import Timer
 
 from evenkeel.study.batches import batches
 from evenkeel.study.data import Data
-from evenkeel.study.loop import prepare, training_step
+from evenkeel.study.loop import precision, prepare, training_step
 from evenkeel.study.plan import StudyConfig, learning_rates
 from evenkeel.study.records import Cost, TrialKey
 from evenkeel.study.trial import make
@@ -94,7 +94,8 @@ def _memory(
         training_step(model, optimizer, inputs, labels, config)
         return torch.cuda.max_memory_allocated(inputs.device)
     micro = config.micro_batch or len(labels)
-    return saved_bytes(model, inputs[:micro], labels[:micro])
+    with precision(config, inputs.device):
+        return saved_bytes(model, inputs[:micro], labels[:micro])
 
 
 def saved_bytes(model: nn.Module, inputs: Tensor, labels: Tensor) -> int:

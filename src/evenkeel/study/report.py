@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 
 from evenkeel.study.figures import by_batch_size, by_learning_rate, training_curves
 from evenkeel.study.landscape_report import sections as landscape_sections
+from evenkeel.study.live import duration
 from evenkeel.study.records import StudyRecord
 from evenkeel.study.statistics import summarize
 from evenkeel.study.tables import edges, judging, tables, troubles
@@ -128,6 +129,7 @@ def _render(template: str, record: StudyRecord, **figures: Any) -> str:
         "judging": judging(record),
         "pruned": sum(trial.state == "pruned" for trial in record.trials),
         "troubles": troubles(record),
+        "took": duration(sum(trial.seconds for trial in record.trials)) if record.trials else "",
     }
     return environment.get_template(template).render(record=record, config=record.config, **found, **figures)
 

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from evenkeel.study.axes import Axis, spread
 
 COLOURS = 8  # series beyond repeat the colours, dashed
+_INSET = 14.0  # of the first and last point, whose ring or crosses would cover the labels of the axis
 _LABEL_HEIGHT = 14.0
 _CHARACTER = 7.4  # width of a label's character at 12 px, generous
 _MARKERS = (
@@ -64,7 +65,7 @@ class _Plot:
     floor: float
 
     def across(self, value: float) -> float:
-        return self.x.place(value, self.left, self.right)
+        return self.x.place(value, self.left + _INSET, self.right - _INSET)
 
     def place(self, point: Sequence[float]) -> tuple[float, float]:
         return self.across(point[0]), self.y.place(point[1], self.bottom, self.top)
@@ -180,7 +181,7 @@ def _labels(series: Sequence[Series], plot: _Plot, room: float) -> Markup:
     """Names right of the lines, moved apart where they would overlap, each tied to the end of its line."""
     ends = []
     for s in series:
-        at, level = plot.place(s.points[-1]) if s.points else (plot.across(max(s.crosses)), plot.floor - 9)
+        at, level = plot.place(s.points[-1]) if s.points else (max(map(plot.across, s.crosses)), plot.floor - 9)
         ends.append((at, min(max(level, plot.top), plot.floor)))
     heights = spread([level for _, level in ends], plot.top, plot.floor - 6, _LABEL_HEIGHT)
     longest = int((room - 20) / _CHARACTER)

@@ -1,0 +1,54 @@
+"""What the report says of time and memory was measured on the step that the study trains."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from evenkeel.study.cost import measure_costs, saved_bytes
+from evenkeel.study.plan import StudyConfig
+from evenkeel.study.trial import load
+
+CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), budget=64, limit=100, lr=0.1)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load(CONFIG)
+
+
+def memory(config, data):
+    return {cost.method: cost.memory_bytes for cost in measure_costs(config, data)}
+
+
+def test_bytes_saved_for_backward_are_those_of_the_layers_outputs():
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+    inputs, labels = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)
+    hidden, log_probabilities, total_weight = 4 * 7 * 4, 4 * 3 * 4, 4  # of the ReLU, and of the cross-entropy
+    assert saved_bytes(model, inputs, labels) == hidden + log_probabilities + total_weight
+
+
+def test_costs_are_relative_to_the_reference(data):
+    batch, none = measure_costs(CONFIG, data)
+    assert (batch.step_ratio, batch.memory_ratio) == (1.0, 1.0)
+    assert none.memory_ratio == none.memory_bytes / batch.memory_bytes
+    assert none.step_ratio_low <= none.step_ratio <= none.step_ratio_high
+
+
+def test_memory_is_that_of_the_precision_that_is_trained(data):
+    full, half = memory(CONFIG, data), memory(replace(CONFIG, amp=True), data)
+    assert half["none"] < 0.85 * full["none"]  # activations are half as large; copies of the weights are added
+
+
+def test_memory_is_that_of_a_micro_batch(data):
+    whole, pieces = memory(CONFIG, data), memory(replace(CONFIG, micro_batch=8), data)
+    assert pieces["batch"] < 0.3 * whole["batch"]
+
+
+def test_a_method_that_cannot_run_has_the_reason_in_place_of_its_cost():
+    config = StudyConfig(data="spiral", model="mlp", methods=("batch", "none"), batch_sizes=(1,), budget=8, lr=0.1)
+    batch, none = measure_costs(config, load(config))
+    assert "more than 1 value per channel" in batch.error
+    assert none.step_seconds > 0
+    assert none.step_ratio is None
