@@ -184,3 +184,50 @@ def test_a_model_without_layers_or_with_two_observers_is_refused():
     BNP(model)
     with pytest.raises(ValueError, match="another BNP observes this layer"):
         BNP(model)
+
+
+class Functional(nn.Module):
+    """A head whose weight is used, and whose forward is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return nn.functional.linear(self.body(x).tanh(), nn.functional.normalize(self.head.weight), self.head.bias)
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits, logits.softmax(-1)
+
+
+class OneHot(nn.Linear):
+    def forward(self, indices):
+        return super().forward(nn.functional.one_hot(indices, self.in_features).to(self.weight.dtype))
+
+
+@pytest.mark.parametrize("max_change", [None, 0.05])
+@pytest.mark.parametrize(
+    ("model", "unseen", "x"),
+    [
+        (Functional(), "head", torch.randn(8, 4)),
+        (nn.Sequential(nn.Linear(4, 16), Router(16, 3)), "1", torch.randn(8, 4)),
+        (nn.Sequential(OneHot(5, 16), nn.Linear(16, 3)), "0", torch.randint(5, (8,))),
+        (nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 3).eval()), "1", torch.randn(8, 4)),
+    ],
+    ids=["functional", "tuple", "one-hot", "eval mode"],
+)
+def test_a_layer_whose_rows_are_never_seen_steps_as_it_is(model, unseen, x, max_change):
+    model = copy.deepcopy(model)
+    layer = model.get_submodule(unseen)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    bnp = BNP(model, max_change=max_change)
+    bnp.attach(optimizer)
+    output = model(x)
+    (output[0] if isinstance(output, tuple) else output).square().sum().backward()
+    raw = layer.weight.grad.clone(), layer.bias.grad.clone()
+    optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(raw, (layer.weight.grad, layer.bias.grad), strict=True))
+    assert ("left alone" in repr(bnp)) == isinstance(layer, (Router, OneHot))

@@ -292,6 +292,8 @@ def _rule(seen: Observed) -> str:
     layer = seen.layer
     if not layer.weight.requires_grad:
         return f"{layer}, frozen: nothing to do"
+    if seen.strange:
+        return f"{layer}, left alone: what its forward takes or gives is no rows of its weight"
     if layer.bias is not None and layer.bias.requires_grad:
         return f"{layer}, centred and scaled"
     if seen.norm is not None:

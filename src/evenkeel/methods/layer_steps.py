@@ -147,7 +147,9 @@ class _Batch:
             start = stop
         factors = metrics.divisor.index_select(0, self.owner).reciprocal_().to(self.device, self.dtype)
         if max_change is not None and rate is not None:
-            factors = factors * bounding_factors(torch.cat(changes) * factors * rate, torch.cat(spreads), max_change)
+            known = metrics.known.index_select(0, self.owner).to(self.device, self.dtype)
+            changes = torch.cat(changes) * factors * known * rate
+            factors = factors * bounding_factors(changes, torch.cat(spreads), max_change)
         new = []
         for part, (weight, _), factor in zip(self.parts, done, factors.split(self.units), strict=True):
             new += part.layout.weight(weight.mul_(part.layout.units(factor))).chunk(part.count)

@@ -91,6 +91,7 @@ class Observed:
         layer: The layer; others may share its weight and bias (see :meth:`share`).
         running: Running mean, variance and number of steps seen (fp64 where the device has it), or None before the
         first. prepared: Whether the present gradients are preconditioned already.
+        strange: Whether a forward took or gave something that is no rows of the layer, which is then left alone.
         norm: The batch or instance normalization that alone takes the layer's output, or None.
     """
 
@@ -99,6 +100,7 @@ class Observed:
         self.layer = layer
         self.running: tuple[Tensor, Tensor, Tensor] | None = None
         self.prepared = False
+        self.strange = False
         self.norm: nn.Module | None = None
         self._mask = masks
         self._seen: list[Sums] = []
@@ -158,9 +160,12 @@ class Observed:
             self._accumulator.zero_()
         return seen
 
-    def see(self, layer: Layer, x: Tensor, output: Tensor) -> Tensor | None:
+    def see(self, layer: Layer, x: Any, output: Any) -> Tensor | None:
         """Gather the rows of one forward; they count once a gradient reaches ``output``."""
         weight = layer._parameters.get("weight")
+        if not (isinstance(x, Tensor) and isinstance(output, Tensor) and self._fits(x)):
+            self.strange = True  # a subclass with a forward of its own
+            return None
         if weight is None or not (layer.training and output.requires_grad and weight.requires_grad and observing()):
             return None
         if not x.numel():
@@ -176,6 +181,11 @@ class Observed:
         counts = (torch.as_tensor(count, dtype=torch.float64, device=x.device) for count in (sums.rows, sums.positions))
         packed = torch.cat([torch.stack(list(counts)), sums.total, sums.square])
         return _CountOnBackward.apply(output, self._accumulator, packed)
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether ``x`` can be what the weight is multiplied with."""
+        features, dim = self.geometry.features, self.geometry.feature_dim
+        return x.dim() >= -dim and x.shape[dim] == features
 
     def _sums(self, layer: Layer, x: Tensor, output: Tensor) -> Sums:
         dim = self.geometry.feature_dim
@@ -213,7 +223,7 @@ class Hook:
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """Called by torch after the layer's forward."""
-        x = args[0] if args else kwargs["input"]
+        x = args[0] if args else kwargs.get("input")
         return self.observed.see(module, x, output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:

@@ -60,12 +60,13 @@ class Roster:
 
 
 class Metrics(NamedTuple):
-    """What preconditions the layers of a step, side by side."""
+    """What preconditions the layers of a step, side by side; ``known`` is 1 for layers that have seen rows, else 0."""
 
     roster: Roster
     mean: Tensor
     variance: Tensor
     divisor: Tensor
+    known: Tensor
 
     def of_each(self) -> list[tuple[Observed, Metric]]:
         """Each layer with its metric, in the dtype and on the device of its weight."""
@@ -112,8 +113,10 @@ class RowStatistics:
 
         largest, known = roster.spread(roster.largest(variance), steps)
         guarded = guarded_variance(variance, self.eps_relative, self.eps, largest=largest)
-        guarded.masked_fill_(known == 0, 1)  # a layer that never saw a usable row steps as it is
-        return Metrics(roster, mean, guarded, step_divisor(roster.fan_in, positions))
+        # a layer that never saw a usable row (its weight is used without calling it, say) steps as it is
+        guarded.masked_fill_(known == 0, 1)
+        divisor = step_divisor(roster.fan_in, positions).masked_fill_(positions == 0, 1)
+        return Metrics(roster, mean, guarded, divisor, steps.clamp(max=1))
 
     def hand_back(self) -> None:
         """Give each layer its own running statistics, which lie in one vector while the same layers step together."""
