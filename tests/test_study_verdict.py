@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+from evenkeel.study.statistics import summarize
 from evenkeel.study.tables import edges, tables, troubles
 from evenkeel.study.verdict import judge
 from fake_study import realistic, record, result
@@ -54,6 +55,18 @@ def test_worse_method_is_named_and_a_higher_mean_within_the_noise_is_not_denied(
     sentence = judge(study(levels)).sentence
     assert sentence.startswith("At batch size 64 no method did better than `batch` (95.")
     assert sentence.endswith("%) beyond the noise, and `group` (80.0 %) did worse.")
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 6])
+def test_a_difference_that_is_the_same_for_every_seed_has_no_interval_and_is_not_told_as_beyond_the_noise(seeds):
+    accuracies = {"batch": 0.94, "none": 0.97}  # few test examples make few different accuracies
+    trials = [result(method=m, seed=k, accuracy=a + 0.01 * k) for m, a in accuracies.items() for k in range(seeds)]
+    even = record(trials, tuple(accuracies), (64,), seeds=seeds)
+    (paired,) = [s.paired for s in summarize(even) if s.paired]
+    assert (paired.low, paired.high, paired.p) == (None, None, None)
+    assert judge(even).sentence.startswith("At batch size 64 `none` reached 9")
+    assert "against" not in judge(even).sentence
+    assert str(tables(even)[0].rows[1].cells[1]) == "+3.0 (every pair)"
 
 
 def test_few_seeds_claim_nothing_and_many_say_at_which_level():

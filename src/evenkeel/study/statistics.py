@@ -28,7 +28,7 @@ class Paired:
 
     Attributes:
         difference: Mean of (method - reference) over the pairs, as a fraction (0.01 is one percentage point).
-        low: Lower end of the 95 % t interval of that mean; None with a single pair.
+        low: Lower end of the 95 % t interval of that mean; None with a single pair, or where all differ by the same amount.
         high: Upper end, likewise.
         pairs: Number of seeds that both finished.
         p: p-value of the paired t test, uncorrected; None with fewer than five pairs, in an unfinished study, and where
@@ -85,17 +85,17 @@ class Summary:
 
 
 def t_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    r"""Interval of a mean: :math:`\bar d \pm t_{n-1} s / \sqrt n`; None with fewer than two values.
+    r"""Interval of a mean: :math:`\bar d \pm t_{n-1} s / \sqrt n`; None with fewer than two values, or without a spread.
 
     Args:
         differences: The n values.
         confidence: Coverage, in (0, 1).
 
-    >>> t_interval([1.0, 1.0, 1.0])
-    (1.0, 1.0)
+    >>> t_interval([1.0, 2.0, 3.0])
+    (-0.484..., 4.484...)
     """
     n = len(differences)
-    if n < 2:
+    if n < 2 or np.ptp(differences) < _NO_SPREAD:
         return None
     center = float(np.mean(differences))
     half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * np.std(differences, ddof=1) / math.sqrt(n))

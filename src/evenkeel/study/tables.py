@@ -203,7 +203,7 @@ def _difference(paired: Paired | None, index: int, reach: float) -> Cell:
     if paired is None:
         return Cell(NOTHING)
     if paired.low is None or paired.high is None:
-        return Cell(points(paired.difference), "(one pair)")
+        return Cell(points(paired.difference), "(one pair)" if paired.pairs == 1 else "(every pair)")
     ends = (paired.low, paired.difference, paired.high)
     return Cell(
         points(paired.difference), f"[{points(paired.low)}, {points(paired.high)}]", figure=interval(ends, index, reach)
