@@ -312,3 +312,20 @@ def test_a_model_without_trainable_weights_is_told_by_structure_alone():
     model[0].weight.requires_grad_(False)
     report = evenkeel.scale_invariance(model, lambda model, x: model(x).square().mean(), torch.randn(8, 4))
     assert report == evenkeel.scale_invariance(model)
+
+
+def test_a_normalization_that_takes_other_inputs_too_keeps_its_statistics_and_is_named():
+    class Reused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(self.conv(self.norm(x)))
+
+    model = Reused()
+    model(torch.randn(4, 3, 5, 5) * 3)
+    before = model.norm.running_var.clone()
+    with pytest.warns(UserWarning, match="conv.weight .eval mode only: its running statistics are shared"):
+        evenkeel.param_groups(model, lr=0.01, manifold_lr=0.2)
+    assert torch.equal(model.norm.running_var, before)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evenkeel.graph import dataflow
 from evenkeel.invariance import Invariance, weight_users
 from evenkeel.methods.rows import local
 
@@ -38,7 +39,11 @@ def normalize_filters(model: nn.Module, report: Mapping[str, Invariance]) -> Non
                 "initialise it, or leave the weight out of the manifold"
             )
     feeders = Counter(norm for entry in report.values() for norm in entry.norms)
-    users = weight_users(model)
+    users, flow = weight_users(model), dataflow(model)
+
+    def takes_others(norm: str, layer: str) -> bool:
+        return len(flow.calls(norm)) > len(flow.calls(layer))
+
     changed: list[str] = []
     for name, weight in chosen.items():
         length = lengths[name]
@@ -49,7 +54,11 @@ def normalize_filters(model: nn.Module, report: Mapping[str, Invariance]) -> Non
         norms = report[name].norms
         if not report[name].invariant:
             changed.append(f"{name} ({report[name].reason})")
-        elif not norms or any(feeders[norm] > 1 for norm in norms) or len(users[name]) > 1:
+        elif (
+            not norms
+            or len(users[name]) > 1
+            or any(feeders[norm] > 1 or takes_others(norm, users[name][0]) for norm in norms)
+        ):
             changed.append(
                 f"{name} (eval mode only: its running statistics are shared; evenkeel.recalibrate renews them)"
             )
