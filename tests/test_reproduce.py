@@ -111,6 +111,7 @@ def test_a_run_puts_our_figures_beside_the_papers(tmp_path, monkeypatch):
     assert "64 of 1,920,000 training examples a run" in text
     assert "of 3 seeds" not in text  # as many as were asked for
     assert "--seeds 2" in text
+    assert "--methods none,batch" in text
     assert "published figures are those of full training" in text
     assert "evenkeel reproduce tiny" in text
 

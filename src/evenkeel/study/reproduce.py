@@ -105,7 +105,7 @@ def reproduce(
                 raise StudyError(f"--paper-rates: {name} has no learning rate for {', '.join(unknown)}; leave one out")
             config = replace(config, lr={method: config.lr[method] for method in config.methods})
         less = [text for field, text in shrunk.items() if field not in changes]
-        less += [f"--{key.replace('_', '-')} {value}" for key, value in changes.items() if key != "device"]
+        less += [f"--{key.replace('_', '-')} {_argument(value)}" for key, value in changes.items() if key != "device"]
         if config.model not in {row.config.model for row in PRESETS[name].rows}:
             less.append(f"--model {config.model}")
         folder = out / "".join(c if c.isalnum() or c == "-" else "-" for c in row.label)
@@ -114,6 +114,11 @@ def reproduce(
     text = page(name, preset, results, scale)
     (out / "reproduce.md").write_text(text, encoding="utf-8")
     return text
+
+
+def _argument(value: object) -> str:
+    """A value as it stands on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def page(
