@@ -119,7 +119,7 @@ def test_recipes_are_listed_with_their_papers(capsys):
         (["compar"], "did you mean 'compare'"),
         (["compare", "--data", ""], "data '' is no name"),
         (["report", "/nonexistent"], "holds no study"),
-        (["worker", "--storage", "sqlite://", "--workers", "-1"], "--workers -1: give at least 1"),
+        (["worker", "--storage", "sqlite:///none.db", "--workers", "-1"], "--workers -1: give at least 1"),
         (["doctor", "--device", "xpu:9"], "--device xpu:9: cannot be used here"),
         (["doctor", "--checkpoint", __file__], "cannot be read"),
     ],

@@ -220,3 +220,9 @@ def test_a_password_appears_in_no_message(tmp_path):
         Store(url, "test")
     assert "hunter2" not in str(caught.value)
     assert redact(f"cannot reach {url}", url) == "cannot reach postgresql+psycopg2://me:***@127.0.0.1:1/none"
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_a_storage_in_memory_is_refused_since_no_worker_would_see_it(url):
+    with pytest.raises(StudyError, match="in the memory of one process, give a file"):
+        Store(url, "test")

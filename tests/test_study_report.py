@@ -170,6 +170,7 @@ def test_p_column_appears_from_five_seeds_up():
 def test_columns_without_a_value_are_left_out():
     assert "memory" in render_markdown(realistic())
     assert "memory" not in render_markdown(dataclasses.replace(realistic(), costs=()))
+    assert "difference to" not in render_markdown(realistic(methods=("bnp",)))
 
 
 def test_diverged_runs_are_told_in_verdict_table_figure_and_list():

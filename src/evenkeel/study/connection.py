@@ -21,7 +21,10 @@ def connect(url: str) -> RDBStorage:
 
     Raises:
         DBAPIError: It cannot be opened.
+        ValueError: No other process would see it.
     """
+    if url.startswith("sqlite") and make_url(url).database in (None, "", ":memory:"):
+        raise ValueError("it is in the memory of one process, give a file as sqlite:///FILE")
     options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     attempts = 0
     while True:

@@ -169,7 +169,10 @@ def _table(record: StudyRecord, batch_size: int, here: Sequence[Summary]) -> Tab
     columns = {
         ("test accuracy", "mean ± sd"): [_accuracy(s) for s in here],
         (f"difference to {reference}", "points [95 % interval]"): [
-            Cell("reference") if s.method == reference else _difference(s.paired, index[s.method], reach) for s in here
+            Cell("reference" if len(here) > 1 else NOTHING)
+            if s.method == reference
+            else _difference(s.paired, index[s.method], reach)
+            for s in here
         ],
         ("p", "Holm"): [_p(s.paired) for s in here],
         ("learning rate", "chosen"): [Cell(f"{s.lr:g}" if s.lr is not None else NOTHING) for s in here],
