@@ -288,6 +288,17 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
 
 
+class Pair(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y.sum()
+
+
+class First(nn.Module):
+    def forward(self, pair):
+        return pair[0]
+
+
 class Padded(nn.Conv2d):
     def forward(self, x):
         return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
@@ -305,6 +316,11 @@ def test_a_forward_of_its_own_counts_by_what_it_makes_of_a_scaled_filter(layer, 
     entry = evenkeel.scale_invariance(nn.Sequential(layer, norm))["0.weight"]
     assert entry.invariant == invariant
     assert invariant or entry.reason == "Noisy has a forward of its own, whose output does not scale with the filters"
+
+
+def test_a_forward_that_gives_a_tuple_is_no_filter():
+    report = evenkeel.scale_invariance(nn.Sequential(Pair(4, 6), First(), nn.BatchNorm1d(6)))
+    assert not report["0.weight"].invariant
 
 
 def test_a_model_without_trainable_weights_is_told_by_structure_alone():

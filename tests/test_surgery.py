@@ -366,6 +366,12 @@ class Rectified(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
+class Caching(nn.BatchNorm2d):
+    def forward(self, x):
+        self.latest = super().forward(x)
+        return self.latest, x
+
+
 class Contiguous(nn.BatchNorm2d):
     def forward(self, x):
         return super().forward(x.contiguous())
@@ -394,6 +400,11 @@ def test_what_a_subclass_computes_counts_and_not_that_it_has_a_forward():
     assert type(model[1]) is Removed
     with pytest.raises(ValueError, match="2: ChannelsFirst computes something else"):
         convert(model, "none")
+    model = nn.Sequential(Caching(3))
+    for _ in range(2):  # the second time it holds what cannot be copied
+        with pytest.raises(ValueError, match="0: Caching computes something else"):
+            convert(model, "none")
+        model(torch.randn(2, 3, 4, 4))
 
 
 def test_a_group_norm_whose_dimensions_are_unknown_is_refused_and_nothing_is_changed():

@@ -42,7 +42,15 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def at_least_single(new: Tensor, old: Tensor) -> Tensor:
-    """What ``module.half()`` may make of a statistic: nothing narrower than fp32, where small steps would round away."""
+    """What ``module.half()`` may make of a statistic: nothing narrower than fp32, where small steps would round away.
+
+    Args:
+        new: What it made of it.
+        old: What it was.
+
+    Returns:
+        ``new``, or ``old`` on the device of ``new`` where that is narrower.
+    """
     return old.to(new.device) if new.dtype.itemsize < 4 else new
 
 

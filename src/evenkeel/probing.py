@@ -25,14 +25,17 @@ def computes_as_its_type(norm: nn.Module) -> bool:
     own: Any = type(norm)
     if own.forward is parent.forward:
         return True
-    probe: Any = _probe(norm).eval()
+    probe = _probe(norm)
+    if probe is None:
+        return False
+    probe.eval()
     agreed = False
     for x in _inputs(norm):
         try:  # each kind of layer refuses the other shapes in its own way
             expected, actual = parent.forward(probe, x), own.forward(probe, x)
         except Exception:
             continue
-        if actual.shape != expected.shape or not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3):
+        if not _same(actual, expected):
             return False
         agreed = True
     return agreed
@@ -67,7 +70,9 @@ def scales_with_its_filters(layer: nn.Linear | _ConvNd) -> bool:
     if honours_bias(layer):
         return True
     own: Any = type(layer)
-    probe: Any = _probe(layer)
+    probe = _probe(layer)
+    if probe is None:
+        return False
     if probe.bias is not None:
         probe.bias.zero_()
     factors = torch.linspace(0.5, 2, len(probe.weight))
@@ -86,11 +91,20 @@ def scales_with_its_filters(layer: nn.Linear | _ConvNd) -> bool:
             except Exception:  # a forward with other arguments may raise anything
                 return False
     before, after = outputs
-    return any(torch.allclose(after, before * f, rtol=1e-3, atol=1e-3) for f in (1, factors.view(shape)))
+    return isinstance(before, Tensor) and any(_same(after, before * f) for f in (1, factors.view(shape)))
 
 
-def _probe(layer: nn.Module) -> nn.Module:
-    probe = copy.deepcopy(layer).to_empty(device="cpu").float()
+def _same(actual: Any, expected: Tensor) -> bool:
+    fits = isinstance(actual, Tensor) and actual.shape == expected.shape
+    return fits and torch.allclose(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def _probe(layer: nn.Module) -> Any:
+    """A copy that may be tried out, or None of a layer that cannot be copied, as it keeps tensors of a graph."""
+    try:
+        probe = copy.deepcopy(layer).to_empty(device="cpu").float()
+    except RuntimeError:
+        return None
     for tensor in (*probe.parameters(), *probe.buffers()):
         tensor.copy_(torch.linspace(0.5, 1.5, tensor.numel()).view_as(tensor))
     return probe
