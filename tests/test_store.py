@@ -10,6 +10,7 @@ import pytest
 from optuna.trial import TrialState
 
 import idle_worker
+from evenkeel.study.compare import StudyFolder
 from evenkeel.study.connection import redact
 from evenkeel.study.errors import StudyError
 from evenkeel.study.owners import alive, owner
@@ -226,3 +227,12 @@ def test_a_password_appears_in_no_message(tmp_path):
 def test_a_storage_in_memory_is_refused_since_no_worker_would_see_it(url):
     with pytest.raises(StudyError, match="in the memory of one process, give a file"):
         Store(url, "test")
+
+
+@pytest.mark.parametrize("name", ["a b", "q?x=1", "h#1", "p%41", "ä"])
+def test_trials_stay_in_the_output_folder_whatever_its_name(name, tmp_path):
+    folder = StudyFolder(tmp_path / name, CONFIG, "", None)
+    folder.prepare()
+    folder.place(None).store().open(CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {path.name for path in folder.path.iterdir()} == {"study.db", "study.db.lock"}

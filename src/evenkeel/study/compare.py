@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from sqlalchemy.engine import URL
 
 from evenkeel._recipes import recipes
 from evenkeel.instruments.result import plain
@@ -113,7 +114,7 @@ class StudyFolder:
             StudyError: The storage has a password, which is kept nowhere, and was not given.
         """
         if self.storage is None and storage is None:
-            url = f"sqlite:///{self.path / 'study.db'}"
+            url = URL.create("sqlite", database=str(self.path / "study.db")).render_as_string()  # "?" and "%" quoted
             return Place(url, study_name(self.config), lock_file(url), self.path / CHECKPOINTS)
         url = storage or os.environ.get(STORAGE_VARIABLE) or self.storage or ""
         if "***" in url:

@@ -3,6 +3,7 @@
 Trials run with one torch thread each, so that a result depends on its key alone and not on how many run side by side.
 """
 
+import contextlib
 import multiprocessing as mp
 import os
 import signal
@@ -16,6 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from evenkeel.study.data import Data
 from evenkeel.study.errors import StudyError
@@ -50,7 +53,11 @@ def lock_file(url: str) -> Path | None:
         >>> str(lock_file("sqlite:///runs/study.db")), lock_file("postgresql://host/studies")
         ('runs/study.db.lock', None)
     """
-    return Path(url.partition(":///")[2].partition("?")[0] + ".lock") if url.startswith("sqlite") else None
+    with contextlib.suppress(ArgumentError):  # no URL, which opening it will tell
+        parsed = make_url(url)
+        if parsed.drivername.startswith("sqlite"):
+            return Path(f"{parsed.database}.lock")
+    return None
 
 
 def rest(took: float) -> None:
