@@ -180,6 +180,11 @@ def test_an_output_folder_that_cannot_be_written_is_named(tmp_path, capsys):
     assert "--out" in capsys.readouterr().err
 
 
+def test_a_worker_on_a_storage_without_a_study_says_so(tmp_path, capsys):
+    assert run("worker", "--storage", f"sqlite:///{tmp_path}/mistyped.db") == 2
+    assert "holds no study; give what `evenkeel compare --storage` was given" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

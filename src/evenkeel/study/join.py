@@ -6,6 +6,7 @@ from pathlib import Path
 
 import optuna
 
+from evenkeel.study.connection import redact
 from evenkeel.study.data import Data
 from evenkeel.study.environment import environment, together
 from evenkeel.study.errors import StudyError, nearest
@@ -54,11 +55,15 @@ def join(
         Number of studies worked on.
 
     Raises:
-        StudyError: There is no such study, or this machine cannot run it.
+        StudyError: There is no study, or none of that name, or this machine cannot run it.
     """
     waiting = waiting_studies(url)
+    known = optuna.get_all_study_names(Store(url, "", lock_file(url)).storage)
+    if not known:
+        raise StudyError(
+            f"--storage {redact(url)}: holds no study; give what `evenkeel compare --storage` was given, after it began"
+        )
     if study is not None:
-        known = optuna.get_all_study_names(Store(url, "", lock_file(url)).storage)
         if study not in known:
             raise StudyError(f"--study {study}: the storage has no such study; {nearest(study, known)}")
         waiting = {name: config for name, config in waiting.items() if name == study}
