@@ -355,3 +355,31 @@ def test_a_changed_loss_scale_is_forgotten_in_a_few_dozen_steps():
     for _ in range(40):
         step(norm, x, coefficients / 2)
     torch.testing.assert_close(norm.control.shift, shift / 2, rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_no_gradient_moves_a_weight_before_a_projected_layer_by_more_than_its_own_length(momentum):
+    torch.manual_seed(0)
+    model, x = Fed().double(), torch.randn(5, 4).double() + 1
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e3, momentum=momentum)
+    evenkeel.attach(model, optimizer)
+    weight, head = model.layer.weight.detach().clone(), model.head.weight.detach().clone()
+    model(x).square().sum().backward()
+    gradient = model.head.weight.grad.clone()
+    optimizer.step()
+    torch.testing.assert_close((model.layer.weight - weight).norm(), (1 - momentum) * weight.norm(), rtol=1e-10, atol=0)
+    factor = (head - model.head.weight) / (1e3 * gradient)
+    assert factor.max() < 0.01  # the whole step counts for less
+    torch.testing.assert_close(factor, factor[0, 0].expand_as(factor), rtol=1e-8, atol=0)
+
+
+def test_a_weight_that_starts_at_zero_is_trained():
+    torch.manual_seed(0)
+    model, x = Fed().double(), torch.randn(5, 4).double()
+    nn.init.zeros_(model.layer.weight)
+    nn.init.normal_(model.norm.bias)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    evenkeel.attach(model, optimizer)
+    (model(x) * torch.randn(5, 4).double()).sum().backward()
+    optimizer.step()
+    assert model.layer.weight.norm() > 0.01

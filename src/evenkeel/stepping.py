@@ -12,6 +12,17 @@ import torch
 from torch.optim import Optimizer
 
 
+def lasting_rate(optimizer: Optimizer, group: dict[str, Any]) -> Any:
+    """How far the optimizer carries a parameter of ``group`` along a lasting gradient: learning rate over 1 - momentum.
+
+    Where a fused optimizer under AMP unscales the gradients itself, they are still scaled here. A momentum of 1, which
+    carries without end, counts as 0.999.
+    """
+    rate = group.get("lr", 0.0) / max(1 - group.get("momentum", 0.0), 1e-3)
+    scale = getattr(optimizer, "grad_scale", None)
+    return rate if scale is None else rate / scale
+
+
 class StepHandle:
     """Removes what :func:`before_step` installed."""
 

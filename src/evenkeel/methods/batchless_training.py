@@ -20,7 +20,7 @@ from evenkeel.methods.batchless_step import RATE, Fit, Plain
 from evenkeel.methods.batchless_weights import Producer, project_weights, weight_producers
 from evenkeel.moments import Moments, reduce_together
 from evenkeel.regroup import check_optimizer
-from evenkeel.stepping import StepHandle, before_step
+from evenkeel.stepping import StepHandle, before_step, lasting_rate
 
 MISFIT = 1.5  # mean square of n from which the gradients of a step shrink, for projected layers
 
@@ -81,7 +81,7 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
     @torch.no_grad()
     def prepare() -> None:
         fits = collect(layers, feeding)
-        restrain(optimizer, fits)
+        restrain(optimizer, fits, feeding)
         for fit in fits:
             if fit.layers[0].gradient == "natural":
                 fit.follow(rate)
@@ -147,24 +147,37 @@ def collect(layers: list[BatchlessNorm], feeding: Sequence[Producer] = ()) -> li
 
 
 @torch.no_grad()
-def restrain(optimizer: Optimizer, fits: list[Fit]) -> None:
-    """Multiply all gradients by ``min(1, 1.5 / m2)``, m2 = E n^2 of the projected layer that is fitted worst.
+def restrain(optimizer: Optimizer, fits: list[Fit], feeding: Sequence[Producer] = ()) -> None:
+    """Multiply all gradients by ``1 / max(1, m2 / 1.5, c)``: a step counts for less where the next ones could not follow it.
 
-    Batch normalization divides an inflated activation by its own standard deviation in the same step; here it passes
-    on, grows from layer to layer and inflates the gradients. A step taken at a misfit therefore counts for less, until
-    mu and sigma have caught up.
+    - m2 = E n^2 of the projected layer that is fitted worst. Batch normalization divides an inflated activation by its own
+      standard deviation in the same step; here it passes on, grows from layer to layer and inflates the gradients, until
+      mu and sigma have caught up.
+    - c, the largest ``lr / (1 - momentum) |g| / |w|`` of the weights before projected layers: no gradient moves a weight by
+      more than its own length, which batch normalization would survive and lagging statistics do not.
 
     Args:
         optimizer: Whose gradients.
         fits: Of the layers in this step; those without projection do not matter.
+        feeding: Layers that feed projected ones.
     """
-    misfits = [fit.misfit.max() for fit in fits if fit.projected]
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     grads = [p.grad for p in params if p.grad is not None]
-    if misfits and grads:
-        factor = (MISFIT / torch.stack([m.to(misfits[0].device) for m in misfits]).max()).clamp(max=1)
-        for device in {grad.device for grad in grads}:
-            torch._foreach_mul_([grad for grad in grads if grad.device == device], factor.to(device))
+    excess = [fit.misfit.max() / MISFIT for fit in fits if fit.projected]
+    if not (excess and grads):
+        return
+    weights = {id(producer.layer._parameters.get("weight")) for producer in feeding}
+    for group in optimizer.param_groups:
+        moved = [p for p in group["params"] if id(p) in weights and p.grad is not None]
+        if moved:
+            step, length = (
+                torch.stack([norm.to(excess[0].device) for norm in torch._foreach_norm(tensors)])
+                for tensors in ([p.grad for p in moved], moved)
+            )
+            excess.append((lasting_rate(optimizer, group) * torch.where(length > 0, step / length, 0)).max())
+    factor = 1 / torch.stack([e.to(excess[0].device) for e in excess]).max().clamp(min=1)
+    for device in {grad.device for grad in grads}:
+        torch._foreach_mul_([grad for grad in grads if grad.device == device], factor.to(device))
 
 
 def _move_to_own_group(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> None:

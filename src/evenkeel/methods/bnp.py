@@ -20,7 +20,7 @@ from evenkeel.methods.bnp_layers import choose, removed_means
 from evenkeel.methods.layer_steps import LayerStep, Rate, Transform
 from evenkeel.methods.observed import Observed
 from evenkeel.methods.row_statistics import Metric, Metrics, RowStatistics, restored
-from evenkeel.stepping import StepHandle, before_step
+from evenkeel.stepping import StepHandle, before_step, lasting_rate
 
 
 class BNP:
@@ -269,18 +269,9 @@ class BNP:
 
 
 def _rates(optimizer: Optimizer) -> dict[int, Rate]:
-    """For each parameter, how far the optimizer carries it along a lasting gradient: learning rate over 1 - momentum.
-
-    Where a fused optimizer under AMP unscales the gradients itself, they are still scaled here.
-    """
-    scale = getattr(optimizer, "grad_scale", None)
-    rates: dict[int, Rate] = {}
-    for group in optimizer.param_groups:
-        rate = group.get("lr", 0.0) / (1 - group.get("momentum", 0.0))
-        if scale is not None:
-            rate = rate / scale
-        rates.update((id(p), rate) for p in group["params"])
-    return rates
+    """For each parameter, its :func:`evenkeel.stepping.lasting_rate`."""
+    groups = ((lasting_rate(optimizer, group), group["params"]) for group in optimizer.param_groups)
+    return {id(p): rate for rate, params in groups for p in params}
 
 
 def _trained(optimizer: Optimizer) -> set[int]:
