@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from evenkeel.cli import main
 from evenkeel.study.check import check
 from evenkeel.study.compare import summary
 from evenkeel.study.errors import StudyError
@@ -28,6 +29,7 @@ def model(shape, classes): return net(nn.BatchNorm1d(8))
 def bare(shape, classes): return net(nn.Identity())
 def layer_norm(shape, classes): return net(nn.LayerNorm(8))
 def frozen(shape, classes): return net(nn.BatchNorm1d(8)).requires_grad_(False)
+def narrow(shape, classes): return nn.Linear(4, classes)
 ONE = net(nn.BatchNorm1d(8))
 def shared(shape, classes): return ONE
 """
@@ -80,3 +82,21 @@ def test_a_factory_that_hands_out_one_model_is_refused(own, tmp_path, monkeypatc
 @pytest.mark.parametrize("given", [{"model": "bare", "methods": "none,bnp"}, {"model": "layer_norm"}])
 def test_a_model_without_batch_normalization_is_compared_where_methods_differ(own, given):
     check(own(**given))
+
+
+@pytest.mark.parametrize("command", ["compare", "doctor", "landscape"])
+def test_a_model_that_does_not_fit_the_data_is_named_by_every_command(command, own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = own(data="data", model="narrow")
+    arguments = ["--batch-sizes", "8"] if command == "compare" else ["--batch-size", "8"]
+    assert main([command, "--data", config.data, "--model", config.model, *arguments]) == 2
+    assert "narrow: cannot take inputs of shape (2, 5) from --data" in capsys.readouterr().err
+
+
+def test_landscape_goes_on_without_a_method_that_cannot_run(tmp_path, capsys):
+    arguments = ["--data", "spiral", "--model", "mlp", "--methods", "none,batch", "--batch-size", "1", "--steps", "2"]
+    assert main(["landscape", *arguments, "--every", "1", "--limit", "60", "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "landscape.md").read_text()
+    assert "No landscape of batch: ValueError: Expected more than 1 value per channel" in page
+    assert "| none |" in page
+    assert "| batch |" not in page

@@ -36,27 +36,12 @@ def check(config: StudyConfig) -> Data:
             )
     _check_classes(config, data)
     model = _built(config, data)
-    sample = data.normalise(data.train.examples(slice(2))[0].to(config.device))
     if config.augmentation and (len(data.input_shape) != 3 or config.crop >= min(data.input_shape[1:])):
         raise StudyError(
             f"--flip, --crop: --data {config.data} has inputs of shape {data.input_shape}; they need images "
             "larger than the crop"
         )
-    model.eval()
-    try:
-        with torch.no_grad():
-            output = model(sample)
-    except Exception as error:
-        raise StudyError(
-            f"--model {config.model}: cannot take inputs of shape {tuple(sample.shape)} from --data {config.data} "
-            f"({type(error).__name__}: {error}); give a model that fits the data"
-        ) from error
-    if not isinstance(output, torch.Tensor) or output.shape != (len(sample), data.classes):
-        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise StudyError(
-            f"--model {config.model}: its output is {found} where --data {config.data} with {data.classes} classes needs "
-            f"{(len(sample), data.classes)}; build the model with `classes` outputs"
-        )
+    check_fit(config.model, model, data, config.device)
     alike = same_networks(config.methods, model)
     if alike:
         raise StudyError(
@@ -72,6 +57,38 @@ def check(config: StudyConfig) -> Data:
             "it must build a new model with every call"
         )
     return data
+
+
+def check_fit(name: str, model: nn.Module, data: Data, device: str) -> None:
+    """Try a model on two examples.
+
+    Args:
+        name: What the user called it.
+        model: The model, left as it was.
+        data: The data.
+        device: Where the model is.
+
+    Raises:
+        StudyError: It cannot take them, or does not give logits of their classes.
+    """
+    sample = data.normalise(data.train.examples(slice(2))[0].to(device))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(sample)
+        model.train(was_training)
+    except Exception as error:
+        raise StudyError(
+            f"--model {name}: cannot take inputs of shape {tuple(sample.shape)} from --data {data.name} "
+            f"({type(error).__name__}: {error}); give a model that fits the data"
+        ) from error
+    if not isinstance(output, torch.Tensor) or output.shape != (len(sample), data.classes):
+        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise StudyError(
+            f"--model {name}: its output is {found} where --data {data.name} with {data.classes} classes needs "
+            f"{(len(sample), data.classes)}; build the model with `classes` outputs"
+        )
 
 
 def _check_classes(config: StudyConfig, data: Data) -> None:

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 import evenkeel
 from evenkeel.instruments import Diagnosis
 from evenkeel.study.batches import batches
+from evenkeel.study.check import check_fit
 from evenkeel.study.data import load_data
 from evenkeel.study.environment import check_device
 from evenkeel.study.errors import StudyError, nearest
@@ -64,6 +65,7 @@ def run_doctor(config: DoctorConfig) -> Diagnosis:
         model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device)
     except ValueError as error:
         raise StudyError(f"--data, --model: {error}") from error
+    check_fit(config.model, model, data, config.device)
     budget = BATCHES * config.batch_size
     stream = batches(data, data.train, batch_size=config.batch_size, budget=budget, seed=0, device=config.device)
     samples = list(islice(stream, BATCHES))

@@ -23,6 +23,7 @@ from evenkeel.instruments import Monitor, activations, covariate_shift, snapshot
 from evenkeel.instruments.layers import WEIGHTED
 from evenkeel.methods.noisy_norm import MomentNoise
 from evenkeel.study.batches import batches
+from evenkeel.study.check import check_fit
 from evenkeel.study.data import Data, load_data
 from evenkeel.study.environment import environment
 from evenkeel.study.errors import StudyError
@@ -181,15 +182,22 @@ def run_landscape(
     try:
         data = load_data(config.data, limit=config.limit)
         task = classification(config, data)
-        task.build(config.methods[0])
+        model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device)
     except ValueError as error:
         raise StudyError(f"--data, --model: {error}") from error
-    traces = []
+    check_fit(config.model, model, data, config.device)
+    traces, failed = [], []
     for method in config.methods:
         show(f"{method}: {config.steps} steps of {config.batch_size} examples")
-        traces.append(watch(task, method, every=config.every, span=config.span, seed=config.seed))
+        try:
+            traces.append(watch(task, method, every=config.every, span=config.span, seed=config.seed))
+        except Exception as error:  # the others' runs are not lost for it
+            failed.append(f"No landscape of {method}: {type(error).__name__}: {error}".splitlines()[0])
+            show(failed[-1])
+    if not traces:
+        raise StudyError(f"--methods: none could run; {failed[0]}")
     title = f"{config.model} on {Path(config.data).name}: the landscape of {', '.join(config.methods)}"
-    notes = (data.note,) if data.note else ()
+    notes = (*filter(None, [data.note]), *failed)
     return LandscapeRecord(title, asdict(config), tuple(traces), command, environment(config.device), notes)
 
 
