@@ -76,6 +76,21 @@ def test_a_report_is_not_replaced_by_an_empty_one_when_the_trials_are_gone(study
     assert (tmp_path / "report.md").read_bytes() == (study / "report.md").read_bytes()
 
 
+def test_a_terminal_without_unicode_gets_the_report_and_errors_in_one_line(study):
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+
+    def in_ascii(*arguments):
+        command = [sys.executable, "-m", "evenkeel.cli", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    done = in_ascii("report", study)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"report: {study / 'report.html'}" in done.stdout
+    refused = in_ascii("compare", "--seeds", "many")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: Error parsing --seeds: give a whole number, not 'many' (see evenkeel")
+
+
 def test_another_configuration_in_the_same_folder_is_refused(study, capsys):
     changed = [*QUICK[:-1], "--momentum", "0.5", "--out", study]
     assert run("compare", *changed) == 2

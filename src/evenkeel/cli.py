@@ -38,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
         OSError: Where it does not say what is wrong, or with ``--debug``.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a sign that a terminal does not have must not end a study
     try:
         command = _parse(arguments)
         return command.run(arguments)
@@ -97,8 +100,8 @@ def _parse(arguments: list[str]) -> Any:
 
 def _one_line(framed: str) -> str:
     """The first two paragraphs of tyro's message, without its frame: what is wrong, and what was perhaps meant."""
-    lines = [line.strip("│╭╮╰╯ ") for line in framed.splitlines()]
-    paragraphs = " ".join("\n" if set(line) <= {"─"} else line for line in lines[1:]).split("\n")
+    lines = [line.strip("│╭╮╰╯|+ ") for line in framed.splitlines()]  # of ASCII where the terminal has no more
+    paragraphs = " ".join("\n" if set(line) <= {"─", "-"} else line for line in lines[1:]).split("\n")
     kept = [" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip()]
     line = "; ".join(kept[: 2 if "meant" in framed else 1])
     return line.replace("invalid literal for int() with base 10:", "give a whole number, not")

@@ -17,9 +17,9 @@ class Landscape:
     """Train methods under the instruments: smoothness of the loss, covariate shift, stability of the activations."""
 
     data: str = "digits"
-    """digits, spiral, a Hugging Face name, a local folder, or package.module:factory."""
+    """digits, spiral, a Hugging Face name, a local folder, or your own: FILE.py:factory, package.module:factory."""
     model: str = "digits-cnn"
-    """A name such as vgg13-small, or package.module:factory."""
+    """A name such as vgg13-small, or your own: FILE.py:factory, package.module:factory."""
     methods: str = "none,batch,noisy-batch,none+noise,bnp,l1"
     """Comma-separated; see `evenkeel recipes`. none+noise is the noise of noisy-batch without normalization."""
     batch_size: int = 128

@@ -19,9 +19,9 @@ class Compare:
     """Compare methods fairly on one model and data, and write a report."""
 
     data: str = "digits"
-    """digits, spiral, a Hugging Face name, a local folder, or package.module:factory."""
+    """digits, spiral, a Hugging Face name, a local folder, or your own: FILE.py:factory, package.module:factory."""
     model: str = "digits-cnn"
-    """A name such as resnet20, or package.module:factory."""
+    """A name such as resnet20, or your own: FILE.py:factory, package.module:factory."""
     methods: str = "none,batch,group,bnp,batchless-projected"
     """Comma-separated; see `evenkeel recipes`."""
     batch_sizes: str = "64,8,1"

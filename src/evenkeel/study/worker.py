@@ -20,7 +20,7 @@ import torch
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from evenkeel.study.data import Data
+from evenkeel.study.data import Data, DataError
 from evenkeel.study.errors import StudyError
 from evenkeel.study.owners import owner
 from evenkeel.study.plan import Slot, StudyConfig, slots
@@ -147,7 +147,7 @@ def _worker_main(place: Place, config: StudyConfig) -> None:
         store = place.store()
         store.config = config
         work(store, config, load(config), place.checkpoints)
-    except ValueError as error:  # a line, as the parent would say it
+    except (StudyError, DataError) as error:  # a line, as the parent would say it
         sys.exit(f"error: {error}")
 
 
