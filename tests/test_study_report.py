@@ -212,6 +212,13 @@ def test_the_time_that_all_runs_took_is_told():
     assert "one after the other" not in render_markdown(record([], planned=3))
 
 
+def test_the_thread_that_steps_are_timed_on_is_told_for_a_cpu():
+    for render in (render_html, render_markdown):
+        assert "in turns" in render(realistic(device="cuda"))
+        assert "on one thread" in render(realistic(device="cpu"))
+        assert "on one thread" not in render(realistic(device="cuda"))
+
+
 def test_crosses_and_markers_of_the_first_point_stay_clear_of_the_labels_of_the_axis():
     trials = [result(method=m, size=s, state="diverged") for m in ("batch", "group", "none") for s in (8, 1)]
     page = render_html(record([*trials, result(method="layer", size=8)], sizes=(8, 1)))
