@@ -323,6 +323,8 @@ def two(): return pair(8), pair(4)
 def shapes(): return pair(8), None, (torch.randn(4, 5), torch.arange(4))
 def floats(): return pair(8), None, (torch.randn(4, 4), torch.rand(4))
 def nans(): return pair(8), None, (torch.full((4, 4), float("nan")), torch.arange(4))
+def measured(): return pair(8), None, TensorDataset(torch.zeros(4, 4), torch.rand(4))
+def arrays(): return *(tuple(t.numpy() for t in pair(8)), None), pair(4)
 def none(): return None, None, pair(4)
 def empty(): return pair(8), None, pair(0)
 def odd(): return pair(8), None, ["no", "pairs"]
@@ -338,13 +340,13 @@ def factory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["mydata", "file"])
-@pytest.mark.parametrize("name", ["tensors", "sets"])
-def test_a_factory_of_tensors_or_datasets_works(factory, where, name):
+@pytest.mark.parametrize("name", ["tensors", "sets", "arrays"])
+def test_a_factory_of_tensors_datasets_or_arrays_works(factory, where, name):
     data = load_data(f"{factory if where == 'file' else where}:{name}")
     assert (len(data.train), len(data.test), data.classes, data.input_shape) == (8, 4, 2, (4,))
     assert data.train.labels.dtype == torch.int64
-    assert (data.validation is None) == (name == "sets")
-    assert len(data.split_validation(0.25)[1]) == (2 if name == "sets" else 4)
+    assert (data.validation is None) == (name != "tensors")
+    assert len(data.split_validation(0.25)[1]) == (4 if name == "tensors" else 2)
 
 
 @pytest.mark.parametrize(
@@ -354,6 +356,7 @@ def test_a_factory_of_tensors_or_datasets_works(factory, where, name):
         ("two", "returned 2 values; it must return"),
         ("shapes", r"test inputs have shape \(5,\) instead of train's \(4,\)"),
         ("floats", "test: labels must be class numbers"),
+        ("measured", "test: labels must be class numbers"),
         ("nans", "test: inputs contain NaN"),
         ("none", "train is None"),
         ("empty", "test: inputs .* N > 0"),

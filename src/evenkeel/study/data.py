@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from math import pi
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -277,15 +278,17 @@ def _described(value: Any) -> str:
 
 
 def _split(part: Any, where: str) -> Split:
-    # A Dataset of (input, label), or a pair of tensors, as tensors.
+    # A Dataset of (input, label), or a pair of tensors or arrays, as tensors.
     if isinstance(part, Split):
         part = (part.inputs, part.labels)
-    if not (isinstance(part, (tuple, list)) and len(part) == 2 and all(isinstance(t, Tensor) for t in part)):
+    if isinstance(part, (tuple, list)) and len(part) == 2 and all(isinstance(t, (Tensor, np.ndarray)) for t in part):
+        part = tuple(map(torch.as_tensor, part))
+    else:
         try:
             pairs = [part[i] for i in range(len(part))]
             part = (
                 torch.stack([torch.as_tensor(x) for x, _ in pairs]),
-                torch.tensor([int(y) for _, y in pairs], dtype=torch.int64),
+                torch.stack([torch.as_tensor(y).reshape(()) for _, y in pairs]),
             )
         except Exception as error:
             raise DataError(

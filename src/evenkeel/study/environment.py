@@ -51,7 +51,7 @@ def check_device(device: str) -> None:
         StudyError: They cannot.
     """
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # the meta device makes tensors without values
     except (RuntimeError, AssertionError) as error:
         raise StudyError(
             f"--device {device}: cannot be used here ({str(error).splitlines()[0]}); use --device cpu"
