@@ -34,6 +34,7 @@ def test_each_paragraph_of_a_cards_code_runs_on_a_model_of_yours(paragraph):
     names |= {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
     names |= {"objective": lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])}
     exec(paragraph, names)
+    assert names["model"](x).isfinite().all()  # it runs, and leaves a model that does
 
 
 @pytest.mark.parametrize("name", evenkeel.recipes())
