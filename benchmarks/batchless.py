@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import evenkeel
+import normkit
 from common import interleaved, ratio, save, synchronized, timer
-from evenkeel.study.models.build import build_model
+from normkit.study.models.build import build_model
 
 METHODS = ("batch", "batchless", "batchless-projected", "batch-renorm", "group", "layer", "none")
 NO_AFFINE = "batchless, affine=False"
@@ -33,7 +33,7 @@ def converted(method: str, model: nn.Module) -> nn.Module:
             norm.register_parameter("weight", None)
             norm.register_parameter("bias", None)
         method = "batchless"
-    return model if method == "batch" else evenkeel.convert(model, method)
+    return model if method == "batch" else normkit.convert(model, method)
 
 
 def saved_bytes(model: nn.Module, inputs: Tensor) -> int:
@@ -78,7 +78,7 @@ def time(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     labels = torch.randint(0, 10, (args.batch_size,), device=args.device)
     tasks = {}
     for method in METHODS:
-        model, optimizer = evenkeel.apply(method, copy.deepcopy(base), lr=1e-3)
+        model, optimizer = normkit.apply(method, copy.deepcopy(base), lr=1e-3)
 
         def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
             optimizer.zero_grad()

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import evenkeel
+import normkit
 from common import save
-from evenkeel.methods import batchless_projected, batchless_step, batchless_training
-from evenkeel.methods.batchless import batchless_layers
-from evenkeel.study.data import load_data
-from evenkeel.study.models import build_model
+from normkit.methods import batchless_projected, batchless_step, batchless_training
+from normkit.methods.batchless import batchless_layers
+from normkit.study.data import load_data
+from normkit.study.models import build_model
 
 
 def network(model: str) -> nn.Module:
@@ -48,7 +48,7 @@ def run(
     torch.manual_seed(seed)
     x, labels = splits["train"]
     start = process_time()
-    model, stepped = evenkeel.apply(method, network(network_name), lr=lr, batches=[x[:256]], optimizer=optimizer)
+    model, stepped = normkit.apply(method, network(network_name), lr=lr, batches=[x[:256]], optimizer=optimizer)
     order = torch.cat([torch.randperm(len(x)) for _ in range(1 + budget // len(x))])[:budget]
     losses = []
     for index in order.split(batch_size):

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from common import interleaved, ratio, save, synchronized, timer
-from evenkeel import BNP, convert
-from evenkeel.study.models import build_model
+from normkit import BNP, convert
+from normkit.study.models import build_model
 
 CONTENDERS = ("none", "batch", "bnp", "bnp-paper", "observing")
 """``observing``: the hooks of BNP without its step, to see where the time goes."""

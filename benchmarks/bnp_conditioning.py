@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import evenkeel
+import normkit
 from common import save
-from evenkeel.study.data import load_data
-from evenkeel.study.models import build_model
+from normkit.study.data import load_data
+from normkit.study.models import build_model
 
 
 def preconditioner(h: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def real_layers(steps: int) -> dict[str, dict[str, float]]:
     data = load_data("digits")
     torch.manual_seed(0)
     model = build_model("digits-cnn", input_shape=data.input_shape, classes=data.classes)
-    model, optimizer = evenkeel.apply("none", model, lr=0.03)
+    model, optimizer = normkit.apply("none", model, lr=0.03)
     for _ in range(steps):
         chosen = torch.randint(len(data.train.labels), (64,))
         optimizer.zero_grad()

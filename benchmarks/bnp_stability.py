@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import evenkeel
+import normkit
 from common import save
-from evenkeel.study.data import Data, load_data
-from evenkeel.study.models import build_model
+from normkit.study.data import Data, load_data
+from normkit.study.models import build_model
 
 
 def train(data: Data, args: argparse.Namespace, method: str, batch: int, lr: float) -> dict[str, Any]:
@@ -28,9 +28,9 @@ def train(data: Data, args: argparse.Namespace, method: str, batch: int, lr: flo
     torch.manual_seed(args.seed)
     model = build_model(args.model, input_shape=data.input_shape, classes=data.classes)
     name, _, bound = method.partition(":")
-    model, optimizer = evenkeel.apply("none" if bound else name, model, lr=lr, momentum=0.9)
+    model, optimizer = normkit.apply("none" if bound else name, model, lr=lr, momentum=0.9)
     if bound:
-        evenkeel.BNP(model, max_change=float(bound)).attach(optimizer)
+        normkit.BNP(model, max_change=float(bound)).attach(optimizer)
     steps = args.examples // batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, cycle_momentum=False)
     order = torch.cat([

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from evenkeel.study.environment import environment
+from normkit.study.environment import environment
 
 
 def timer(device: str) -> Callable[[], float]:

@@ -9,13 +9,13 @@ import argparse
 import torch
 from torch import Tensor
 
-import evenkeel
+import normkit
 from common import interleaved, ratio, save
-from evenkeel.study.batches import Augmentation, batches
-from evenkeel.study.data import Split, make_data
-from evenkeel.study.loop import training_step
-from evenkeel.study.models import build_model
-from evenkeel.study.training import Training
+from normkit.study.batches import Augmentation, batches
+from normkit.study.data import Split, make_data
+from normkit.study.loop import training_step
+from normkit.study.models import build_model
+from normkit.study.training import Training
 
 
 def measure(batch_size: int, steps: int, rounds: int) -> dict[str, object]:
@@ -23,7 +23,7 @@ def measure(batch_size: int, steps: int, rounds: int) -> dict[str, object]:
     inputs = torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8)
     split = Split(inputs, torch.arange(50_000) % 10)
     data = make_data("random", split, split)
-    model, optimizer = evenkeel.apply("batch", build_model("resnet20", input_shape=(3, 32, 32), classes=10), lr=0.01)
+    model, optimizer = normkit.apply("batch", build_model("resnet20", input_shape=(3, 32, 32), classes=10), lr=0.01)
     options = {"batch_size": batch_size, "seed": 0, "augmentation": Augmentation(flip=True, crop=4)}
     stream = batches(data, split, budget=10**9, **options)
     batch: tuple[Tensor, Tensor] = next(stream)

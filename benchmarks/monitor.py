@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import evenkeel
+import normkit
 from common import interleaved, save
-from evenkeel.instruments import Monitor
-from evenkeel.study.models import build_model
+from normkit.instruments import Monitor
+from normkit.study.models import build_model
 
 EVERY = 200
 CASES = (("resnet20", (3, 32, 32), 128), ("resnet20", (3, 32, 32), 8), ("digits-cnn", (1, 8, 8), 64))
@@ -31,7 +31,7 @@ def measure(method: str, name: str, shape: tuple[int, ...], batch_size: int, rou
     torch.manual_seed(0)
     batch = torch.randn(batch_size, *shape, device=device), torch.randint(10, (batch_size,), device=device)
     model = build_model(name, input_shape=shape, classes=10).to(device)
-    model, optimizer = evenkeel.apply(method, model, lr=0.01, batches=[batch[0]])
+    model, optimizer = normkit.apply(method, model, lr=0.01, batches=[batch[0]])
     rare = Monitor(model, objective, optimizer, every=10**9)
     always = Monitor(model, objective, optimizer, every=1)
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import ratio, save, timer
-from evenkeel import SGDG, AdamG
+from normkit import SGDG, AdamG
 
 
 def resnet50() -> Iterator[tuple[int, ...]]:

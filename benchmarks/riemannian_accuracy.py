@@ -21,13 +21,13 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from common import save
-from evenkeel import SGDG, AdamG, param_groups
-from evenkeel.study.data import Data
-from evenkeel.study.loop import Diverged, Loop, evaluate
-from evenkeel.study.models import build_model
-from evenkeel.study.plan import StudyConfig
-from evenkeel.study.records import TrialKey
-from evenkeel.study.trial import load
+from normkit import SGDG, AdamG, param_groups
+from normkit.study.data import Data
+from normkit.study.loop import Diverged, Loop, evaluate
+from normkit.study.models import build_model
+from normkit.study.plan import StudyConfig
+from normkit.study.records import TrialKey
+from normkit.study.trial import load
 
 DECAY = 5e-4
 Build = Callable[[nn.Module, float], Optimizer]

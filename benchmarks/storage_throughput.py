@@ -17,9 +17,9 @@ from pathlib import Path
 from optuna.trial import TrialState
 
 from common import save
-from evenkeel.study.plan import StudyConfig
-from evenkeel.study.store import Store
-from evenkeel.study.worker import lock_file
+from normkit.study.plan import StudyConfig
+from normkit.study.store import Store
+from normkit.study.worker import lock_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import idle_worker

@@ -16,11 +16,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 from common import interleaved, ratio, save
-from evenkeel.study.loop import LOSS_POINTS, Loop
-from evenkeel.study.plan import StudyConfig
-from evenkeel.study.records import CurvePoint, TrialKey
-from evenkeel.study.schedules import lr_factor
-from evenkeel.study.trial import load, make
+from normkit.study.loop import LOSS_POINTS, Loop
+from normkit.study.plan import StudyConfig
+from normkit.study.records import CurvePoint, TrialKey
+from normkit.study.schedules import lr_factor
+from normkit.study.trial import load, make
 
 REPEATS = 4  # pairs of runs, each 23 paired times
 

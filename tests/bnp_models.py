@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD
 
-from evenkeel import BNP
+from normkit import BNP
 
 
 def mlp():

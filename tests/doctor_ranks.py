@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import evenkeel
+import normkit
 from gloo import one_of
 
 
@@ -31,6 +31,6 @@ def batches(count, size, seed):
 def examine(rank, folder):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
-    found = evenkeel.doctor(DistributedDataParallel(net), objective, batches(4, 8, seed=rank))
+    found = normkit.doctor(DistributedDataParallel(net), objective, batches(4, 8, seed=rank))
     if rank == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found.to_dict()))

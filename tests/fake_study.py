@@ -3,7 +3,7 @@
 import math
 import random
 
-from evenkeel.study.records import Cost, CurvePoint, StudyRecord, TrialKey, TrialResult
+from normkit.study.records import Cost, CurvePoint, StudyRecord, TrialKey, TrialResult
 
 METHODS = ("batch", "group", "layer", "batch-renorm", "none")
 SIZES = (64, 8, 1)
@@ -68,7 +68,7 @@ def record(trials, methods=METHODS, sizes=SIZES, seeds=3, planned=None, costs=()
     return StudyRecord(
         {**base, **config},
         {"python": "3.11.2", "torch": "2.13.0", "device": "cpu", "processor": "x86_64, 2 cores"},
-        "evenkeel compare --methods batch,group --out 'runs/my study'",
+        "normkit compare --methods batch,group --out 'runs/my study'",
         tuple(trials),
         tuple(costs),
         len(trials) if planned is None else planned,

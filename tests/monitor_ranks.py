@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from evenkeel.instruments import Monitor
 from gloo import one_of
+from normkit.instruments import Monitor
 
 
 def sums(model, batch):

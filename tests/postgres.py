@@ -28,8 +28,8 @@ class Server:
             self.port = probe.getsockname()[1]
         if os.geteuid() == 0:
             shutil.chown(folder, "postgres")
-        self._run("initdb", "--pgdata", folder / "data", "--auth", "trust", "--no-sync", "--username", "evenkeel")
-        self.url = f"postgresql+psycopg2://evenkeel:secret@127.0.0.1:{self.port}/postgres"
+        self._run("initdb", "--pgdata", folder / "data", "--auth", "trust", "--no-sync", "--username", "normkit")
+        self.url = f"postgresql+psycopg2://normkit:secret@127.0.0.1:{self.port}/postgres"
 
     def _run(self, program: str, *arguments: object) -> None:
         as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
@@ -56,7 +56,7 @@ class Server:
 @contextlib.contextmanager
 def server() -> Generator[Server, None, None]:
     """A running server."""
-    folder = Path(tempfile.mkdtemp(prefix="evenkeel-postgres-"))
+    folder = Path(tempfile.mkdtemp(prefix="normkit-postgres-"))
     try:
         made = Server(folder)
         made.start()

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import evenkeel
-from evenkeel.study import loop as loop_module
-from evenkeel.study.data import Data
-from evenkeel.study.loop import Loop, evaluate
-from evenkeel.study.plan import StudyConfig
-from evenkeel.study.records import TrialKey
-from evenkeel.study.trial import load, make, run_trial
+import normkit
+from normkit.study import loop as loop_module
+from normkit.study.data import Data
+from normkit.study.loop import Loop, evaluate
+from normkit.study.plan import StudyConfig
+from normkit.study.records import TrialKey
+from normkit.study.trial import load, make, run_trial
 
-METHODS = [m for m in evenkeel.recipes() if m != "zero-gamma"]  # which needs residual branches
+METHODS = [m for m in normkit.recipes() if m != "zero-gamma"]  # which needs residual branches
 CONFIG = StudyConfig(methods=("batch",), batch_sizes=(12,), budget=48, micro_batch=4, lr=0.02)
 WHOLE = dataclasses.replace(CONFIG, batch_sizes=(13,), micro_batch=0)  # ranks' shares differ: 7 and 6, at last 5 and 4
 

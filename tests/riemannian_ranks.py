@@ -6,8 +6,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from evenkeel import SGDG, AdamG, param_groups, scale_invariance
 from gloo import one_of
+from normkit import SGDG, AdamG, param_groups, scale_invariance
 
 RULES = {"sgdg": SGDG, "adamg": AdamG}
 STEPS = 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from evenkeel.instruments import angular, gradient_removed, snapshot
+from normkit.instruments import angular, gradient_removed, snapshot
 
 
 def net_with_norm():

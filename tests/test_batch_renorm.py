@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-import evenkeel
-from evenkeel import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-from evenkeel.functional import renorm_correction
+import normkit
+from normkit import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from normkit.functional import renorm_correction
 
 SHAPES = [
     (BatchRenorm1d, (6, 3)),
@@ -132,7 +132,7 @@ def test_low_precision_inputs_keep_wide_statistics():
 def test_the_recipe_trains_at_batch_size_one_on_feature_maps():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
-    model, optimizer = evenkeel.apply("batch-renorm", net, lr=0.01)
+    model, optimizer = normkit.apply("batch-renorm", net, lr=0.01)
     x = torch.randn(8, 1, 8, 8)
     y = (x.mean((1, 2, 3)) > 0).long()
     losses = []

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-import evenkeel
-from evenkeel.functional import gaussian_nll_gradients
-from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
-from evenkeel.methods.batchless_functions import moments_about
-from evenkeel.methods.batchless_step import Plain
-from evenkeel.methods.batchless_training import collect
-from evenkeel.moments import observe
+import normkit
+from normkit.functional import gaussian_nll_gradients
+from normkit.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
+from normkit.methods.batchless_functions import moments_about
+from normkit.methods.batchless_step import Plain
+from normkit.methods.batchless_training import collect
+from normkit.moments import observe
 
 CASES = [
     (BatchlessNorm1d, nn.BatchNorm1d, (7, 3)),
@@ -130,7 +130,7 @@ def test_batch_normalization_goes_there_and_back(cls, bn_cls, shape, affine):
     norm = cls.from_batchnorm(bn)
     assert not norm.training
     torch.testing.assert_close(norm(x), bn(x), rtol=1e-12, atol=1e-12)
-    back = evenkeel.convert(norm, "batch")
+    back = normkit.convert(norm, "batch")
     assert type(back) is bn_cls
     for name, tensor in back.state_dict().items():
         if name != "num_batches_tracked":
@@ -243,7 +243,7 @@ def test_tracks_a_drifting_gaussian_of_any_scale(spread, scale):
     torch.manual_seed(0)
     norm = BatchlessNorm1d(4, scale=scale, eps=0.0, dtype=torch.float64)
     optimizer = torch.optim.SGD(norm.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    evenkeel.attach(norm, optimizer)
+    normkit.attach(norm, optimizer)
     for step in range(400):
         center = spread * step / 200
         optimizer.zero_grad()
@@ -279,7 +279,7 @@ def test_mismatch_is_zero_at_a_perfect_fit_and_grows_with_the_misfit():
 def test_a_dead_channel_ends_at_eps_and_stays_finite():
     norm = BatchlessNorm1d(2, dtype=torch.float64, eps=1e-4)
     optimizer = torch.optim.SGD(norm.parameters(), lr=0.1)
-    evenkeel.attach(norm, optimizer, rate=0.5)
+    normkit.attach(norm, optimizer, rate=0.5)
     x = torch.randn(32, 2).double()
     x[:, 0] = 3.0
     for _ in range(60):
@@ -303,7 +303,7 @@ def test_an_output_that_is_dropped_is_freed_at_once(options):
 
 def test_a_copy_is_not_attached_but_equal():
     norm = layer(BatchlessNorm1d)
-    evenkeel.attach(norm, torch.optim.SGD(norm.parameters(), lr=0.1))
+    normkit.attach(norm, torch.optim.SGD(norm.parameters(), lr=0.1))
     clone = copy.deepcopy(norm)
     assert norm.is_collected
     assert not clone.is_collected

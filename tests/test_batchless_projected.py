@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import evenkeel
-from evenkeel.functional import projected_gradient, projected_weight_gradient
-from evenkeel.methods import batchless_weights
-from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
-from evenkeel.methods.batchless_projected import regression
-from evenkeel.methods.batchless_training import collect
-from evenkeel.moments import observe, totals
+import normkit
+from normkit.functional import projected_gradient, projected_weight_gradient
+from normkit.methods import batchless_weights
+from normkit.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
+from normkit.methods.batchless_projected import regression
+from normkit.methods.batchless_training import collect
+from normkit.moments import observe, totals
 
 CASES = [
     (BatchlessNorm1d, nn.BatchNorm1d, (7, 3)),
@@ -163,9 +163,9 @@ def projected_by_the_step(layer, x, coefficients):
     """The layer's gradient after its optimizer's step, in front of a projected layer with the batch's own statistics."""
     norm = {2: BatchlessNorm1d, 3: BatchlessNorm1d, 4: BatchlessNorm2d}[x.dim()](4, projected=True, eps=0.0)
     model = nn.Sequential(layer, norm).double()
-    evenkeel.initialize(model, [x])
+    normkit.initialize(model, [x])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    evenkeel.attach(model, optimizer)
+    normkit.attach(model, optimizer)
     optimizer.zero_grad()
     (model(x) * coefficients).sum().backward()
     optimizer.step()
@@ -260,7 +260,7 @@ class Fed(nn.Module):
 def stepped(model, x):
     """Gradients of the layer's weight before and in the step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    evenkeel.attach(model, optimizer)
+    normkit.attach(model, optimizer)
     model(x).square().sum().backward()
     before = model.layer.weight.grad.clone()
     optimizer.step()
@@ -291,10 +291,10 @@ def test_a_weight_that_is_computed_from_others_is_not_computed_by_the_step(late)
     model = Fed()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     if late:
-        evenkeel.attach(model, optimizer)
+        normkit.attach(model, optimizer)
     nn.utils.parametrizations.spectral_norm(model.layer)
     if not late:
-        evenkeel.attach(model, optimizer)
+        normkit.attach(model, optimizer)
     model(torch.randn(5, 4)).square().sum().backward()
     iterate = model.layer.parametrizations.weight[0]._u.clone()
     optimizer.step()
@@ -303,9 +303,9 @@ def test_a_weight_that_is_computed_from_others_is_not_computed_by_the_step(late)
 
 def test_in_a_copy_that_is_attached_the_originals_observer_is_idle(monkeypatch):
     model = Fed()
-    evenkeel.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    normkit.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
     copied, calls = copy.deepcopy(model), []
-    evenkeel.attach(copied, torch.optim.SGD(copied.parameters(), lr=0.01))
+    normkit.attach(copied, torch.optim.SGD(copied.parameters(), lr=0.01))
     monkeypatch.setattr(batchless_weights, "totals", lambda *args: calls.append(args) or totals(*args))
     copied(torch.randn(5, 4)).sum().backward()
     assert len(calls) == 1
@@ -318,8 +318,8 @@ def test_a_step_at_a_misfit_counts_for_less():
         model = nn.Sequential(BatchlessNorm1d(4, projected=True), nn.Linear(4, 2)).double()
         optimizer = torch.optim.SGD(model[1].parameters(), lr=1.0)
         x = torch.randn(100, 4).double()
-        evenkeel.initialize(model, [x])
-        evenkeel.attach(model, optimizer)
+        normkit.initialize(model, [x])
+        normkit.attach(model, optimizer)
         model(factor * x).sum().backward()
         raw = model[1].bias.grad.clone()
         optimizer.step()
@@ -336,9 +336,9 @@ def test_sigma_inflates_less_than_with_the_papers_gradient():
         model = nn.Sequential(*layers)
         x = torch.randn(256, 10)
         labels = (x[:, 0] * x[:, 1] > 0).long()
-        evenkeel.initialize(model, [x])
+        normkit.initialize(model, [x])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        evenkeel.attach(model, optimizer)
+        normkit.attach(model, optimizer)
         start = model[1].sigma.log().mean()
         for at in range(0, 16 * 200, 16):
             index = torch.arange(at, at + 16) % 256
@@ -362,7 +362,7 @@ def test_no_gradient_moves_a_weight_before_a_projected_layer_by_more_than_its_ow
     torch.manual_seed(0)
     model, x = Fed().double(), torch.randn(5, 4).double() + 1
     optimizer = torch.optim.SGD(model.parameters(), lr=1e3, momentum=momentum)
-    evenkeel.attach(model, optimizer)
+    normkit.attach(model, optimizer)
     weight, head = model.layer.weight.detach().clone(), model.head.weight.detach().clone()
     model(x).square().sum().backward()
     gradient = model.head.weight.grad.clone()
@@ -379,7 +379,7 @@ def test_a_weight_that_starts_at_zero_is_trained():
     nn.init.zeros_(model.layer.weight)
     nn.init.normal_(model.norm.bias)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    evenkeel.attach(model, optimizer)
+    normkit.attach(model, optimizer)
     (model(x) * torch.randn(5, 4).double()).sum().backward()
     optimizer.step()
     assert model.layer.weight.norm() > 0.01

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import evenkeel
-from evenkeel.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, batchless_layers
+import normkit
 from gloo import one_of
+from normkit.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, batchless_layers
 
 VARIANTS = {
     "batchless": {},
@@ -49,7 +49,7 @@ def state(model):
 def train(model, split, *, optimizer=None, steps=4, scaler=None):
     """The model's state after some steps on the same 16 instances, in micro-batches of the sizes in ``split``."""
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    evenkeel.attach(model, optimizer)
+    normkit.attach(model, optimizer)
     x, labels = data()
     for _ in range(steps):
         optimizer.zero_grad()
@@ -79,7 +79,7 @@ def test_micro_batches_do_not_show(options, split):
 def test_mean_losses_divided_by_the_number_of_micro_batches_do_not_show(options, parts):
     model = network(options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    evenkeel.attach(model, optimizer)
+    normkit.attach(model, optimizer)
     x, labels = data()
     for _ in range(4):
         optimizer.zero_grad()
@@ -124,7 +124,7 @@ def test_the_optimizers_momentum_decay_and_kind_do_not_reach_the_statistics(name
         own = {"SGD": {"momentum": momentum}, "Adam": {}}[name]
         params = [*norm.parameters(), *head.parameters()]
         optimizer = getattr(torch.optim, name)(params, lr=0.1, weight_decay=weight_decay, **own)
-        handle = evenkeel.attach(norm, optimizer)
+        handle = normkit.attach(norm, optimizer)
         torch.manual_seed(0)
         for _ in range(5):
             optimizer.zero_grad()
@@ -139,7 +139,7 @@ def test_the_optimizers_momentum_decay_and_kind_do_not_reach_the_statistics(name
 def test_clipping_does_not_see_the_likelihood():
     model = network({"gradient": "plain"})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    evenkeel.attach(model, optimizer)
+    normkit.attach(model, optimizer)
     x, labels = data()
     for _ in range(2):
         sum_loss(model(x * 100), labels, 16).backward()
@@ -150,7 +150,7 @@ def test_clipping_does_not_see_the_likelihood():
 def test_plain_statistics_get_a_group_without_weight_decay():
     model = network({"gradient": "plain"})
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.1)
-    evenkeel.attach(model, optimizer)
+    normkit.attach(model, optimizer)
     *_, own = optimizer.param_groups
     assert own["weight_decay"] == 0
     means = {layer.running_mean for layer in batchless_layers(model)}
@@ -162,7 +162,7 @@ def test_plain_statistics_get_a_group_without_weight_decay():
 def observed(model, run):
     """Whether a forward (and backward) pass moves the statistics at the next step."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    handle = evenkeel.attach(model, optimizer)
+    handle = normkit.attach(model, optimizer)
     before = batchless_layers(model)[0].running_mean.clone()
     run(model)
     optimizer.step()
@@ -205,7 +205,7 @@ def test_a_second_backward_pass_counts_no_row_twice(options):
     once, twice = network(options), network(options)
     for model, shares in ((once, [1.0]), (twice, [0.25, 0.75])):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        evenkeel.attach(model, optimizer)
+        normkit.attach(model, optimizer)
         x, labels = data()
         for _ in range(3):
             optimizer.zero_grad()
@@ -219,7 +219,7 @@ def test_a_second_backward_pass_counts_no_row_twice(options):
 def test_gradients_that_are_dropped_take_the_observation_along():
     model = network({"projected": True})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    evenkeel.attach(model, optimizer)
+    normkit.attach(model, optimizer)
     before = state(model)
     backward(model)
     optimizer.zero_grad()
@@ -231,7 +231,7 @@ def test_a_closure_is_the_same_step():
     plain, closed = network({}), network({})
     expected = train(plain, [16])
     optimizer = torch.optim.SGD(closed.parameters(), lr=0.1, momentum=0.9)
-    evenkeel.attach(closed, optimizer)
+    normkit.attach(closed, optimizer)
     x, labels = data()
 
     def closure():
@@ -250,7 +250,7 @@ def test_a_layer_that_nobody_attached_says_so_once():
     x = torch.randn(3, 2, requires_grad=True)
     for _ in range(7):
         norm(x).sum().backward()
-    with pytest.warns(UserWarning, match=r"evenkeel\.attach"):
+    with pytest.warns(UserWarning, match=r"normkit\.attach"):
         norm(x)
     norm(x)
 
@@ -259,21 +259,21 @@ def test_a_layer_that_nobody_attached_says_so_once():
 def test_attach_refuses_a_rate_out_of_range_before_anything_is_hooked(rate):
     model = network({})
     with pytest.raises(ValueError, match=f"rate is {rate}"):
-        evenkeel.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), rate=rate)
+        normkit.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), rate=rate)
     assert not any(layer.is_collected for layer in batchless_layers(model))
 
 
 def test_attach_refuses_a_model_without_layers_and_a_second_attachment():
     plain = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="no batchless layer"):
-        evenkeel.attach(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
+        normkit.attach(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
     model = network({})
     with pytest.raises(ValueError, match="this SGD holds no parameter of the model"):
-        evenkeel.attach(model, torch.optim.SGD(plain.parameters(), lr=0.1))
+        normkit.attach(model, torch.optim.SGD(plain.parameters(), lr=0.1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with evenkeel.attach(model, optimizer), pytest.raises(ValueError, match=r"'0\.1' is attached already"):
-        evenkeel.attach(model, optimizer)
-    evenkeel.attach(model, optimizer)
+    with normkit.attach(model, optimizer), pytest.raises(ValueError, match=r"'0\.1' is attached already"):
+        normkit.attach(model, optimizer)
+    normkit.attach(model, optimizer)
 
 
 @variants
@@ -282,7 +282,7 @@ def test_a_run_resumed_from_its_state_dicts_goes_on_exactly(options, kind):
     def run(steps, saved=None):
         model = network(options).float()
         optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.01)
-        evenkeel.attach(model, optimizer)
+        normkit.attach(model, optimizer)
         if saved:
             model.load_state_dict(saved[0])
             optimizer.load_state_dict(saved[1])
@@ -303,7 +303,7 @@ def test_a_run_resumed_from_its_state_dicts_goes_on_exactly(options, kind):
 def test_removing_the_handle_leaves_the_statistics_alone():
     model = network({})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    evenkeel.attach(model, optimizer).remove()
+    normkit.attach(model, optimizer).remove()
     before = model[0][1].running_mean.clone()
     backward(model)
     optimizer.step()
@@ -318,7 +318,7 @@ def test_initialize_normalizes_every_layer_whatever_the_batches(wrap):
     model[0].eval()
     x, _ = data(48)
     forward = (lambda m, b: m(b["input"])) if isinstance(wrap(x), dict) else None
-    evenkeel.initialize(model, [wrap(part) for part in x.split([20, 4, 24])], forward=forward)
+    normkit.initialize(model, [wrap(part) for part in x.split([20, 4, 24])], forward=forward)
     assert [block.training for block in model[:2]] == [False, True]
     outputs = []
     for layer in batchless_layers(model):
@@ -340,25 +340,25 @@ def test_initialize_reads_no_more_than_it_needs():
         while True:
             yield x
 
-    evenkeel.initialize(model, endless(), samples=20)
+    normkit.initialize(model, endless(), samples=20)
     few = network({})
-    evenkeel.initialize(few, [x, x, x])
+    normkit.initialize(few, [x, x, x])
     assert torch.equal(state(model), state(few))
 
 
 def test_initialize_refuses_what_it_cannot_use():
     with pytest.raises(ValueError, match="no batchless layer"):
-        evenkeel.initialize(nn.Linear(2, 2), [torch.randn(1, 2)])
+        normkit.initialize(nn.Linear(2, 2), [torch.randn(1, 2)])
     with pytest.raises(ValueError, match="batches is empty"):
-        evenkeel.initialize(network({}), [])
+        normkit.initialize(network({}), [])
     with pytest.raises(ValueError, match=r"one tensor of shape \(16, 3, 6, 6\); give several, or \[batch\]"):
-        evenkeel.initialize(network({}), data()[0])
+        normkit.initialize(network({}), data()[0])
 
 
 def test_initialize_restores_modes_when_the_model_raises():
     model = network({})
     with pytest.raises(RuntimeError):
-        evenkeel.initialize(model, [torch.randn(2, 7, 6, 6).double()])
+        normkit.initialize(model, [torch.randn(2, 7, 6, 6).double()])
     assert all(module.training for module in model.modules())
     assert not any(layer._forward_pre_hooks for layer in batchless_layers(model))
 
@@ -375,7 +375,7 @@ def rank(index, folder):
         model = network(options)
         parallel = nn.parallel.DistributedDataParallel(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        evenkeel.attach(model, optimizer)
+        normkit.attach(model, optimizer)
         x, labels = (t.chunk(2)[index] for t in data())
         for _ in range(4):
             optimizer.zero_grad()
@@ -405,7 +405,7 @@ def test_recipes_train_in_micro_batches_of_one_as_in_one_batch(name):
     for split in ([16], [1] * 16):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3))
-        model, optimizer = evenkeel.apply(name, model.double(), lr=0.01, batches=[x])
+        model, optimizer = normkit.apply(name, model.double(), lr=0.01, batches=[x])
         assert not model[0].bias.requires_grad
         for _ in range(4):
             optimizer.zero_grad()
@@ -421,7 +421,7 @@ def test_recipes_train_in_micro_batches_of_one_as_in_one_batch(name):
 def test_by_default_a_step_of_many_instances_moves_mu_by_seven_hundredths(instances):
     norm = BatchlessNorm1d(2, dtype=torch.float64)
     optimizer = torch.optim.SGD(norm.parameters(), lr=0.1)
-    evenkeel.attach(norm, optimizer)
+    normkit.attach(norm, optimizer)
     norm(torch.ones(instances, 2).double()).sum().backward()
     optimizer.step()
     share = 0.07 * instances / (instances + 6)
@@ -433,7 +433,7 @@ def test_by_default_a_step_of_many_instances_moves_mu_by_seven_hundredths(instan
     [("batchless", "natural", False), ("batchless-adam", "plain", False), ("batchless-projected", "natural", True)],
 )
 def test_recipes_fit_mu_and_sigma_as_their_card_says(name, gradient, projected):
-    model, optimizer = evenkeel.apply(name, nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)), lr=0.01)
+    model, optimizer = normkit.apply(name, nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)), lr=0.01)
     assert (model[1].gradient, model[1].scale, model[1].projected) == (gradient, "log", projected)
     assert isinstance(optimizer, torch.optim.Adam) == (name == "batchless-adam")
     assert any(p is model[1].running_mean for p in optimizer.param_groups[-1]["params"])
@@ -446,7 +446,7 @@ def test_recipes_start_from_what_the_model_knew(name):
     x = torch.randn(20, 5).double()
     model(x)
     before = model.eval()(x)
-    model, _ = evenkeel.apply(name, model, lr=0.01)
+    model, _ = normkit.apply(name, model, lr=0.01)
     torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
 
 
@@ -456,7 +456,7 @@ def test_compiled_equals_eager(options):
     torch.compiler.reset()
     compiled = network(options)
     optimizer = torch.optim.SGD(compiled.parameters(), lr=0.1, momentum=0.9)
-    evenkeel.attach(compiled, optimizer)
+    normkit.attach(compiled, optimizer)
     fast = torch.compile(compiled, backend="aot_eager")
     x, labels = data()
     for _ in range(4):
@@ -471,7 +471,7 @@ def test_an_affine_free_first_layer_of_frozen_inputs_learns_too(forward_first):
     norm = BatchlessNorm1d(3, affine=False, dtype=torch.float64)
     head = nn.Linear(3, 1).double()
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
-    evenkeel.attach(norm, optimizer, rate=0.5)
+    normkit.attach(norm, optimizer, rate=0.5)
     torch.manual_seed(0)
     for _ in range(30):
         if not forward_first:
@@ -494,7 +494,7 @@ def test_unfreezing_every_parameter_changes_nothing(options):
 def test_an_empty_batch_trains_nothing_and_harms_nothing(options):
     model = network(options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    evenkeel.attach(model, optimizer)
+    normkit.attach(model, optimizer)
     before = state(model)
     model(data()[0][:0]).sum().backward()
     optimizer.step()
@@ -504,7 +504,7 @@ def test_an_empty_batch_trains_nothing_and_harms_nothing(options):
 def test_an_optimizer_of_named_parameters_keeps_their_names():
     model = network(VARIANTS["plain"])
     optimizer = torch.optim.Adam(model.named_parameters(), lr=0.1)
-    evenkeel.attach(model, optimizer)
+    normkit.attach(model, optimizer)
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     assert optimizer.param_groups[1]["param_names"] == [

@@ -11,8 +11,8 @@ from torch.optim import SGD, Adam
 from torch.utils.checkpoint import checkpoint
 
 from bnp_models import cnn, mlp, reference, same, train, twin
-from evenkeel import BNP
-from evenkeel.moments import paused
+from normkit import BNP
+from normkit.moments import paused
 
 
 @pytest.mark.parametrize("batch", [8, 1])
@@ -254,7 +254,7 @@ def test_the_model_stays_plain(setting):
     trained, optimizer, bnp = twin(model)
     train(trained, data, optimizer.step, optimizer)
     assert list(trained.state_dict()) == keys
-    assert [m for m in trained.modules() if m is not trained and "evenkeel" in type(m).__module__] == []
+    assert [m for m in trained.modules() if m is not trained and "normkit" in type(m).__module__] == []
     assert str(torch.export.export(trained.eval(), (shape,)).graph) == str(graph)
     untouched = mlp()
     observed = BNP(untouched)

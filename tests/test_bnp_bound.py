@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD
 
-import evenkeel
+import normkit
 from bnp_models import mlp, same, train, twin
-from evenkeel import BNP
-from evenkeel.functional import bounding_factors, precondition
-from evenkeel.methods import layer_steps
-from evenkeel.methods.preconditioning import Layout
+from normkit import BNP
+from normkit.functional import bounding_factors, precondition
+from normkit.methods import layer_steps
+from normkit.methods.preconditioning import Layout
 
 
 def test_a_bound_that_is_never_reached_changes_nothing(setting):
@@ -140,7 +140,7 @@ def test_a_gradient_that_a_fused_optimizer_will_unscale_is_bounded_as_the_true_o
 def test_a_unit_changes_by_a_twentieth_of_its_spread_at_most_except_in_the_papers_form(name):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-    model, optimizer = evenkeel.apply(name, model.double(), lr=3.0)
+    model, optimizer = normkit.apply(name, model.double(), lr=3.0)
     x = torch.randn(64, 6, dtype=torch.float64)
     x = 8 * torch.linalg.qr(x - x.mean(0))[0]  # uncorrelated, as the metric takes them to be
     before = model[0](x).detach()
@@ -160,7 +160,7 @@ def test_recipes_train_a_network_whose_batch_normalization_they_replace(name, ba
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 2)
     )
-    model, optimizer = evenkeel.apply(name, model, lr=0.003 if "adam" in name else 0.02)
+    model, optimizer = normkit.apply(name, model, lr=0.003 if "adam" in name else 0.02)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     losses = []
     for _ in range(480 // batch):

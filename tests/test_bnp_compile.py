@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD
 
-from evenkeel import BNP
+from normkit import BNP
 
 # torch's own tracer of autograd functions makes an instance of them
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from evenkeel import BNP
 from gloo import one_of
+from normkit import BNP
 
 STEPS, RANKS = 3, 2
 

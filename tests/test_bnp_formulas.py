@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import evenkeel.moments as moments_module
-from evenkeel.functional import (
+import normkit.moments as moments_module
+from normkit.functional import (
     bounding_factors,
     guarded_variance,
     precondition,
@@ -16,9 +16,9 @@ from evenkeel.functional import (
     unit_changes,
     update_running,
 )
-from evenkeel.methods.observed import geometry, row_count
-from evenkeel.methods.preconditioning import Layout, into_z_
-from evenkeel.moments import observe, totals
+from normkit.methods.observed import geometry, row_count
+from normkit.methods.preconditioning import Layout, into_z_
+from normkit.moments import observe, totals
 
 CASES = {
     "linear": (lambda bias: nn.Linear(5, 4, bias=bias), (7, 5)),

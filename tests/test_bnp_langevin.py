@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from evenkeel import BNP, LangevinBNP
-from evenkeel.functional import precondition, preconditioned_noise
+from normkit import BNP, LangevinBNP
+from normkit.functional import precondition, preconditioned_noise
 
 UNITS = 40_000
 

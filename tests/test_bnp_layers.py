@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD
 
 from bnp_models import mlp, same, train
-from evenkeel import BNP
+from normkit import BNP
 
 
 def test_layers_without_bias_in_front_of_batch_normalization_are_only_scaled():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from evenkeel.instruments import activations, channels, discrepancy
-from evenkeel.methods.lp_norm import LpNorm1d
+from normkit.instruments import activations, channels, discrepancy
+from normkit.methods.lp_norm import LpNorm1d
 
 
 def mean_output(model, batch):

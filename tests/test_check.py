@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from evenkeel.cli import main
-from evenkeel.study.check import check
-from evenkeel.study.compare import summary
-from evenkeel.study.errors import StudyError
-from evenkeel.study.plan import StudyConfig
-from evenkeel.study.trial import load
+from normkit.cli import main
+from normkit.study.check import check
+from normkit.study.compare import summary
+from normkit.study.errors import StudyError
+from normkit.study.plan import StudyConfig
+from normkit.study.trial import load
 
 OWN = """
 import torch

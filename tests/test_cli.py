@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from evenkeel.cli import main
-from evenkeel.study.compare import StudyFolder
-from evenkeel.study.errors import StudyError
-from evenkeel.study.report import read_results
+from normkit.cli import main
+from normkit.study.compare import StudyFolder
+from normkit.study.errors import StudyError
+from normkit.study.report import read_results
 
 QUICK = [
     "--methods",
@@ -51,7 +51,7 @@ def test_compare_writes_a_report_that_holds_everything(study):
     assert all(t.test_accuracy is not None for t in record.trials if t.key.phase == "final")
     assert {(c.method, c.batch_size) for c in record.costs} == {("batch", 32), ("none", 32)}
     assert next(c for c in record.costs if c.method == "batch").step_ratio == 1.0
-    assert record.command.startswith("evenkeel compare --methods batch,none")
+    assert record.command.startswith("normkit compare --methods batch,none")
     assert record.environment["torch"]
 
 
@@ -80,7 +80,7 @@ def test_a_terminal_without_unicode_gets_the_report_and_errors_in_one_line(study
     environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
 
     def in_ascii(*arguments):
-        command = [sys.executable, "-m", "evenkeel.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "normkit.cli", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
     done = in_ascii("report", study)
@@ -88,7 +88,7 @@ def test_a_terminal_without_unicode_gets_the_report_and_errors_in_one_line(study
     assert f"report: {study / 'report.html'}" in done.stdout
     refused = in_ascii("compare", "--seeds", "many")
     assert refused.returncode == 2
-    assert refused.stderr.startswith("error: Error parsing --seeds: give a whole number, not 'many' (see evenkeel")
+    assert refused.stderr.startswith("error: Error parsing --seeds: give a whole number, not 'many' (see normkit")
 
 
 def test_another_configuration_in_the_same_folder_is_refused(study, capsys):
@@ -163,7 +163,7 @@ def test_a_study_moved_to_another_storage_is_refused(study, tmp_path, capsys):
 
 
 def test_output_that_nobody_reads_is_no_error():
-    command = f"{sys.executable} -m evenkeel.cli recipes | head -1; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m normkit.cli recipes | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -171,7 +171,7 @@ def test_output_that_nobody_reads_is_no_error():
 def test_the_version_is_told(capsys):
     with pytest.raises(SystemExit, match="0"):
         run("--version")
-    assert capsys.readouterr().out.startswith("evenkeel ")
+    assert capsys.readouterr().out.startswith("normkit ")
 
 
 def test_debug_shows_the_traceback(capsys, tmp_path):
@@ -197,7 +197,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(tmp_path, capsys):
 
 def test_a_worker_on_a_storage_without_a_study_says_so(tmp_path, capsys):
     assert run("worker", "--storage", f"sqlite:///{tmp_path}/mistyped.db") == 2
-    assert "holds no study; give what `evenkeel compare --storage` was given" in capsys.readouterr().err
+    assert "holds no study; give what `normkit compare --storage` was given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -225,9 +225,9 @@ def test_landscape_trains_nothing_before_it_knows_that_it_can_write(capsys, tmp_
 @pytest.mark.parametrize(
     ("command", "stopped", "told"),
     [
-        (["reproduce", "bnp-mlp"], "evenkeel.study.reproduce.reproduce", "the same command goes on"),
-        (["doctor"], "evenkeel.study.doctor.run_doctor", "stopped"),
-        (["landscape"], "evenkeel.study.landscape.run_landscape", "stopped"),
+        (["reproduce", "bnp-mlp"], "normkit.study.reproduce.reproduce", "the same command goes on"),
+        (["doctor"], "normkit.study.doctor.run_doctor", "stopped"),
+        (["landscape"], "normkit.study.landscape.run_landscape", "stopped"),
     ],
 )
 def test_ctrl_c_ends_every_command_without_a_traceback(command, stopped, told, monkeypatch, tmp_path, capsys):
@@ -293,9 +293,9 @@ def test_a_method_that_cannot_run_at_a_batch_size_says_so_and_the_study_goes_on(
     assert all("more than 1 value per channel" in t.error for t in finals if t.key.method == "batch")
 
 
-def test_importing_evenkeel_is_quick_and_needs_torch_alone():
+def test_importing_normkit_is_quick_and_needs_torch_alone():
     code = (
-        "import sys, time, torch, torch.fx; start = time.process_time(); import evenkeel; took = time.process_time() - start\n"
+        "import sys, time, torch, torch.fx; start = time.process_time(); import normkit; took = time.process_time() - start\n"
         "extras = {'sklearn', 'datasets', 'optuna', 'scipy', 'tyro', 'rich', 'matplotlib', 'jinja2'} & set(sys.modules)\n"
         "assert not extras, extras\nprint(took)"
     )
@@ -310,7 +310,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "out"
     listening = (  # a shell's background jobs, and with them this test, may have been told to ignore Ctrl-C
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from evenkeel.cli import main; sys.exit(main())"
+        "from normkit.cli import main; sys.exit(main())"
     )
     command = [
         sys.executable,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from evenkeel.instruments import conditioning
+from normkit.instruments import conditioning
 
 
 def total(model, batch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from evenkeel.instruments import covariate_shift, snapshot
+from normkit.instruments import covariate_shift, snapshot
 
 
 def loss_of(model, batch):

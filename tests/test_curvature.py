@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from evenkeel.instruments import curvature
+from normkit.instruments import curvature
 
 
 def problem(norm):

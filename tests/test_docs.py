@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import evenkeel
-from evenkeel.cli import main
-from evenkeel.study.report import read_results
+import normkit
+from normkit.cli import main
+from normkit.study.report import read_results
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -29,7 +29,7 @@ PARAGRAPHS = [
 def test_each_paragraph_of_a_cards_code_runs_on_a_model_of_yours(paragraph):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3))
     x, y = torch.randn(8, 3, 6, 6), torch.randint(3, (8,))
-    names = {"torch": torch, "evenkeel": evenkeel, "F": F, "model": model, "x": x, "y": y, "batch": (x, y)}
+    names = {"torch": torch, "normkit": normkit, "F": F, "model": model, "x": x, "y": y, "batch": (x, y)}
     names |= {"some_batches": [x], "examples": 8, "prior": lambda model: 0.0}
     names |= {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
     names |= {"objective": lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])}
@@ -37,7 +37,7 @@ def test_each_paragraph_of_a_cards_code_runs_on_a_model_of_yours(paragraph):
     assert names["model"](x).isfinite().all()  # it runs, and leaves a model that does
 
 
-@pytest.mark.parametrize("name", evenkeel.recipes())
+@pytest.mark.parametrize("name", normkit.recipes())
 def test_every_recipe_has_a_card(name):
     assert any(f"`{name}`" in page.read_text() for page in DOCS)
 
@@ -45,9 +45,9 @@ def test_every_recipe_has_a_card(name):
 def test_what_stands_for_a_paper_cites_it():
     plain = {"apply", "convert", "describe", "doctor", "fold", "functional", "instruments", "moments", "param_groups"}
     plain |= {"recalibrate", "recipes", "revert", "scale_invariance"}
-    papers = [getattr(evenkeel, name) for name in evenkeel.__all__ if name not in plain]
+    papers = [getattr(normkit, name) for name in normkit.__all__ if name not in plain]
     assert [o.__name__ for o in papers if not re.search(r"arXiv \d|J\. Mach\. Learn\.", o.__doc__)] == []
-    assert [name for name in evenkeel.functional.__all__ if f"``{name}``" not in evenkeel.functional.__doc__] == []
+    assert [name for name in normkit.functional.__all__ if f"``{name}``" not in normkit.functional.__doc__] == []
 
 
 def test_every_page_is_in_the_navigation():

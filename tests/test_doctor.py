@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import doctor_ranks
-import evenkeel
+import normkit
 from doctor_ranks import objective
 
 
@@ -28,7 +28,7 @@ def trained():
         nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
         nn.Flatten(), nn.Linear(32, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3),
     )  # fmt: skip
-    optimizer = torch.optim.SGD(evenkeel.param_groups(model, lr=0.05, weight_decay=1e-4), lr=0.05)
+    optimizer = torch.optim.SGD(normkit.param_groups(model, lr=0.05, weight_decay=1e-4), lr=0.05)
     for batch in batches(80, seed=0):
         optimizer.zero_grad()
         objective(model, batch).backward()
@@ -43,7 +43,7 @@ def model(trained):
 
 def find(model, disease, batch=None, **options):
     """The layers with the disease, and its severity."""
-    found = evenkeel.doctor(model, objective, batches() if batch is None else batch, **options)
+    found = normkit.doctor(model, objective, batches() if batch is None else batch, **options)
     for finding in found.findings:
         if disease in finding.disease:
             assert finding.remedy
@@ -54,9 +54,9 @@ def find(model, disease, batch=None, **options):
 
 
 def test_a_healthy_model_is_left_in_peace_in_either_mode(model):
-    optimizer = torch.optim.SGD(evenkeel.param_groups(model, lr=0.05, weight_decay=1e-4), lr=0.05)
+    optimizer = torch.optim.SGD(normkit.param_groups(model, lr=0.05, weight_decay=1e-4), lr=0.05)
     for mode in (True, False):
-        found = evenkeel.doctor(model.train(mode), objective, batches(), optimizer=optimizer)
+        found = normkit.doctor(model.train(mode), objective, batches(), optimizer=optimizer)
         assert found.healthy, found
         assert found.findings == ()
         assert found.layers == 3
@@ -71,12 +71,12 @@ def test_other_methods_are_not_taken_for_sick(recipe):
     def draw():
         return torch.randn(64, 4, generator=generator), torch.randint(3, (64,), generator=generator)
 
-    model, optimizer = evenkeel.apply(recipe, model, lr=0.01, batches=[draw()[0]])
+    model, optimizer = normkit.apply(recipe, model, lr=0.01, batches=[draw()[0]])
     for _ in range(100):
         optimizer.zero_grad()
         objective(model, draw()).backward()
         optimizer.step()
-    found = evenkeel.doctor(model, objective, [draw() for _ in range(4)], optimizer=optimizer)
+    found = normkit.doctor(model, objective, [draw() for _ in range(4)], optimizer=optimizer)
     assert found.healthy, found
 
 
@@ -193,7 +193,7 @@ def test_the_model_is_left_as_it_was(model):
         parameter.grad = torch.ones_like(parameter)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    evenkeel.doctor(model, objective, batches(2))
+    normkit.doctor(model, objective, batches(2))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all((p.grad == 1).all() for p in model.parameters())
     assert torch.equal(state, torch.get_rng_state())
@@ -204,18 +204,18 @@ def test_errors_of_the_objective_pass_through(model):
         raise ValueError("mine")
 
     with pytest.raises(ValueError, match="mine"):
-        evenkeel.doctor(model, wrong, batches(1))
+        normkit.doctor(model, wrong, batches(1))
 
 
 def test_bad_arguments(model):
     with pytest.raises(ValueError, match="there is none"):
-        evenkeel.doctor(model, objective, [])
+        normkit.doctor(model, objective, [])
     with pytest.raises(ValueError, match="accumulate is 0"):
-        evenkeel.doctor(model, objective, batches(1), accumulate=0)
+        normkit.doctor(model, objective, batches(1), accumulate=0)
 
 
 def test_json_has_it_all(model):
     model[5].running_var[2] = math.nan
-    found = json.loads(json.dumps(evenkeel.doctor(model, objective, batches(1)).to_dict(), allow_nan=False))
+    found = json.loads(json.dumps(normkit.doctor(model, objective, batches(1)).to_dict(), allow_nan=False))
     assert found["healthy"] is False
     assert found["findings"][0].keys() == {"disease", "severity", "layers", "remedy"}

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-import evenkeel
-from evenkeel.recording import record
+import normkit
+from normkit.recording import record
 
 
 def randomized(model):
@@ -15,7 +15,7 @@ def randomized(model):
     torch.manual_seed(1)
     for module in model.modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if isinstance(module, (nn.modules.batchnorm._NormBase, evenkeel.InputNorm)) and tensor.is_floating_point():
+            if isinstance(module, (nn.modules.batchnorm._NormBase, normkit.InputNorm)) and tensor.is_floating_point():
                 nn.init.uniform_(tensor, 0.3, 2.0)
     return model.double().eval()
 
@@ -25,7 +25,7 @@ def check(model, x, left=()):
     before = copy.deepcopy(model.state_dict())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        folded = evenkeel.fold(model)
+        folded = normkit.fold(model)
     message = " ".join(str(w.message) for w in caught)
     assert all(words in message for words in left), message
     assert bool(caught) == bool(left), message
@@ -63,7 +63,7 @@ def test_a_norm_behind_a_linear_or_convolutional_layer_is_folded_exactly(layer, 
         (nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1, padding="same"), (2, 6, 5, 5)),
         (nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"), (2, 6, 5, 5)),
         (nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular"), (2, 6, 5, 5)),
-        (evenkeel.InputNorm(6), nn.Conv2d(6, 4, 3), (2, 6, 5, 5)),
+        (normkit.InputNorm(6), nn.Conv2d(6, 4, 3), (2, 6, 5, 5)),
         (nn.BatchNorm3d(6, affine=False), nn.Conv3d(6, 4, 2), (2, 6, 3, 3, 3)),
     ],
 )
@@ -110,7 +110,7 @@ def test_every_method_that_is_affine_in_eval_folds(to):
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
     )
-    evenkeel.convert(randomized(model), to)
+    normkit.convert(randomized(model), to)
     folded = check(model, torch.randn(2, 3, 5, 5).double())
     assert [type(m).__module__.split(".")[0] for m in folded.modules()] == ["torch"] * 6
     assert sum(1 for _ in folded.modules() if isinstance(_, nn.Identity)) == 2
@@ -183,7 +183,7 @@ def test_single_precision_is_exact_to_1e_6():
     )
     model, x = model.float(), torch.randn(4, 3, 9, 9)
     expected = model(x)
-    assert ((evenkeel.fold(model)(x) - expected).abs().max() / expected.abs().max()).item() < 1e-6
+    assert ((normkit.fold(model)(x) - expected).abs().max() / expected.abs().max()).item() < 1e-6
 
 
 class Wild(nn.Module):
@@ -206,18 +206,18 @@ class Wild(nn.Module):
 def test_an_example_makes_untraceable_models_foldable():
     model, x = randomized(Wild()), torch.randn(2, 4, 5, 5).double()
     with pytest.warns(UserWarning, match="fold: 2 layers stay. norms.0"):
-        evenkeel.fold(model)
-    folded = evenkeel.fold(model, example={"x": x})
+        normkit.fold(model)
+    folded = normkit.fold(model, example={"x": x})
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     torch.testing.assert_close(folded(x)["logits"], model(x)["logits"], rtol=1e-10, atol=1e-10)
     with pytest.warns(UserWarning, match="2 layers stay"):
-        evenkeel.fold(randomized(Wild(tapped=True)), example=x)
+        normkit.fold(randomized(Wild(tapped=True)), example=x)
 
 
 def test_an_example_unmasks_a_norm_of_another_dimension():
     model = randomized(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)))
     with pytest.raises(RuntimeError, match="the folded model differs from the model"):
-        evenkeel.fold(model, example=torch.randn(2, 3, 5).double())
+        normkit.fold(model, example=torch.randn(2, 3, 5).double())
 
 
 def test_recording_agrees_with_tracing_and_leaves_the_model_alone():
@@ -226,7 +226,7 @@ def test_recording_agrees_with_tracing_and_leaves_the_model_alone():
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     flow, output = record(model, [torch.randn(2, 3, 4, 4), None])
     assert output.shape == (2, 2)
-    from evenkeel.graph import producers
+    from normkit.graph import producers
 
     assert producers(model, flow) == producers(model) == {"0.norm2": "0.conv1"}
     assert [s.name for s in flow.steps].count("add") == 1
@@ -238,17 +238,17 @@ def test_recording_agrees_with_tracing_and_leaves_the_model_alone():
 
 def test_the_copy_has_nothing_of_this_package_and_the_model_keeps_all_of_it():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
-    evenkeel.convert(model, "batchless", where="1")
-    evenkeel.convert(model, "group", where="4")
+    normkit.convert(model, "batchless", where="1")
+    normkit.convert(model, "group", where="4")
     with pytest.warns(UserWarning, match=r"4 \(GroupNorm\)"):
-        folded = evenkeel.fold(model)
+        folded = normkit.fold(model)
     assert type(folded[4]) is nn.GroupNorm
-    assert "evenkeel_origin" not in vars(folded[4])
+    assert "normkit_origin" not in vars(folded[4])
     assert not folded[4]._load_state_dict_pre_hooks
-    assert type(evenkeel.revert(model)[4]) is nn.BatchNorm2d
+    assert type(normkit.revert(model)[4]) is nn.BatchNorm2d
 
 
-@pytest.mark.parametrize("name", [name for name in evenkeel.recipes() if name != "zero-gamma"])  # wants a ResNet
+@pytest.mark.parametrize("name", [name for name in normkit.recipes() if name != "zero-gamma"])  # wants a ResNet
 def test_a_trained_model_of_every_recipe_folds_to_the_same_function_in_torch_alone(name):
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -256,14 +256,14 @@ def test_a_trained_model_of_every_recipe_folds_to_the_same_function_in_torch_alo
         nn.Flatten(), nn.Linear(8 * 16, 3),
     )  # fmt: skip
     x = torch.randn(16, 3, 8, 8)
-    model, optimizer = evenkeel.apply(name, net, lr=0.01, batches=[x])
+    model, optimizer = normkit.apply(name, net, lr=0.01, batches=[x])
     for _ in range(2):
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        folded = evenkeel.fold(model.eval())
+        folded = normkit.fold(model.eval())
     assert bool(caught) == ("group" in name or "layer" in name)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-6)
     assert all(type(module).__module__.startswith("torch.") for module in folded.modules())
@@ -277,8 +277,8 @@ def deployable():
         nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, bias=False),
         nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6),
     )  # fmt: skip
-    evenkeel.convert(randomized(model).float(), "batchless", where=["4"])
-    return model, evenkeel.fold(model), torch.randn(2, 3, 8, 8)
+    normkit.convert(randomized(model).float(), "batchless", where=["4"])
+    return model, normkit.fold(model), torch.randn(2, 3, 8, 8)
 
 
 def test_a_folded_model_exports_without_a_normalization(deployable):

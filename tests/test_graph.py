@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-import evenkeel
-from evenkeel.graph import dataflow, producers
+import normkit
+from normkit.graph import dataflow, producers
 
 
 class Block(nn.Module):
@@ -92,7 +92,7 @@ def test_a_shared_convolution_counts_only_if_the_same_norm_follows_each_call():
 
 
 def test_a_norm_over_another_dimension_than_a_linear_layers_outputs_has_no_producer():
-    for norm in (nn.BatchNorm1d(7), nn.InstanceNorm1d(7), nn.GroupNorm(7, 7), evenkeel.BatchlessNorm1d(7)):
+    for norm in (nn.BatchNorm1d(7), nn.InstanceNorm1d(7), nn.GroupNorm(7, 7), normkit.BatchlessNorm1d(7)):
         model = nn.Sequential(nn.Linear(5, 4), norm)  # (N, 7, 5): each of the 4 outputs meets all 7 channels
         assert model(torch.randn(3, 7, 5)).shape == (3, 7, 4)
         assert producers(model) == {}

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from evenkeel.groups import own_kinds, param_groups
-from evenkeel.methods.revisited import revisit
+from normkit.groups import own_kinds, param_groups
+from normkit.methods.revisited import revisit
 
 
 class NamesThatMislead(nn.Module):

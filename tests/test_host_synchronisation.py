@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import evenkeel
-from evenkeel.study.models import build_model
+import normkit
+from normkit.study.models import build_model
 
 aten = torch.ops.aten
 _WAITING = {
@@ -51,10 +51,10 @@ def waits_of_a_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
     return waits.seen
 
 
-@pytest.mark.parametrize("name", evenkeel.recipes())
+@pytest.mark.parametrize("name", normkit.recipes())
 def test_a_training_step_reads_no_device_value(name):
     model = build_model("resnet20", input_shape=(3, 8, 8), classes=10)
-    assert not waits_of_a_step(*evenkeel.apply(name, model, lr=0.01))
+    assert not waits_of_a_step(*normkit.apply(name, model, lr=0.01))
 
 
 def test_waiting_is_noticed():

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-pytest.importorskip("transformers", reason="needs evenkeel[transformers]")
+pytest.importorskip("transformers", reason="needs normkit[transformers]")
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.modeling_outputs import ModelOutput
 
-    from evenkeel.integrations.huggingface import BatchlessCallback, BNPCallback, MonitorCallback
+    from normkit.integrations.huggingface import BatchlessCallback, BNPCallback, MonitorCallback
 
-import evenkeel
+import normkit
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the framework's own warnings
 
@@ -70,7 +70,7 @@ def train(model, callbacks, folder, resume=None, run=True, **options):
 
 def by_hand(model, steps=6, clip=0.1):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    bnp = evenkeel.BNP(model)
+    bnp = normkit.BNP(model)
     bnp.attach(optimizer)
     data = rows() * 2
     for step in range(steps):
@@ -103,7 +103,7 @@ def test_an_interrupted_training_can_be_started_again(tmp_path):
 
     callbacks = [BNPCallback(), BatchlessCallback(), MonitorCallback(every=2)]
     model = Model(norm=True)
-    evenkeel.convert(model, "batchless")
+    normkit.convert(model, "batchless")
     trainer = train(model, [*callbacks, Interrupted()], tmp_path, run=False)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
@@ -129,7 +129,7 @@ def test_fp16_is_refused_with_the_remedy():
 
 
 def test_batchless_trains_its_statistics(tmp_path):
-    model = evenkeel.convert(Model(norm=True), "batchless")
+    model = normkit.convert(Model(norm=True), "batchless")
     norm = model.network[1]
     before = norm.running_mean.clone(), norm.running_var.clone()
     train(model, [BatchlessCallback()], tmp_path)
@@ -163,7 +163,7 @@ def test_the_example_runs():
 
 def test_projections_come_back_from_a_checkpoint(tmp_path):
     def model():
-        return evenkeel.convert(Model(norm=True), "batchless-projected")
+        return normkit.convert(Model(norm=True), "batchless-projected")
 
     whole, resumed = model(), model()
     train(whole, [BatchlessCallback()], tmp_path, save_strategy="steps", save_steps=3)

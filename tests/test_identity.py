@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from evenkeel.cli import main
-from evenkeel.study.identity import hold
-from evenkeel.study.plan import StudyConfig
-from evenkeel.study.trial import load
+from normkit.cli import main
+from normkit.study.identity import hold
+from normkit.study.plan import StudyConfig
+from normkit.study.trial import load
 
 OWN = """
 import random

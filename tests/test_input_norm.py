@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import evenkeel
-from evenkeel.affine import PadChannels
-from evenkeel.methods.input_norm import with_input_norm
+import normkit
+from normkit.affine import PadChannels
+from normkit.methods.input_norm import with_input_norm
 
 SHAPES = {"tabular": (7, 3), "sequence": (7, 3, 5), "image": (7, 3, 4, 5), "volume": (7, 3, 2, 3, 4)}
 
@@ -23,7 +23,7 @@ def rows(x, channel_dim=1):
 def test_train_mode_normalizes_by_the_batch(shape, channel_dim):
     torch.manual_seed(0)
     x = torch.rand(shape, dtype=torch.float64).movedim(1, channel_dim)
-    norm = evenkeel.InputNorm(3, channel_dim=channel_dim, dtype=torch.float64)
+    norm = normkit.InputNorm(3, channel_dim=channel_dim, dtype=torch.float64)
     flat = rows(x, channel_dim)
     expected = 0.58 * (flat - flat.mean(0)) / (flat.var(0, correction=0) + 1e-5).sqrt()
     assert torch.allclose(rows(norm(x), channel_dim), expected, rtol=0, atol=1e-12)
@@ -34,7 +34,7 @@ def test_train_mode_normalizes_by_the_batch(shape, channel_dim):
 def test_statistics_are_those_of_the_data_set_after_one_pass(sizes):
     torch.manual_seed(0)
     data = torch.rand(40, 3, 2, dtype=torch.float64) * torch.tensor([1.0, 10.0, 0.1])[:, None] + 5
-    norm = evenkeel.InputNorm(3, dtype=torch.float64)
+    norm = normkit.InputNorm(3, dtype=torch.float64)
     for batch in data.split(sizes):
         norm(batch)
     assert torch.allclose(norm.running_mean, rows(data).mean(0), rtol=1e-12)
@@ -49,7 +49,7 @@ def test_statistics_are_those_of_the_data_set_after_one_pass(sizes):
 
 
 def test_eval_and_a_poisoned_batch_leave_the_statistics_alone():
-    norm = evenkeel.InputNorm(2)
+    norm = normkit.InputNorm(2)
     norm(torch.rand(8, 2))
     before = copy.deepcopy(norm.state_dict())
     norm(torch.tensor([[1.0, float("nan")], [0.0, 0.0]]))
@@ -59,7 +59,7 @@ def test_eval_and_a_poisoned_batch_leave_the_statistics_alone():
 
 def test_one_sample_in_train_mode_is_normalized_by_the_running_statistics():
     torch.manual_seed(0)
-    norm = evenkeel.InputNorm(2, scale=1.0)
+    norm = normkit.InputNorm(2, scale=1.0)
     data = torch.rand(100, 2)
     norm(data[:99])
     out = norm(data[99:])
@@ -68,7 +68,7 @@ def test_one_sample_in_train_mode_is_normalized_by_the_running_statistics():
 
 
 def test_first_sample_ever_gives_a_finite_output_and_gradient():
-    norm = evenkeel.InputNorm(2)
+    norm = normkit.InputNorm(2)
     out = norm(torch.tensor([[3.0, 4.0]]))
     out.sum().backward()
     assert out.isfinite().all()
@@ -78,14 +78,14 @@ def test_first_sample_ever_gives_a_finite_output_and_gradient():
 def test_gradients_in_train_mode_are_those_of_batch_normalization():
     torch.manual_seed(0)
     x = torch.rand(6, 3, 4, dtype=torch.float64, requires_grad=True)
-    norm = evenkeel.InputNorm(3, dtype=torch.float64)
+    norm = normkit.InputNorm(3, dtype=torch.float64)
     assert torch.autograd.gradcheck(norm, x)
 
 
 def test_bfloat16_input_keeps_fp32_statistics():
     torch.manual_seed(0)
     x = torch.rand(64, 3, 8, 8).bfloat16()
-    norm = evenkeel.InputNorm(3)
+    norm = normkit.InputNorm(3)
     out = norm(x)
     assert out.dtype == torch.bfloat16
     assert torch.allclose(norm.running_mean, x.float().mean((0, 2, 3)), atol=1e-6)
@@ -93,7 +93,7 @@ def test_bfloat16_input_keeps_fp32_statistics():
 
 def test_compiled_equals_eager():
     torch.manual_seed(0)
-    eager = evenkeel.InputNorm(3)
+    eager = normkit.InputNorm(3)
     compiled = copy.deepcopy(eager)
     step = torch.compile(compiled, backend="aot_eager")
     x = torch.rand(4, 3, 5)
@@ -105,7 +105,7 @@ def test_the_input_scale_cancels_where_the_first_convolution_is_normalized():
     torch.manual_seed(0)
     x = torch.rand(8, 3, 6, 6, dtype=torch.float64)
     after = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, eps=1e-12)).double()
-    one, other = (after(evenkeel.InputNorm(3, scale=s, dtype=torch.float64)(x)) for s in (0.58, 5.8))
+    one, other = (after(normkit.InputNorm(3, scale=s, dtype=torch.float64)(x)) for s in (0.58, 5.8))
     assert torch.allclose(one, other, rtol=0, atol=1e-9)
 
 
@@ -118,14 +118,14 @@ def test_the_input_scale_cancels_where_the_first_convolution_is_normalized():
     ],
 )
 def test_bad_input_is_refused(x, message):
-    norm = evenkeel.InputNorm(3)
+    norm = normkit.InputNorm(3)
     with pytest.raises(ValueError, match=message):
         norm(x)
 
 
 def test_learning_rate_of_the_input_scale_follows_revisit_and_does_not_decay():
-    model = evenkeel.revisit(nn.Sequential(evenkeel.InputNorm(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
-    group = next(g for g in evenkeel.param_groups(model, lr=1.0, weight_decay=0.1) if "scales" in g["name"])
+    model = normkit.revisit(nn.Sequential(normkit.InputNorm(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    group = next(g for g in normkit.param_groups(model, lr=1.0, weight_decay=0.1) if "scales" in g["name"])
     assert [p.shape for p in group["params"]] == [(3,), (4,)]
     assert (group["lr"], group["weight_decay"]) == (0.01, 0.0)
     assert F.mse_loss(model[0].weight, torch.full((3,), 0.058)) < 1e-12
@@ -148,14 +148,14 @@ FOLDABLE = {
 def test_folding_into_the_first_layer_is_exact_at_the_border_too(layer, shape):
     torch.manual_seed(0)
     layer = copy.deepcopy(layer).double()
-    norm = evenkeel.InputNorm(4, dtype=torch.float64)
+    norm = normkit.InputNorm(4, dtype=torch.float64)
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([0.58, -2.0, 0.0, 30.0]))
     x = torch.rand(shape, dtype=torch.float64) * 3 + 7
     norm(x)
     expected = layer(norm.eval()(x))
     model = nn.Sequential(norm, layer)
-    folded = evenkeel.fold(model)
+    folded = normkit.fold(model)
     assert torch.allclose(folded(x), expected, rtol=1e-10, atol=1e-10)
     assert torch.allclose(model(x), expected, rtol=1e-10, atol=1e-10)  # the model is as it was
     pads = isinstance(layer, nn.modules.conv._ConvNd) and layer.padding_mode == "zeros" and layer.padding != (0, 0)
@@ -170,11 +170,11 @@ def test_putting_it_in_front_keeps_the_modes_of_the_model():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "narrow", [lambda dtype: evenkeel.InputNorm(3, dtype=dtype), lambda dtype: evenkeel.InputNorm(3).to(dtype)]
+    "narrow", [lambda dtype: normkit.InputNorm(3, dtype=dtype), lambda dtype: normkit.InputNorm(3).to(dtype)]
 )
 def test_a_half_precision_layer_keeps_fp32_statistics_in_every_mode(narrow, dtype):
     layer = narrow(dtype)
-    wide = evenkeel.InputNorm(3)
+    wide = normkit.InputNorm(3)
     x = (torch.randn(8, 3, 4, 4) * 3 + 5).to(dtype)
     for inputs in (x, x[:1]):
         torch.testing.assert_close(layer(inputs).float(), wide(inputs.float()), rtol=2e-2, atol=2e-2)

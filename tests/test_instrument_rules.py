@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
-import evenkeel
-from evenkeel import instruments
+import normkit
+from normkit import instruments
 
 
 class Net(nn.Module):
@@ -59,7 +59,7 @@ def seeded(seed=0):
 def setup(recipe):
     seeded()
     options = {"momentum": 0.9, "weight_decay": 1e-3}
-    return evenkeel.apply(recipe, Net(), lr=0.01, batches=batches(4, seed=9), **options)
+    return normkit.apply(recipe, Net(), lr=0.01, batches=batches(4, seed=9), **options)
 
 
 INSTRUMENTS = {
@@ -137,7 +137,7 @@ def in_mid_training(recipe):
 
 
 @pytest.mark.parametrize("instrument", INSTRUMENTS)
-@pytest.mark.parametrize("recipe", evenkeel.recipes())
+@pytest.mark.parametrize("recipe", normkit.recipes())
 def test_everything_is_bit_identical_afterwards(recipe, instrument):
     model, optimizer, before = in_mid_training(recipe)
     photo = photograph(model, optimizer)
@@ -168,7 +168,7 @@ def test_everything_is_bit_identical_when_the_objective_raises(instrument, calls
     assert_same(photo, photograph(model, optimizer))
 
 
-@pytest.mark.parametrize("recipe", evenkeel.recipes())
+@pytest.mark.parametrize("recipe", normkit.recipes())
 def test_training_with_instruments_is_bit_identical_to_training_without(recipe):
     def train(watch):
         model, optimizer = setup(recipe)

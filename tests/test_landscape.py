@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from evenkeel.instruments import landscape
+from normkit.instruments import landscape
 
 
 class Point(nn.Module):

@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
-pytest.importorskip("lightning", reason="needs evenkeel[lightning]")
+pytest.importorskip("lightning", reason="needs normkit[lightning]")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import lightning.pytorch as pl
 
-    from evenkeel.integrations.lightning import BatchlessCallback, BNPCallback, MonitorCallback
+    from normkit.integrations.lightning import BatchlessCallback, BNPCallback, MonitorCallback
 
-import evenkeel
+import normkit
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the framework's own warnings about workers and loggers
 
@@ -57,7 +57,7 @@ def fit(module, callbacks, steps=6, size=4, **options):
 
 def by_hand(network, steps=6, clip=None, every=1, size=4):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-    bnp = evenkeel.BNP(network)
+    bnp = normkit.BNP(network)
     bnp.attach(optimizer)
     batches = [b for _ in range(9) for b in loader(size)]
     for step in range(steps):
@@ -106,15 +106,15 @@ def test_statistics_of_bnp_come_back_from_a_checkpoint(tmp_path):
 
 
 def test_batchless_trains_its_statistics():
-    network = evenkeel.convert(net(norm=True), "batchless")
+    network = normkit.convert(net(norm=True), "batchless")
     module = Module(network)
     before = {name: p.clone() for name, p in network[1].named_parameters()}
     fit(module, [BatchlessCallback()], gradient_clip_val=0.1)
     assert not torch.equal(network[1].running_mean, before["running_mean"])
     assert not torch.equal(network[1].running_var, before["running_var"])
-    expected = evenkeel.convert(net(norm=True), "batchless")
+    expected = normkit.convert(net(norm=True), "batchless")
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9)
-    evenkeel.attach(expected, optimizer)
+    normkit.attach(expected, optimizer)
     for x, y in loader():
         optimizer.zero_grad()
         mse_loss(expected(x), y).backward()

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from torch.nn.functional import log_softmax
 
-import evenkeel
-from evenkeel.study import loop as loop_module
-from evenkeel.study.batches import batches
-from evenkeel.study.checkpoint import CheckpointFile
-from evenkeel.study.loop import Loop, evaluate, training_step
-from evenkeel.study.plan import StudyConfig
-from evenkeel.study.records import TrialKey
-from evenkeel.study.trial import load, make, run_trial
+import normkit
+from normkit.study import loop as loop_module
+from normkit.study.batches import batches
+from normkit.study.checkpoint import CheckpointFile
+from normkit.study.loop import Loop, evaluate, training_step
+from normkit.study.plan import StudyConfig
+from normkit.study.records import TrialKey
+from normkit.study.trial import load, make, run_trial
 
 CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(16,), budget=200)
 
@@ -53,7 +53,7 @@ def always_checkpoint(monkeypatch):
     monkeypatch.setattr(loop_module, "CHECKPOINT_SECONDS", 0.0)
 
 
-@pytest.mark.parametrize("method", evenkeel.recipes())
+@pytest.mark.parametrize("method", normkit.recipes())
 def test_a_killed_run_of_every_method_goes_on_to_the_same_result_bit_for_bit(data, method, tmp_path, always_checkpoint):
     model = "resnet20" if method == "zero-gamma" else CONFIG.model  # it needs residual blocks
     options = {"crop": 1, "ema": 0.9, "schedule": "one-cycle", "weight_decay": 1e-4, "best_weights": True}
@@ -81,7 +81,7 @@ def test_a_killed_run_with_dropout_goes_on_exactly(data, optimizer, tmp_path, al
                 module.register_forward_hook(lambda m, _, out: torch.dropout(out, 0.2, m.training))
         return model, made
 
-    monkeypatch.setattr("evenkeel.study.trial.make", with_dropout)
+    monkeypatch.setattr("normkit.study.trial.make", with_dropout)
     config = dataclasses.replace(CONFIG, optimizer=optimizer)
     whole = run_trial(config, key(lr=1e-3), data)
     with pytest.raises(Killed):

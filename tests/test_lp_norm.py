@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import evenkeel
-from evenkeel.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
+import normkit
+from normkit.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
 
 LAYERS = [(LpNorm1d, nn.BatchNorm1d, (7, 3)), (LpNorm1d, nn.BatchNorm1d, (4, 3, 5))]
 LAYERS += [(LpNorm2d, nn.BatchNorm2d, (4, 3, 5, 2)), (LpNorm3d, nn.BatchNorm3d, (2, 3, 2, 3, 2))]
@@ -117,17 +117,17 @@ def test_convert_and_recipe_replace_batch_normalization_and_revert_puts_it_back(
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 4), nn.BatchNorm1d(4))
     x = torch.randn(5, 3, 4, 4)
     expected = model.eval()(x)
-    model, optimizer = evenkeel.apply(name, model, lr=0.1)
+    model, optimizer = normkit.apply(name, model, lr=0.1)
     assert isinstance(model[1], LpNorm2d)
     assert isinstance(model[4], LpNorm1d)
     assert model[1].p == p
     torch.testing.assert_close(model(x), expected)
-    assert evenkeel.convert(model, name)[1] is model[1]
+    assert normkit.convert(model, name)[1] is model[1]
     model.train()(x).square().sum().backward()
     optimizer.step()
-    assert isinstance(evenkeel.revert(model)[1], nn.BatchNorm2d)
+    assert isinstance(normkit.revert(model)[1], nn.BatchNorm2d)
 
 
 def test_scale_and_shift_are_grouped_as_those_of_a_norm():
-    names = [group["name"] for group in evenkeel.param_groups(LpNorm1d(3), lr=0.1, weight_decay=0.1)]
+    names = [group["name"] for group in normkit.param_groups(LpNorm1d(3), lr=0.1, weight_decay=0.1)]
     assert names == ["norm-scales", "norm-shifts"]

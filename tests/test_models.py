@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from evenkeel.study.models import build_model, model_names
+from normkit.study.models import build_model, model_names
 
 IMAGE = (3, 32, 32)
 

@@ -10,9 +10,9 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-import evenkeel
 import monitor_ranks
-from evenkeel.instruments import Monitor, angular, channels, curvature, gradient_removed, landscape, snapshot
+import normkit
+from normkit.instruments import Monitor, angular, channels, curvature, gradient_removed, landscape, snapshot
 
 
 def make_net():
@@ -45,11 +45,11 @@ def train(model, optimizer, batches, monitor=None):
         optimizer.step()
 
 
-@pytest.mark.parametrize("recipe", [name for name in evenkeel.recipes() if name != "zero-gamma"])
+@pytest.mark.parametrize("recipe", [name for name in normkit.recipes() if name != "zero-gamma"])
 def test_a_watched_run_is_bit_identical_to_an_unwatched_one(recipe):
     finals = []
     for watch in (False, True):
-        model, optimizer = evenkeel.apply(
+        model, optimizer = normkit.apply(
             recipe, make_net(), lr=0.05, weight_decay=1e-3, batches=[x for x, _ in make_batches(2)]
         )
         monitor = Monitor(model, objective, optimizer, every=2) if watch else None

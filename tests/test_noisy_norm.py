@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-import evenkeel
-from evenkeel.methods.noisy_norm import MomentNoise, NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d, moment_noise
+import normkit
+from normkit.methods.noisy_norm import MomentNoise, NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d, moment_noise
 
 LAYERS = [(NoisyBatchNorm1d, nn.BatchNorm1d, (6, 3)), (NoisyBatchNorm2d, nn.BatchNorm2d, (4, 3, 5, 2))]
 LAYERS += [(NoisyBatchNorm3d, nn.BatchNorm3d, (2, 3, 2, 3, 2))]
@@ -55,6 +55,6 @@ def test_noise_alone_is_the_identity_in_evaluation():
 
 
 def test_recipe_replaces_every_batch_normalization():
-    model, _ = evenkeel.apply("noisy-batch", nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), lr=0.1)
+    model, _ = normkit.apply("noisy-batch", nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), lr=0.1)
     assert isinstance(model[1], NoisyBatchNorm2d)
-    assert evenkeel.convert(model, "noisy-batch")[1] is model[1]
+    assert normkit.convert(model, "noisy-batch")[1] is model[1]

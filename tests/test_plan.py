@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from evenkeel.study.errors import StudyError
-from evenkeel.study.plan import (
+from normkit.study.errors import StudyError
+from normkit.study.plan import (
     SEARCH_SEED,
     Slot,
     StudyConfig,
@@ -17,7 +17,7 @@ from evenkeel.study.plan import (
     slots,
     validate,
 )
-from evenkeel.study.records import TrialKey, TrialResult
+from normkit.study.records import TrialKey, TrialResult
 
 CONFIG = StudyConfig(methods=("batch", "group"), batch_sizes=(8, 64), seeds=3, lr_points=4)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from evenkeel.study.loop import Loop, evaluate
-from evenkeel.study.trial import load, make
-from evenkeel.study.whole_batch import WholeBatch
+from normkit.study.loop import Loop, evaluate
+from normkit.study.trial import load, make
+from normkit.study.whole_batch import WholeBatch
 from ranks_program import CONFIG, METHODS, WHOLE, key
 
 TORCHRUN = [
@@ -99,7 +99,7 @@ def test_compare_runs_under_torchrun(tmp_path):
     command = [
         *TORCHRUN,
         "-m",
-        "evenkeel.cli",
+        "normkit.cli",
         "compare",
         *arguments,
         "--prune",

@@ -3,9 +3,9 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-import evenkeel
-from evenkeel import convert, recalibrate
+import normkit
 from gloo import one_of
+from normkit import convert, recalibrate
 
 
 def net():
@@ -49,7 +49,7 @@ def test_batchless_layers_are_fitted_one_after_the_other_whatever_the_batches(to
     x = whole
     for layer in model:
         y = layer(x)
-        if isinstance(layer, evenkeel.methods.batchless.BatchlessNorm):
+        if isinstance(layer, normkit.methods.batchless.BatchlessNorm):
             mean, var = rows(x).mean(0), rows(x).var(0, correction=0)
             torch.testing.assert_close(layer.running_mean.data, mean, rtol=1e-10, atol=1e-10)
             torch.testing.assert_close(layer.sigma, (var + layer.eps).sqrt(), rtol=1e-10, atol=1e-10)
@@ -75,7 +75,7 @@ def test_relatives_of_batch_norm_get_its_statistics(to):
 def test_statistics_of_a_revert_are_brought_up_to_date():
     model, batches = net(), data()
     expected = recalibrate(net(), batches).eval()(batches[0])
-    revived = evenkeel.revert(convert(model, "group"))
+    revived = normkit.revert(convert(model, "group"))
     torch.testing.assert_close(recalibrate(revived, batches).eval()(batches[0]), expected)
 
 
@@ -137,7 +137,7 @@ def test_a_batch_that_overflows_does_not_count():
     [
         (nn.Linear(2, 2), [torch.zeros(2, 2)], "no batch normalization that tracks statistics and no batchless layer"),
         (nn.BatchNorm1d(2), iter(()), "batches is empty"),
-        (evenkeel.BatchlessNorm1d(2), [], "batches is empty"),
+        (normkit.BatchlessNorm1d(2), [], "batches is empty"),
         (nn.BatchNorm1d(2), torch.zeros(4, 2), r"batches is one tensor of shape \(4, 2\); give several, or \[batch\]"),
     ],
 )

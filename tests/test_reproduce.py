@@ -2,17 +2,17 @@
 
 import pytest
 
-import evenkeel
-from evenkeel.cli import main
-from evenkeel.study.errors import StudyError
-from evenkeel.study.models import build_model
-from evenkeel.study.plan import StudyConfig, validate
-from evenkeel.study.preset import scaled
-from evenkeel.study.presets import PRESETS
-from evenkeel.study.report import read_results
-from evenkeel.study.reproduce import find, listing, reproduce
-from evenkeel.study.statistics import summarize
-from evenkeel.study.tables import p_value
+import normkit
+from normkit.cli import main
+from normkit.study.errors import StudyError
+from normkit.study.models import build_model
+from normkit.study.plan import StudyConfig, validate
+from normkit.study.preset import scaled
+from normkit.study.presets import PRESETS
+from normkit.study.report import read_results
+from normkit.study.reproduce import find, listing, reproduce
+from normkit.study.statistics import summarize
+from normkit.study.tables import p_value
 
 SHAPES = {"digits": (1, 8, 8), "spiral": (2,)}
 ROWS = [pytest.param(row, id=f"{name}: {row.label}") for name, preset in PRESETS.items() for row in preset.rows]
@@ -22,7 +22,7 @@ ROWS = [pytest.param(row, id=f"{name}: {row.label}") for name, preset in PRESETS
 def test_every_preset_is_a_study_that_can_be_run(row):
     validate(row.config)
     validate(scaled(row.config, 0.001)[0])
-    assert set(row.published) <= {*row.config.methods, *row.rates} <= set(evenkeel.recipes())
+    assert set(row.published) <= {*row.config.methods, *row.rates} <= set(normkit.recipes())
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_scaling_down_keeps_the_protocol_and_says_what_is_less():
 
 
 def test_adam_moves_the_grid_of_methods_that_use_it_only():
-    from evenkeel.study.plan import learning_rates
+    from normkit.study.plan import learning_rates
 
     config = StudyConfig(optimizer="adam", lr_points=1)
     assert learning_rates(config, "batch", 64) == [0.001]
@@ -99,7 +99,7 @@ def test_a_run_puts_our_figures_beside_the_papers(tmp_path, monkeypatch):
             "A small one", "Someone 2020", (PRESETS["how-bn-helps-accuracy"].rows[0],), "Not a paper."
         ),
     )
-    monkeypatch.setattr("evenkeel.study.preset.SMALLEST_BUDGET", 64)
+    monkeypatch.setattr("normkit.study.preset.SMALLEST_BUDGET", 64)
     changes = {"data": "digits", "methods": ("none", "batch"), "seeds": 2, "model": "digits-cnn", "batch_sizes": (16,)}
     text = reproduce(
         "tiny", scale=0.00001, out=tmp_path, changes=changes, workers=1, quiet=True, arguments=["reproduce", "tiny"]
@@ -113,7 +113,7 @@ def test_a_run_puts_our_figures_beside_the_papers(tmp_path, monkeypatch):
     assert "--seeds 2" in text
     assert "--methods none,batch" in text
     assert "published figures are those of full training" in text
-    assert "evenkeel reproduce tiny" in text
+    assert "normkit reproduce tiny" in text
 
 
 def test_bad_input_is_one_line(capsys):
@@ -158,7 +158,7 @@ def test_the_fair_arm_decays_the_same_weights_for_every_method():
     decayed = set()
     for method in row.config.methods:
         model = build_model("resnet20", input_shape=(3, 32, 32), classes=10)
-        _, optimizer = evenkeel.apply(method, model, lr=0.1, weight_decay=row.config.weight_decay)
+        _, optimizer = normkit.apply(method, model, lr=0.1, weight_decay=row.config.weight_decay)
         decayed.add(tuple(g["name"] for g in optimizer.param_groups if g["weight_decay"]))
     assert decayed == {("weights",)}
 
@@ -186,7 +186,7 @@ def test_rates_that_are_not_known_are_not_invented():
 
 
 def test_at_the_papers_rates_nothing_is_searched_and_the_page_has_the_test(tmp_path, monkeypatch):
-    monkeypatch.setattr("evenkeel.study.preset.SMALLEST_BUDGET", 64)
+    monkeypatch.setattr("normkit.study.preset.SMALLEST_BUDGET", 64)
     changes = {"data": "digits", "batch_sizes": (16,), "methods": ("batch", "revisited"), "seeds": 5, "flip": False}
     text = reproduce(
         "revisited-pieces",

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import evenkeel
-from evenkeel.methods.revisited import revision, revision_of, revisit
-from evenkeel.study.models import build_model
+import normkit
+from normkit.methods.revisited import revision, revision_of, revisit
+from normkit.study.models import build_model
 
 
 class Block(nn.Module):
@@ -64,7 +64,7 @@ def test_it_is_a_network_of_scale_one_with_scaled_features_rates_and_eps(scale, 
 
     lr, decay = 0.1, 1e-3
     revisit(revisited, scale=scale, scale_lr_divisor=divisor)
-    groups = evenkeel.param_groups(revisited, lr=lr, weight_decay=decay)
+    groups = normkit.param_groups(revisited, lr=lr, weight_decay=decay)
     train(revisited, torch.optim.SGD(groups, lr=lr, momentum=0.9), 60)
 
     gammas, betas = [m.weight for m in reference.norms()], [m.bias for m in reference.norms()]
@@ -113,7 +113,7 @@ def test_arm_both_is_the_paper_at_its_defaults():
         norm.eps *= 100
     for model, arm in ((paper, "paper"), (both, "both")):
         revisit(model, arm=arm)
-        groups = evenkeel.param_groups(model, lr=0.1)
+        groups = normkit.param_groups(model, lr=0.1)
         train(model, torch.optim.SGD(groups, lr=0.1, momentum=0.9), 20)
     x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
     assert torch.allclose(paper(x), both(x), rtol=0, atol=1e-12)
@@ -134,7 +134,7 @@ def test_each_arm_changes_its_piece_alone(arm, gamma, gamma_lr, beta_lr, feature
     model = SmallResNet()
     revisit(model, arm=arm)
     assert all(torch.allclose(norm.weight, torch.tensor(gamma)) and not norm.bias.any() for norm in model.norms())
-    rates = {id(p): group["lr"] for group in evenkeel.param_groups(model, lr=1.0) for p in group["params"]}
+    rates = {id(p): group["lr"] for group in normkit.param_groups(model, lr=1.0) for p in group["params"]}
     for norm in model.norms():
         assert rates[id(norm.weight)] == pytest.approx(gamma_lr)
         assert rates[id(norm.bias)] == pytest.approx(beta_lr)
@@ -180,7 +180,7 @@ def test_groups_give_gamma_its_rate_and_nobody_but_weights_decay():
     model = revisit(ResetsGamma())
     groups = {
         g["name"]: (len(g["params"]), g["lr"], g["weight_decay"])
-        for g in evenkeel.param_groups(model, lr=0.1, weight_decay=1e-4)
+        for g in normkit.param_groups(model, lr=0.1, weight_decay=1e-4)
     }
     assert groups == {
         "weights": (3, 0.1, 1e-4),
@@ -194,7 +194,7 @@ def test_marks_survive_deepcopy_and_pickle_and_are_visible():
     model = revisit(SmallResNet())
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert revision_of(twin) == revision("paper", 0.1, 100.0)
-        assert [g["lr"] for g in evenkeel.param_groups(twin, lr=1.0) if g["name"].startswith("norm-sc")] == [0.01]
+        assert [g["lr"] for g in normkit.param_groups(twin, lr=1.0) if g["name"].startswith("norm-sc")] == [0.01]
     assert revision_of(SmallResNet()) is None
 
 
@@ -241,14 +241,14 @@ def test_bad_input_is_refused_before_anything_changes(model, kwargs, message):
 
 
 def test_scale_of_an_input_norm_is_multiplied():
-    model = revisit(nn.Sequential(evenkeel.InputNorm(3), SmallResNet()))
+    model = revisit(nn.Sequential(normkit.InputNorm(3), SmallResNet()))
     assert torch.allclose(model[0].weight, torch.tensor(0.058))
 
 
 def test_a_residual_network_trains_from_the_small_scale():
     torch.manual_seed(0)
     model = revisit(build_model("resnet20", input_shape=(3, 8, 8), classes=4))
-    optimizer = torch.optim.SGD(evenkeel.param_groups(model, lr=0.1, weight_decay=1e-4), momentum=0.9)
+    optimizer = torch.optim.SGD(normkit.param_groups(model, lr=0.1, weight_decay=1e-4), momentum=0.9)
     x, y = torch.rand(16, 3, 8, 8), torch.arange(16) % 4
     losses = []
     for _ in range(30):
@@ -263,14 +263,14 @@ def test_a_residual_network_trains_from_the_small_scale():
 def test_describe_shows_the_revision_and_conversion_keeps_it():
     model = revisit(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
     line = "revisited (paper): scale starts at 0.1, its learning rate x 0.01, the shift's x 1"
-    assert str(evenkeel.describe(model)[0]) == f"1: BatchNorm2d(8); {line}"
-    evenkeel.convert(model, "group")
-    assert line in str(evenkeel.describe(model)[0])
-    assert 0.01 in [group["lr"] for group in evenkeel.param_groups(model, lr=1.0)]
-    evenkeel.revert(model)
+    assert str(normkit.describe(model)[0]) == f"1: BatchNorm2d(8); {line}"
+    normkit.convert(model, "group")
+    assert line in str(normkit.describe(model)[0])
+    assert 0.01 in [group["lr"] for group in normkit.param_groups(model, lr=1.0)]
+    normkit.revert(model)
     assert revision_of(model) == revision("paper", 0.1, 100.0)
 
 
 def test_a_scale_without_a_shift_is_revisited_too():
-    model = evenkeel.revisit(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, bias=False)))
+    model = normkit.revisit(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, bias=False)))
     assert model[1].weight.tolist() == pytest.approx([0.1] * 3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from evenkeel import SGDG, AdamG
+from normkit import SGDG, AdamG
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import evenkeel
-from evenkeel.invariance import TOLERANCE, scale_invariance
-from evenkeel.study.models.wide_resnet import wide_resnet
+import normkit
+from normkit.invariance import TOLERANCE, scale_invariance
+from normkit.study.models.wide_resnet import wide_resnet
 
 
 class Classifier(nn.Module):
@@ -35,7 +35,7 @@ class Classifier(nn.Module):
         self.dropped, self.norm3 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.InstanceNorm2d(4)
         self.biased_dropped, self.norm10 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
         self.drop = nn.Dropout(0.1)
-        self.pooled, self.norm4 = nn.Conv2d(4, 4, 3, padding=1, bias=False), evenkeel.LpNorm2d(4, p=1)
+        self.pooled, self.norm4 = nn.Conv2d(4, 4, 3, padding=1, bias=False), normkit.LpNorm2d(4, p=1)
         self.biased_pooled, self.norm5 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
         self.summed = nn.Conv2d(4, 4, 3, padding=1, bias=False)
         self.norm6 = nn.BatchNorm2d(4)
@@ -208,7 +208,7 @@ def test_unit_filters_keep_the_function_in_train_and_eval_mode(training):
     for _ in range(3):
         model(x.double())  # running statistics of their own
     before = copy.deepcopy(model).train(training)(x.double())
-    groups = evenkeel.param_groups(model, lr=0.01, manifold_lr=0.2)
+    groups = normkit.param_groups(model, lr=0.01, manifold_lr=0.2)
     assert torch.allclose(model.train(training)(x.double()), before, rtol=1e-8, atol=1e-8)
     sphere = next(group for group in groups if group["manifold"])
     assert len(sphere["params"]) == sum(Classifier.expected.values())
@@ -220,7 +220,7 @@ def test_the_user_is_told_which_weights_change_the_function_when_they_are_put_on
     with pytest.warns(
         UserWarning, match=r"4 of 9 weights: biased_dropped.weight \(its bias .*summed.weight \(goes into"
     ):
-        evenkeel.param_groups(model, lr=0.01, manifold_lr=0.2, rule="paper")
+        normkit.param_groups(model, lr=0.01, manifold_lr=0.2, rule="paper")
 
 
 def test_a_filter_without_direction_is_named_before_anything_changes():
@@ -229,13 +229,13 @@ def test_a_filter_without_direction_is_named_before_anything_changes():
         model.biased.weight[2] = 0
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"biased.weight: filter 2 .1 in all. has length 0.0"):
-        evenkeel.param_groups(model, lr=0.01, manifold_lr=0.2)
+        normkit.param_groups(model, lr=0.01, manifold_lr=0.2)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 
 
 def test_every_parameter_stands_in_one_group_with_its_rate_and_decay():
     model = build()
-    groups = {g["name"]: g for g in evenkeel.param_groups(model, lr=0.01, manifold_lr=0.2, weight_decay=5e-4)}
+    groups = {g["name"]: g for g in normkit.param_groups(model, lr=0.01, manifold_lr=0.2, weight_decay=5e-4)}
     assert sorted(p.numel() for g in groups.values() for p in g["params"]) == sorted(
         p.numel() for p in model.parameters()
     )
@@ -252,7 +252,7 @@ def test_every_parameter_stands_in_one_group_with_its_rate_and_decay():
 def test_recipes_train_and_the_request_is_the_manifolds_rate(name):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
-    model, optimizer = evenkeel.apply(name, model, lr=0.1, weight_decay=1e-3)
+    model, optimizer = normkit.apply(name, model, lr=0.1, weight_decay=1e-3)
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert rates["sphere"] == pytest.approx(0.1)
     assert rates["weights"] == pytest.approx(0.1 / (20 if name.startswith("sgd-g") else 5))
@@ -268,10 +268,10 @@ def test_recipes_train_and_the_request_is_the_manifolds_rate(name):
 
 @pytest.mark.parametrize("name", ["sgd-g", "adam-g"])
 def test_the_papers_recipes_put_weights_on_the_sphere_that_go_into_a_sum(name):
-    _, exact = evenkeel.apply(name, build(), lr=0.1)
+    _, exact = normkit.apply(name, build(), lr=0.1)
     model = build()
     with pytest.warns(UserWarning, match="change the network's function"):
-        model, paper = evenkeel.apply(f"{name}-paper", model, lr=0.1)
+        model, paper = normkit.apply(f"{name}-paper", model, lr=0.1)
     sphere = [{len(g["params"]) for g in o.param_groups if g["name"] == "sphere"}.pop() for o in (exact, paper)]
     assert sphere[1] > sphere[0]
     assert any(model.summed.weight is p for g in paper.param_groups if g["name"] == "sphere" for p in g["params"])
@@ -313,21 +313,21 @@ class Padded(nn.Conv2d):
     ],
 )
 def test_a_forward_of_its_own_counts_by_what_it_makes_of_a_scaled_filter(layer, norm, invariant):
-    entry = evenkeel.scale_invariance(nn.Sequential(layer, norm))["0.weight"]
+    entry = normkit.scale_invariance(nn.Sequential(layer, norm))["0.weight"]
     assert entry.invariant == invariant
     assert invariant or entry.reason == "Noisy has a forward of its own, whose output does not scale with the filters"
 
 
 def test_a_forward_that_gives_a_tuple_is_no_filter():
-    report = evenkeel.scale_invariance(nn.Sequential(Pair(4, 6), First(), nn.BatchNorm1d(6)))
+    report = normkit.scale_invariance(nn.Sequential(Pair(4, 6), First(), nn.BatchNorm1d(6)))
     assert not report["0.weight"].invariant
 
 
 def test_a_model_without_trainable_weights_is_told_by_structure_alone():
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
     model[0].weight.requires_grad_(False)
-    report = evenkeel.scale_invariance(model, lambda model, x: model(x).square().mean(), torch.randn(8, 4))
-    assert report == evenkeel.scale_invariance(model)
+    report = normkit.scale_invariance(model, lambda model, x: model(x).square().mean(), torch.randn(8, 4))
+    assert report == normkit.scale_invariance(model)
 
 
 def test_a_normalization_that_takes_other_inputs_too_keeps_its_statistics_and_is_named():
@@ -343,5 +343,5 @@ def test_a_normalization_that_takes_other_inputs_too_keeps_its_statistics_and_is
     model(torch.randn(4, 3, 5, 5) * 3)
     before = model.norm.running_var.clone()
     with pytest.warns(UserWarning, match="conv.weight .eval mode only: its running statistics are shared"):
-        evenkeel.param_groups(model, lr=0.01, manifold_lr=0.2)
+        normkit.param_groups(model, lr=0.01, manifold_lr=0.2)
     assert torch.equal(model.norm.running_var, before)

@@ -13,12 +13,12 @@ from optuna.trial import TrialState
 
 import idle_worker
 import postgres
-from evenkeel.cli import main
-from evenkeel.study.errors import StudyError
-from evenkeel.study.join import join, waiting_studies
-from evenkeel.study.plan import StudyConfig, slots
-from evenkeel.study.records import TrialResult
-from evenkeel.study.store import Store
+from normkit.cli import main
+from normkit.study.errors import StudyError
+from normkit.study.join import join, waiting_studies
+from normkit.study.plan import StudyConfig, slots
+from normkit.study.records import TrialResult
+from normkit.study.store import Store
 
 pytest.importorskip("psycopg2", reason="needs a PostgreSQL driver")
 if postgres.programs() is None:
@@ -116,8 +116,8 @@ def test_a_server_that_restarts_ends_no_worker(server, url):
 
 
 def test_a_worker_without_a_heartbeat_loses_its_trial_to_another(url, monkeypatch):
-    monkeypatch.setattr("evenkeel.study.connection.HEARTBEAT_SECONDS", 1)
-    monkeypatch.setattr("evenkeel.study.connection.GRACE_SECONDS", 1)
+    monkeypatch.setattr("normkit.study.connection.HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr("normkit.study.connection.GRACE_SECONDS", 1)
     config = idle_config(1)
     silent, other = Store(url, "idle"), Store(url, "idle")
     silent.open(config)
@@ -136,9 +136,9 @@ def test_a_worker_without_a_heartbeat_loses_its_trial_to_another(url, monkeypatc
     assert [r.validation_accuracy for r in other.results()] == [0.9]
 
 
-def test_evenkeel_worker_shares_a_comparison_and_nothing_depends_on_it(url, tmp_path):
+def test_normkit_worker_shares_a_comparison_and_nothing_depends_on_it(url, tmp_path):
     arguments = ["--methods", "batch,none", "--batch-sizes", "32", "--seeds", "2", "--lr-points", "2", "--budget", "96"]
-    command = [sys.executable, "-m", "evenkeel.cli"]
+    command = [sys.executable, "-m", "normkit.cli"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(
         [
@@ -175,7 +175,7 @@ def test_evenkeel_worker_shares_a_comparison_and_nothing_depends_on_it(url, tmp_
     assert "8 of 8 trials have ended" in worker.stdout
     assert "1 study worked on" in worker.stdout
     assert main(["compare", *arguments, "--out", str(tmp_path / "alone"), "--workers", "1", "--quiet"]) == 0
-    from evenkeel.study.compare import StudyFolder
+    from normkit.study.compare import StudyFolder
 
     shared, alone = (
         StudyFolder.read(tmp_path / name).place(url if name == "shared" else None).store()
@@ -194,7 +194,7 @@ def test_a_study_that_is_not_there_is_named(url):
 
 
 def test_worker_without_a_storage_says_what_to_give(monkeypatch, capsys):
-    monkeypatch.delenv("EVENKEEL_STORAGE", raising=False)
+    monkeypatch.delenv("NORMKIT_STORAGE", raising=False)
     assert main(["worker"]) == 2
     assert "--storage is empty; give the URL" in capsys.readouterr().err
 

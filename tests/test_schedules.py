@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from evenkeel.study.schedules import SCHEDULES, lr_factor
+from normkit.study.schedules import SCHEDULES, lr_factor
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

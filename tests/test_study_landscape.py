@@ -9,21 +9,21 @@ import pytest
 import torch
 from torch import nn
 
-from evenkeel.cli import main
-from evenkeel.instruments.result import plain
-from evenkeel.methods.noisy_norm import MomentNoise
-from evenkeel.study.errors import StudyError
-from evenkeel.study.how_bn_helps import DEEP_LINEAR, HowBNHelps, deep_linear_task, findings
-from evenkeel.study.landscape import apply, run_landscape, watch
-from evenkeel.study.landscape_report import figures_of, sections, table, write_landscape
-from evenkeel.study.traces import LandscapeConfig, Trace
+from normkit.cli import main
+from normkit.instruments.result import plain
+from normkit.methods.noisy_norm import MomentNoise
+from normkit.study.errors import StudyError
+from normkit.study.how_bn_helps import DEEP_LINEAR, HowBNHelps, deep_linear_task, findings
+from normkit.study.landscape import apply, run_landscape, watch
+from normkit.study.landscape_report import figures_of, sections, table, write_landscape
+from normkit.study.traces import LandscapeConfig, Trace
 
 SMALL = LandscapeConfig(methods=("none", "batch", "none+noise"), batch_size=32, steps=6, every=3, limit=200)
 
 
 @pytest.fixture(scope="module")
 def record():
-    return run_landscape(SMALL, command="evenkeel landscape --steps 6")
+    return run_landscape(SMALL, command="normkit landscape --steps 6")
 
 
 def test_every_method_is_measured_on_the_cadence(record):
@@ -56,7 +56,7 @@ def test_the_page_stands_alone_and_has_a_figure_for_everything(record, tmp_path)
     html = page.read_text()
     assert html.count('<svg class="chart') == 4 + 2 * 3 + 3 * 3
     assert not re.search(r"(src|href)=\"(?!data:)", html)
-    assert "evenkeel landscape --steps 6" in html
+    assert "normkit landscape --steps 6" in html
     assert "| none |" in text.read_text()
     assert len(json.loads(data.read_text())["traces"]) == 3
     first = page.read_bytes()
@@ -208,7 +208,7 @@ def test_the_command_writes_the_report(tmp_path, capsys):
 def test_the_doctors_exit_code_says_healthy_or_not(tmp_path, capsys):
     assert main(["doctor", "--limit", "300", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["healthy"] is True
-    from evenkeel.study.models import build_model
+    from normkit.study.models import build_model
 
     model = build_model("digits-cnn", input_shape=(1, 8, 8), classes=10)
     model[1].running_var[0] = math.nan
@@ -242,15 +242,15 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path, capsys):
 
 
 def test_the_experiment_is_a_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("evenkeel.study.how_bn_helps.MEASUREMENTS", 1)
-    monkeypatch.setattr("evenkeel.study.how_bn_helps.METHODS", ("none", "batch", "noisy-batch", "none+noise", "l1"))
-    monkeypatch.setattr("evenkeel.study.how_bn_helps.LP", ("l1",))
+    monkeypatch.setattr("normkit.study.how_bn_helps.MEASUREMENTS", 1)
+    monkeypatch.setattr("normkit.study.how_bn_helps.METHODS", ("none", "batch", "noisy-batch", "none+noise", "l1"))
+    monkeypatch.setattr("normkit.study.how_bn_helps.LP", ("l1",))
     arguments = ["reproduce", "how-bn-helps", "--model", "dln", "--scale", "0.0001", "--out", str(tmp_path)]
     assert main(arguments) == 0
     text = (tmp_path / "landscape.md").read_text()
     assert "On the deep linear network l_1 is best" in text
     assert "Scaled down: 1 steps instead of the paper's 10,000" in text
-    assert "evenkeel reproduce how-bn-helps --model dln --scale 0.0001" in text
+    assert "normkit reproduce how-bn-helps --model dln --scale 0.0001" in text
     assert main(["reproduce", "how-bn-helps", "--scale", "2"]) == 2
     assert "--scale 2" in capsys.readouterr().err
     assert main(["reproduce", "nothing"]) == 2

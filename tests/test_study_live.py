@@ -4,10 +4,10 @@ import io
 import pytest
 from rich.console import Console
 
-from evenkeel.study.live import Display, best, duration, outcome
-from evenkeel.study.plan import Slot
-from evenkeel.study.terminal import render_terminal
 from fake_study import realistic, record, result
+from normkit.study.live import Display, best, duration, outcome
+from normkit.study.plan import Slot
+from normkit.study.terminal import render_terminal
 
 
 def slot(trial):

@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from evenkeel.study.records import CurvePoint
-from evenkeel.study.report import CSV_COLUMNS, read_results, render_html, render_markdown, write_report
 from fake_study import METHODS, realistic, record, result
+from normkit.study.records import CurvePoint
+from normkit.study.report import CSV_COLUMNS, read_results, render_html, render_markdown, write_report
 
 HOSTILE = "<script>alert(1)</script>\"'`|&{{ 7 * 7 }}"
 
@@ -65,7 +65,7 @@ def hostile():
     return dataclasses.replace(
         whole,
         trials=(*whole.trials, failed),
-        command=f"evenkeel compare --model {HOSTILE}",
+        command=f"normkit compare --model {HOSTILE}",
         environment={HOSTILE: HOSTILE},
         recipes={HOSTILE: {"summary": HOSTILE, "paper": HOSTILE}},
         planned=len(whole.trials) + 1,

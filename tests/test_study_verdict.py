@@ -2,10 +2,10 @@ import dataclasses
 
 import pytest
 
-from evenkeel.study.statistics import summarize
-from evenkeel.study.tables import edges, tables, troubles
-from evenkeel.study.verdict import judge
 from fake_study import realistic, record, result
+from normkit.study.statistics import summarize
+from normkit.study.tables import edges, tables, troubles
+from normkit.study.verdict import judge
 
 NOISE = (0.004, -0.003, 0.001, -0.004, 0.002, 0.0)
 

@@ -7,11 +7,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import evenkeel
-from evenkeel.methods.batchless import BatchlessNorm
-from evenkeel.origins import origin_of
-from evenkeel.surgery import convert, revert
-from evenkeel.targets import Removed, is_batchnorm
+import normkit
+from normkit.methods.batchless import BatchlessNorm
+from normkit.origins import origin_of
+from normkit.surgery import convert, revert
+from normkit.targets import Removed, is_batchnorm
 
 
 def small_net():
@@ -40,7 +40,7 @@ def trained_net():
 def train(model):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     if any(isinstance(layer, BatchlessNorm) for layer in model):
-        evenkeel.attach(model, optimizer)
+        normkit.attach(model, optimizer)
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.randn(4, 3, 8, 8)).square().mean().backward()
@@ -116,7 +116,7 @@ def test_what_a_model_without_its_norms_saves_misses_theirs_and_revert_is_the_re
     with pytest.raises(RuntimeError, match=r'Missing key\(s\).*"1\.weight", "1\.bias", "1\.running_mean"'):
         plain.load_state_dict(model.state_dict())
     plain.load_state_dict(revert(copy.deepcopy(model)).state_dict())
-    assert "revert(copy.deepcopy(model)).state_dict()" in str(evenkeel.describe(model)[0])
+    assert "revert(copy.deepcopy(model)).state_dict()" in str(normkit.describe(model)[0])
 
 
 @pytest.mark.parametrize("to", TARGETS)
@@ -198,7 +198,7 @@ def test_the_bias_before_a_batchless_layer_is_frozen_until_revert():
         convert(model, to)
         assert not model[3].bias.requires_grad
     assert revert(model)[3].bias.requires_grad
-    recipe, _ = evenkeel.apply("batchless", small_net(), lr=0.1)
+    recipe, _ = normkit.apply("batchless", small_net(), lr=0.1)
     recipe.load_state_dict(state)
     torch.testing.assert_close(recipe.eval()(X), model.eval()(X), rtol=1e-4, atol=1e-5)
     assert revert(recipe).state_dict().keys() == state.keys()
@@ -446,8 +446,8 @@ def test_a_wrapped_or_sharded_model_is_refused_with_the_remedy(tmp_path):
         with pytest.raises(ValueError, match=r"is sharded \(fully_shard\).*; convert the model before sharding it"):
             convert(sharded, "group")
         for to, attach in (
-            ("none", lambda model, optimizer: evenkeel.BNP(model).attach(optimizer)),
-            ("batchless", evenkeel.attach),
+            ("none", lambda model, optimizer: normkit.BNP(model).attach(optimizer)),
+            ("batchless", normkit.attach),
         ):
             model = fully_shard(convert(small_net(), to), mesh=init_device_mesh("cpu", (1,)))
             with pytest.raises(ValueError, match=r"sharded over ranks \(fully_shard\).*; use DistributedDataParallel"):
@@ -471,7 +471,7 @@ def test_describe_tells_what_each_layer_is_what_it_replaced_and_what_was_lost():
     model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8))
     convert(model, "none", where="1")
     convert(model, "group", where="2")
-    assert [str(row) for row in evenkeel.describe(model)] == [
+    assert [str(row) for row in normkit.describe(model)] == [
         "1: Removed(8) in place of BatchNorm2d, 0 has a bias instead; "
         "weight, bias and running statistics are set aside until revert and not saved: what loads where they are "
         "expected is revert(copy.deepcopy(model)).state_dict()",
@@ -535,7 +535,7 @@ class TestOptimizerRepair:
 
 def test_a_model_without_norms_gives_a_warning_and_works():
     with pytest.warns(UserWarning, match="no normalization layer"):
-        model, optimizer = evenkeel.apply("group", nn.Linear(2, 2), lr=0.1)
+        model, optimizer = normkit.apply("group", nn.Linear(2, 2), lr=0.1)
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters())) == 2
 
 
@@ -543,7 +543,7 @@ def test_a_model_without_norms_gives_a_warning_and_works():
 def test_every_recipe_trains(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model, optimizer = evenkeel.apply(name, small_net(), lr=0.01)
+        model, optimizer = normkit.apply(name, small_net(), lr=0.01)
     before = [p.clone() for p in model.parameters()]
     model(X).square().mean().backward()
     optimizer.step()
@@ -563,10 +563,10 @@ def test_every_recipe_trains(name):
 )
 def test_when_a_recipe_raises_the_model_is_as_it_was(name, options, message):
     model = trained_net()
-    observed = evenkeel.BNP(model, layers=["8"]) if "BNP" in message else None
+    observed = normkit.BNP(model, layers=["8"]) if "BNP" in message else None
     layers, state = list(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        evenkeel.apply(name, model, **options)
+        normkit.apply(name, model, **options)
     assert list(model) == layers
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())

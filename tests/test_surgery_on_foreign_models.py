@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-import evenkeel
-from evenkeel.graph import is_norm, producers
-from evenkeel.targets import is_batchnorm
+import normkit
+from normkit.graph import is_norm, producers
+from normkit.targets import is_batchnorm
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # whatever the imports of others warn about
@@ -81,11 +81,11 @@ def test_convert_loads_the_checkpoint_trains_and_reverts(case, to, tmp_path):
     expected = logits(model, batch)
     model.save_pretrained(tmp_path)
     where = lambda path, layer: is_batchnorm(layer)  # noqa: E731
-    other = evenkeel.convert(type(model)(model.config), to, where=where).eval()
+    other = normkit.convert(type(model)(model.config), to, where=where).eval()
     other.load_state_dict(type(model).from_pretrained(tmp_path).state_dict())
-    evenkeel.convert(model, to, where=where)
+    normkit.convert(model, to, where=where)
     torch.testing.assert_close(logits(other, batch), logits(model, batch), rtol=1e-4, atol=1e-5)
-    assert torch.equal(logits(evenkeel.revert(copy.deepcopy(model)), batch), expected)
+    assert torch.equal(logits(normkit.revert(copy.deepcopy(model)), batch), expected)
     if to in ("batch-renorm", "batchless", "l1"):
         torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-4)
     if to != "none":
@@ -93,13 +93,13 @@ def test_convert_loads_the_checkpoint_trains_and_reverts(case, to, tmp_path):
         plain.load_state_dict(other.state_dict())
         assert torch.equal(logits(plain, batch), expected)
     optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-4)
-    handle = evenkeel.attach(model, optimizer) if to == "batchless" else None
+    handle = normkit.attach(model, optimizer) if to == "batchless" else None
     model(**batch).logits.square().mean().backward()
     optimizer.step()
     if handle is not None:
         handle.remove()
     assert all(p.isfinite().all() for p in model.parameters())
-    evenkeel.revert(model)
+    normkit.revert(model)
     assert model.state_dict().keys() == type(model)(model.config).state_dict().keys()
 
 
@@ -107,7 +107,7 @@ def test_fold_with_an_example_leaves_no_batch_norm_and_the_same_function(case):
     model, batch, (batch_norms, _, norms) = case
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        folded = evenkeel.fold(model, example=batch)
+        folded = normkit.fold(model, example=batch)
     assert not any(is_batchnorm(module) for module in folded.modules())
     assert sum(map(is_norm, folded.modules())) == norms - batch_norms
     assert len(caught) == (norms > batch_norms)
@@ -120,7 +120,7 @@ def test_recalibrate_takes_the_batches_these_models_take(case):
     norm = next(module for module in model.modules() if is_batchnorm(module))
     seen = []
     norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    evenkeel.recalibrate(model, [batch])
+    normkit.recalibrate(model, [batch])
     torch.testing.assert_close(norm.running_mean, seen[0].transpose(0, 1).flatten(1).mean(1), rtol=1e-4, atol=1e-5)
 
 
@@ -130,5 +130,5 @@ def test_norms_that_carry_an_activation_or_other_dimensions_are_refused_and_noth
     for model in (transformers.BitForImageClassification(bit), transformers.ConvNextForImageClassification(convnext)):
         before = list(model.modules())
         with pytest.raises(ValueError, match=r"norm.*: (Bit|ConvNext)\w+ computes something else"):
-            evenkeel.convert(model, "none")
+            normkit.convert(model, "none")
         assert list(model.modules()) == before

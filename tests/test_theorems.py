@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from evenkeel.instruments import curvature
+from normkit.instruments import curvature
 
 
 class Activations(nn.Module):

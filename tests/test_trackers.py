@@ -5,9 +5,9 @@ from types import ModuleType
 
 import pytest
 
-from evenkeel.study.errors import StudyError
-from evenkeel.study.records import CurvePoint, TrialKey, TrialResult
-from evenkeel.study.trackers import Tracker
+from normkit.study.errors import StudyError
+from normkit.study.records import CurvePoint, TrialKey, TrialResult
+from normkit.study.trackers import Tracker
 
 
 def result(seed, **values):

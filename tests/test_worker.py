@@ -10,9 +10,9 @@ import time
 import pytest
 from optuna.trial import TrialState
 
-from evenkeel.study.errors import StudyError
-from evenkeel.study.plan import StudyConfig, slots
-from evenkeel.study.worker import LONGEST_REST, SHORTEST_REST, Place, rest, run_workers
+from normkit.study.errors import StudyError
+from normkit.study.plan import StudyConfig, slots
+from normkit.study.worker import LONGEST_REST, SHORTEST_REST, Place, rest, run_workers
 
 CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), seeds=2, lr_points=2, budget=96)
 
@@ -21,7 +21,7 @@ import sys, pathlib
 sys.path.insert(0, {tests!r})
 if __name__ == "__main__":
     from test_worker import CONFIG, place
-    from evenkeel.study.worker import run_workers
+    from normkit.study.worker import run_workers
     import dataclasses
     config = dataclasses.replace(CONFIG, budget={budget})
     run_workers(place(pathlib.Path({folder!r})), config, {count}, lambda results, running: None)
@@ -77,7 +77,7 @@ def test_a_study_killed_in_the_middle_goes_on_where_it_was(tmp_path):
 
 _FATAL_ONCE = """
 import os, pathlib, signal
-from evenkeel.study.models import build_model
+from normkit.study.models import build_model
 
 def model(input_shape, classes):
     marker = pathlib.Path(__file__).with_suffix(".killed")

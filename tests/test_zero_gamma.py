@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from evenkeel.methods.zero_gamma import last_norms, zero_gamma
-from evenkeel.study.models import build_model
+from normkit.methods.zero_gamma import last_norms, zero_gamma
+from normkit.study.models import build_model
 
 
 def image_model(name):

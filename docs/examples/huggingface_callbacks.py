@@ -6,9 +6,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
-import evenkeel
-from evenkeel.integrations.huggingface import BNPCallback, MonitorCallback
-from evenkeel.study.data import load_data
+import normkit
+from normkit.integrations.huggingface import BNPCallback, MonitorCallback
+from normkit.study.data import load_data
 
 
 class Digits(Dataset):
@@ -31,7 +31,7 @@ def main(steps: int = 20) -> tuple[Trainer, MonitorCallback]:
     config = ResNetConfig(
         num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=10
     )
-    model = evenkeel.convert(ResNetForImageClassification(config), "none")
+    model = normkit.convert(ResNetForImageClassification(config), "none")
     monitor = MonitorCallback(every=10)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from evenkeel.integrations.lightning import BNPCallback, MonitorCallback
-from evenkeel.study.data import load_data
+from normkit.integrations.lightning import BNPCallback, MonitorCallback
+from normkit.study.data import load_data
 
 
 class Classifier(pl.LightningModule):

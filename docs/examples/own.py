@@ -1,6 +1,6 @@
-"""Your own model and data for ``evenkeel compare``: a factory for each.
+"""Your own model and data for ``normkit compare``: a factory for each.
 
-evenkeel compare --data docs/examples/own.py:data --model docs/examples/own.py:model --methods none,batch,bnp
+normkit compare --data docs/examples/own.py:data --model docs/examples/own.py:model --methods none,batch,bnp
 """
 
 import torch

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-import evenkeel
+import normkit
 
 # each the best of 0.01, 0.03 and 0.1
 RATES = {"none": 0.1, "batch": 0.1, "group": 0.03, "bnp": 0.03, "batchless-projected": 0.03}
@@ -68,7 +68,7 @@ def train(method: str, lr: float) -> nn.Module:
     torch.manual_seed(0)
     inputs, masks = volumes(STEPS * ACCUMULATE, seed=1)
 
-    model, optimizer = evenkeel.apply(method, UNet(), lr=lr, momentum=0.9, batches=inputs[:32].split(4))
+    model, optimizer = normkit.apply(method, UNet(), lr=lr, momentum=0.9, batches=inputs[:32].split(4))
 
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for step in range(STEPS):
@@ -94,7 +94,7 @@ def main() -> None:
     rates = {sys.argv[1]: float(sys.argv[2])} if len(sys.argv) == 3 else RATES
     inputs, masks = volumes(50, seed=2)
     for method, lr in rates.items():
-        model = evenkeel.fold(train(method, lr), example=inputs[:1])
+        model = normkit.fold(train(method, lr), example=inputs[:1])
         print(f"{method:>20}, lr {lr:g}: Dice {dice(model, inputs, masks):.3f}")
 
 

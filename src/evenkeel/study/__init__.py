@@ -1,1 +1,0 @@
-"""The main job: methods compared fairly on a model and data. Needs ``evenkeel[study]``."""

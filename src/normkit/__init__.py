@@ -1,0 +1,78 @@
+"""What comes after batch normalization: its successors for any PyTorch model, and the instruments that compare them."""
+
+from typing import TYPE_CHECKING, Any
+
+from normkit import functional, moments
+from normkit._recipes import apply, recipes
+from normkit.description import describe
+from normkit.folding import fold
+from normkit.groups import param_groups
+from normkit.invariance import scale_invariance
+from normkit.methods.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from normkit.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
+from normkit.methods.batchless_start import initialize
+from normkit.methods.batchless_training import attach
+from normkit.methods.bnp import BNP
+from normkit.methods.input_norm import InputNorm
+from normkit.methods.langevin import LangevinBNP
+from normkit.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
+from normkit.methods.noisy_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
+from normkit.methods.revisited import revisit
+from normkit.methods.riemannian import SGDG, AdamG
+from normkit.recalibration import recalibrate
+from normkit.surgery import convert, revert
+
+if TYPE_CHECKING:
+    from normkit import instruments
+    from normkit.instruments import doctor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BNP",
+    "SGDG",
+    "AdamG",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "BatchlessNorm1d",
+    "BatchlessNorm2d",
+    "BatchlessNorm3d",
+    "InputNorm",
+    "LangevinBNP",
+    "LpNorm1d",
+    "LpNorm2d",
+    "LpNorm3d",
+    "NoisyBatchNorm1d",
+    "NoisyBatchNorm2d",
+    "NoisyBatchNorm3d",
+    "apply",
+    "attach",
+    "convert",
+    "describe",
+    "doctor",
+    "fold",
+    "functional",
+    "initialize",
+    "instruments",
+    "moments",
+    "param_groups",
+    "recalibrate",
+    "recipes",
+    "revert",
+    "revisit",
+    "scale_invariance",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the instruments where they are first used, so that training alone does not wait for them.
+
+    Raises:
+        AttributeError: There is no such name.
+    """
+    if name in ("instruments", "doctor"):
+        import normkit.instruments as loaded
+
+        return loaded if name == "instruments" else loaded.doctor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

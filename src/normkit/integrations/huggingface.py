@@ -1,0 +1,184 @@
+"""Callbacks for Hugging Face's ``Trainer``: BNP, batchless normalization and the Monitor.
+
+The Trainer clips before it calls anyone, so the BNP callback takes clipping over: it preconditions first and then clips to
+the same ``max_grad_norm``. fp16 is refused, because its gradients are still scaled at that point; bf16 works.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from normkit.instruments import Monitor
+from normkit.methods.batchless_training import RATE, attach, load_projections
+from normkit.methods.bnp import BNP
+from normkit.stepping import StepHandle
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as missing:
+    raise ImportError(f"{missing}; these callbacks need an extra: pip install 'normkit[transformers]'") from missing
+
+STATISTICS = "bnp.pt"
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer inside accelerate's wrapper: only its hooks run with the step."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+class BNPCallback(TrainerCallback):
+    """Preconditions gradients by batch normalization preconditioning, then clips them to the Trainer's ``max_grad_norm``.
+
+    Running statistics are kept beside each checkpoint (``bnp.pt``) and read again when training resumes from it.
+
+    Args:
+        options: Options of :class:`normkit.BNP`.
+
+    Examples:
+        >>> trainer = Trainer(model, arguments, callbacks=[BNPCallback()])  # doctest: +SKIP
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.bnp: BNP | None = None
+        self.max_grad_norm = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the Trainer's optimizer and take clipping over.
+
+        Raises:
+            ValueError: The Trainer trains in fp16.
+        """
+        if args.fp16:
+            raise ValueError(
+                "BNPCallback: fp16=True leaves gradients scaled where they are preconditioned; use bf16=True"
+            )
+        self.on_train_end(args, state, control)  # a training that was interrupted did not come to it
+        self.bnp = BNP(kwargs["model"], **self.options)
+        self.bnp.attach(_unwrapped(kwargs["optimizer"]))
+        self.max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+        kept = _checkpoint(args, state) / STATISTICS
+        if state.global_step and kept.exists():
+            self.bnp.load_state_dict(torch.load(kept, weights_only=True))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Precondition, then clip."""
+        assert self.bnp is not None
+        self.bnp.precondition_()
+        if self.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(kwargs["model"].parameters(), self.max_grad_norm)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the running statistics beside the checkpoint."""
+        assert self.bnp is not None
+        if state.is_world_process_zero:
+            torch.save(self.bnp.state_dict(), _checkpoint(args, state) / STATISTICS)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take everything off the model and give clipping back."""
+        if self.bnp is not None:
+            self.bnp.remove()
+            self.bnp = None
+            args.max_grad_norm = self.max_grad_norm
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+
+
+class BatchlessCallback(TrainerCallback):
+    """Trains mu and sigma of a model's batchless layers; convert and initialize it before building the Trainer.
+
+    Args:
+        rate: Rate of mu and sigma, see :func:`normkit.attach`.
+    """
+
+    def __init__(self, rate: float = RATE) -> None:
+        self.rate = rate
+        self._handle: StepHandle | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the Trainer's optimizer, whose state was loaded before."""
+        self.on_train_end(args, state, control)  # a training that was interrupted did not come to it
+        self._handle = attach(kwargs["model"], _unwrapped(kwargs["optimizer"]), rate=self.rate)
+        kept = _checkpoint(args, state) / "optimizer.pt"
+        if state.global_step and kept.exists():
+            load_projections(kwargs["model"], torch.load(kept, map_location="cpu", weights_only=True))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Detach."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+class MonitorCallback(TrainerCallback):
+    """Watches training with :class:`normkit.instruments.Monitor`, on the batches and losses of the training itself.
+
+    Args:
+        objective: ``loss = objective(model, inputs)`` for the keyword arguments of the model's forward; default the loss
+            that the model returns.
+        options: Options of the Monitor: ``every``, ``path``, ``tensorboard`` ...
+
+    Attributes:
+        monitor: The Monitor; its ``history`` stays readable after training.
+    """
+
+    def __init__(self, objective: Callable[[nn.Module, Any], Tensor] | None = None, **options: Any) -> None:
+        self.objective, self.options = objective or _own_loss, options
+        self.monitor: Monitor | None = None
+        self._inputs: dict[str, Any] | None = None
+        self._loss: Tensor | None = None
+        self._hook: Any = None
+        self._looking = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start watching; the Trainer shows its callbacks no batches, so a hook on the model takes note of them."""
+        self.on_train_end(args, state, control)  # a training that was interrupted did not come to it
+        model = kwargs["model"]
+        self.monitor = Monitor(model, self.objective, _unwrapped(kwargs["optimizer"]), **self.options)
+        self._hook = model.register_forward_hook(self._note, with_kwargs=True)
+
+    def _note(self, model: nn.Module, args: Any, inputs: dict[str, Any], output: Any) -> None:
+        if model.training and not self._looking and getattr(output, "loss", None) is not None:
+            self._inputs, self._loss = inputs, output.loss.detach()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look, between backward and the step."""
+        assert self.monitor is not None
+        if self._inputs is not None and self._loss is not None:
+            self._looking = True
+            try:
+                self.monitor.observe(self._inputs, self._loss)
+            finally:
+                self._looking = False
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write what is waiting."""
+        if self.monitor is not None:
+            self.monitor.close()
+            self._hook.remove()
+
+
+def _own_loss(model: nn.Module, inputs: Any) -> Tensor:
+    return model(**inputs).loss

@@ -1,0 +1,120 @@
+"""The pure functions of batchless normalization: the gradient of the likelihood, and the affine map.
+
+Berger, Uc Cetina. "Batchless Normalization", arXiv 2212.14729.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normkit.moments import Moments, observe_unchecked
+
+Gradient = Literal["natural", "plain"]
+
+
+def gaussian_nll_gradients(
+    moments: Moments,
+    mean: Tensor,
+    sigma: Tensor,
+    *,
+    gradient: Gradient = "natural",
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of ``E[log sigma + n^2 / 2]``, ``n = (x - mu) / sigma``, with respect to mu and rho = log sigma.
+
+    With ``m1 = E n`` and ``m2 = E n^2`` over the rows:
+
+    - plain: ``d mu = -m1 / sigma``, ``d rho = 1 - m2``
+    - natural (plain divided by the Fisher information ``diag(1 / sigma^2, 2)``): ``d mu = -sigma m1``,
+      ``d rho = (1 - m2) / 2``; a small step of rate eta moves mu like a running mean of weight eta and sigma^2 by the
+      factor ``1 + eta (m2 - 1)``.
+
+    Args:
+        moments: Moments of the rows of x, ``(features,)`` each.
+        mean: mu, shape ``(features,)``.
+        sigma: Standard deviation, shape ``(features,)``.
+        gradient: ``natural`` or ``plain``.
+        eps: Added to the variance of x, so that the fit of a constant feature ends at sqrt(eps).
+
+    Returns:
+        ``(d mu, d rho)``, shape ``(features,)`` each.
+
+    Examples:
+        >>> from normkit.moments import observe
+        >>> rows = observe(torch.tensor([[1.0], [3.0]]))
+        >>> [g.item() for g in gaussian_nll_gradients(rows, torch.tensor([0.0]), torch.tensor([1.0]))]
+        [-2.0, -2.0]
+        >>> all(g == 0 for g in gaussian_nll_gradients(rows, torch.tensor([2.0]), torch.tensor([1.0])))
+        True
+    """
+    m1 = (moments.mean - mean) / sigma
+    excess = (moments.variance + eps) / sigma.square() + m1.square() - 1
+    if gradient == "plain":
+        return -m1 / sigma, -excess
+    return -sigma * m1, -excess / 2
+
+
+def moments_about(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Moments:
+    """Moments of the rows of ``x``, channels in dimension 1; :func:`normkit.moments.observe` at the price of less.
+
+    What is not finite stays so. Sums of ``n = (x - mu) / sigma`` and ``n^2`` cancel no digits as long as mu and sigma
+    roughly fit, ``E x = mu + sigma E n`` and ``var x = sigma^2 (E n^2 - (E n)^2)``. Both sums are what the backward pass
+    of batch normalization computes of a gradient n. On a GPU its statistics kernel needs one pass for all.
+
+    Args:
+        x: ``(N, C, ...)``.
+        mean: mu, ``(C,)``.
+        variance: ``sigma^2 - eps``, ``(C,)``.
+        eps: Added to the variance.
+
+    Returns:
+        Moments of C features, up to rounding those of ``observe(x, 1)``.
+    """
+    x = x.detach()
+    if x.dtype != mean.dtype or x.numel() == 0:
+        return observe_unchecked(x, 1)
+    count = torch.full((), x.numel() / x.shape[1], dtype=mean.dtype, device=x.device)
+    if x.is_cuda:
+        center, spread = torch.batch_norm_update_stats(x, None, None, 0.0)
+        return Moments(count, center, spread * count)
+    n = F.batch_norm(x, mean, variance, training=False, eps=eps)
+    zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+    _, square, total = torch.ops.aten.native_batch_norm_backward(
+        n, n, None, zero, one, None, None, False, 0.0, [False, True, True]
+    )
+    m1, sigma2 = total / count, variance + eps
+    return Moments(count, mean + sigma2.sqrt() * m1, (square - total * m1).clamp(min=0) * sigma2)
+
+
+def affine_map(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """``(x - mu) / sqrt(variance + eps) * gamma + beta``, channels in dimension 1; saves ``x`` only if gamma is there.
+
+    Args:
+        x: ``(N, C, ...)``.
+        mean: mu, ``(C,)``.
+        variance: ``sigma^2 - eps``, ``(C,)``.
+        weight: gamma ``(C,)`` or None.
+        bias: beta ``(C,)`` or None.
+        eps: Added to the variance.
+
+    Returns:
+        Shape and dtype of ``x``.
+    """
+    if weight is not None:
+        dtype = torch.promote_types(x.dtype, mean.dtype)
+        mean, variance, weight = mean.to(dtype), variance.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+    shape = (-1, *[1] * (x.dim() - 2))
+    scale = (variance + eps).rsqrt()
+    return torch.addcmul((-mean * scale).view(shape), x, scale.view(shape)).to(x.dtype)
+
+
+def per_feature(values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """One value for each layer, ``()``, as one for each feature of all layers, ``(sum(sizes),)``."""
+    return torch.cat([value.expand(size) for value, size in zip(values, sizes, strict=True)])

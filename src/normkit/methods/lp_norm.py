@@ -1,0 +1,195 @@
+"""Normalization by l_p means, for p = 1, 2 and infinity.
+
+How does batch normalization help optimization? Shibani Santurkar, Dimitris Tsipras, Andrew Ilyas, Aleksander Madry,
+NeurIPS 2018, arXiv 1805.11604. The paper uses these layers to show that the smoothing of the landscape does not need
+the control of mean and variance: they smooth like batch normalization while their activations shift more.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from normkit.moments import statistics_dtype
+
+
+def lp_statistics(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    r"""Mean and l_p mean ``N_p = (mean |x|^p)^(1/p)`` of the *uncentred* values of every channel.
+
+    ``N_1`` is the mean magnitude, ``N_2`` the root mean square, ``N_inf`` the largest magnitude.
+
+    Args:
+        x: Activations, channels first: ``(N, C, ...)``.
+        p: 1, 2 or ``math.inf``.
+
+    Returns:
+        Mean and ``N_p``, each ``(C,)``, in fp32 or wider.
+
+    Examples:
+        >>> x = torch.tensor([[3.0], [-4.0]])
+        >>> [round(lp_statistics(x, p)[1].item(), 4) for p in (1, 2, math.inf)]
+        [3.5, 3.5355, 4.0]
+    """
+    dims = [d for d in range(x.ndim) if d != 1]
+    dtype = statistics_dtype(x.dtype)
+    rows = x.numel() // x.shape[1]
+    # vector_norm has a zero gradient at zero, where a square root would have an infinite one
+    norm = torch.linalg.vector_norm(x, ord=p, dim=dims, dtype=dtype)
+    return x.mean(dim=dims, dtype=dtype), norm / rows ** (1 / p)
+
+
+class LpNorm(nn.Module):
+    r"""``y = (x - mean) / (N_p + eps) * weight + bias`` per channel, with ``N_p`` of the uncentred batch.
+
+    See :func:`lp_statistics`. Evaluation uses running averages of the mean and of ``N_p``, as batch normalization does.
+    The latter is kept as the variance with which batch normalization divides by the same, ``running_var = (N_p +
+    eps)^2 - eps``, so that state dicts load both ways and evaluate the same.
+
+    Args:
+        num_features: Channels ``C`` of an input ``(N, C, ...)``.
+        p: 1, 2 or ``math.inf``.
+        eps: Added to ``N_p``.
+        momentum: Weight of the newest batch in the running averages; None averages all batches equally.
+        affine: Learn ``weight`` and ``bias``.
+        track_running_stats: Keep running averages; without them evaluation uses the batch too.
+        device: Device of parameters and buffers.
+        dtype: Their dtype.
+
+    Raises:
+        ValueError: ``p`` is something else.
+    """
+
+    dimensions: tuple[int, ...] = ()
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        p: float = 2,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if p not in (1, 2, math.inf):
+            raise ValueError(f"p is {p}; l_p normalization is there for 1, 2 and math.inf")
+        self.num_features, self.p, self.eps, self.momentum = num_features, p, eps, momentum
+        self.affine, self.track_running_stats = affine, track_running_stats
+
+        def full(value: float) -> Tensor:
+            return torch.full((num_features,), value, device=device, dtype=dtype)
+
+        self.weight = nn.Parameter(full(1.0)) if affine else None
+        self.bias = nn.Parameter(full(0.0)) if affine else None
+        self.register_buffer("running_mean", full(0.0) if track_running_stats else None)
+        self.register_buffer("running_var", full(1.0) if track_running_stats else None)
+        counter = torch.zeros((), dtype=torch.long, device=device) if track_running_stats else None
+        self.register_buffer("num_batches_tracked", counter)
+
+    @classmethod
+    def from_batchnorm(cls, norm: _BatchNorm, p: float = 2) -> "LpNorm":
+        """A layer with the affine parameters of ``norm`` whose evaluation output is that of ``norm``.
+
+        The running ``N_p`` starts at the divisor that ``norm`` uses and moves to this layer's as training goes on.
+
+        Args:
+            norm: Any batch normalization.
+            p: 1, 2 or ``math.inf``.
+
+        Returns:
+            The new layer; it shares the ``weight`` and ``bias`` objects, so that optimizers keep them.
+        """
+        device = next((t.device for t in (*norm.parameters(), *norm.buffers())), None)
+        layer = cls(
+            norm.num_features,
+            p,
+            eps=norm.eps,
+            momentum=norm.momentum,
+            affine=norm.affine,
+            track_running_stats=norm.running_mean is not None,
+            device=device,
+        )
+        if norm.affine:
+            layer.weight, layer.bias = norm.weight, norm.bias
+        if norm.running_mean is not None and norm.running_var is not None:
+            layer.running_mean = norm.running_mean.clone()
+            layer.running_var = norm.running_var.clone()
+            layer.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
+        return layer.train(norm.training)  # pyright: ignore[reportReturnType]
+
+    @property
+    def running_scale(self) -> Tensor | None:
+        """Running average of ``N_p``, ``(C,)``."""
+        return None if self.running_var is None else (self.running_var + self.eps).sqrt() - self.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` of shape ``(N, C, ...)``.
+
+        Raises:
+            ValueError: The shape is another, or there is one value per channel in train mode.
+        """
+        if x.ndim not in self.dimensions:
+            expected = " or ".join(f"{d}-d" for d in self.dimensions)
+            raise ValueError(f"{type(self).__name__} expects {expected} input, got shape {tuple(x.shape)}")
+        running_mean, running_scale = self.running_mean, self.running_scale
+        if self.training or running_mean is None or running_scale is None:
+            if self.training and x.numel() == x.shape[1]:
+                raise ValueError(
+                    f"{type(self).__name__} saw one value per channel in train mode (input {tuple(x.shape)}): "
+                    "minus its mean it is 0; use a larger batch, or eval()"
+                )
+            mean, scale = lp_statistics(x, self.p)
+            if self.training:
+                self._track(mean, scale)
+        else:
+            mean, scale = running_mean, running_scale
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        gain = 1 / (scale + self.eps)
+        if self.weight is not None:
+            gain = gain * self.weight
+        y = (x - mean.view(shape)) * gain.view(shape)
+        if self.bias is not None:
+            y = y + self.bias.view(shape)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, scale: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.running_scale is None:
+            return
+        weight: float | Tensor | None = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if weight is None:
+                weight = 1 / self.num_batches_tracked.to(mean.dtype)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight if weight is not None else 1.0)
+        running = self.running_scale.lerp(scale.to(self.running_var.dtype), weight if weight is not None else 1.0)
+        self.running_var.copy_((running + self.eps).square() - self.eps)
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"{self.num_features}, p={self.p}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"
+
+
+class LpNorm1d(LpNorm):
+    """l_p normalization (arXiv 1805.11604) of ``(N, C)`` or ``(N, C, L)``; see :class:`LpNorm`."""
+
+    dimensions = (2, 3)
+
+
+class LpNorm2d(LpNorm):
+    """l_p normalization (arXiv 1805.11604) of ``(N, C, H, W)``; see :class:`LpNorm`."""
+
+    dimensions = (4,)
+
+
+class LpNorm3d(LpNorm):
+    """l_p normalization (arXiv 1805.11604) of ``(N, C, D, H, W)``; see :class:`LpNorm`."""
+
+    dimensions = (5,)

@@ -1,0 +1,49 @@
+"""Small convolutional networks: the digits CNN, the 5-layer CNN, the CIFAR-10 network of the batchless paper."""
+
+from torch import nn
+
+from normkit.study.models.layers import conv_norm_relu, glorot_initialize, he_initialize, pooled_classifier
+
+
+def digits_cnn(channels: int, classes: int) -> nn.Module:
+    """Four 3x3 convolutions of 32, 32, 64, 64 channels for maps of about 8x8, two of them with stride 2."""
+    model = nn.Sequential(
+        *conv_norm_relu(channels, 32),
+        *conv_norm_relu(32, 32, stride=2),
+        *conv_norm_relu(32, 64),
+        *conv_norm_relu(64, 64, stride=2),
+        *pooled_classifier(64, classes),
+    )
+    he_initialize(model)
+    return model
+
+
+def cnn5(channels: int, classes: int) -> nn.Module:
+    """Five 3x3 convolutions of 32, 32, 64, 64, 128 channels for maps of about 32x32, three of them with stride 2."""
+    model = nn.Sequential(
+        *conv_norm_relu(channels, 32),
+        *conv_norm_relu(32, 32, stride=2),
+        *conv_norm_relu(32, 64),
+        *conv_norm_relu(64, 64, stride=2),
+        *conv_norm_relu(64, 128, stride=2),
+        *pooled_classifier(128, classes),
+    )
+    he_initialize(model)
+    return model
+
+
+def batchless_cnn(channels: int, classes: int, height: int, width: int) -> nn.Module:
+    """CIFAR-10 network of Berger and Uc Cetina, arXiv 2212.14729: normalization after the activation.
+
+    Three blocks of convolution (64 channels; 7x7, 5x5, 3x3), LeakyReLU, BatchNorm, dropout 0.25 and 2x2 pooling; then
+    dense layers of 50, 50 and ``classes``. LeakyReLU has slope 0.3 and weights are Glorot's, the defaults of Keras.
+    """
+    layers: list[nn.Module] = []
+    for inputs, kernel in ((channels, 7), (64, 5), (64, 3)):
+        layers += [nn.Conv2d(inputs, 64, kernel, padding=kernel // 2), nn.LeakyReLU(0.3), nn.BatchNorm2d(64)]
+        layers += [nn.Dropout(0.25), nn.MaxPool2d(2)]
+    features = 64 * (height // 8) * (width // 8)
+    layers += [nn.Flatten(), nn.Linear(features, 50), nn.LeakyReLU(0.3), nn.Linear(50, 50), nn.LeakyReLU(0.3)]
+    model = nn.Sequential(*layers, nn.Linear(50, classes))
+    glorot_initialize(model)
+    return model

@@ -1,0 +1,220 @@
+"""A plan: methods x learning rates x batch sizes x seeds, and what may run when.
+
+Every method gets, at every batch size, the same number of learning rates on a grid around its recipe's own centre, tried
+with seeds that the final runs do not use and judged on a validation split; the final runs then use the best one.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from normkit._recipes import recipes
+from normkit.study.errors import StudyError, nearest
+from normkit.study.records import Phase, TrialKey, TrialResult
+from normkit.study.training import Training
+
+SEARCH_SEED = 1_000_000  # search seeds count from here, final seeds from 0: they never meet
+GRID_STEP = math.sqrt(10.0)
+ADAM_FACTOR = 0.01  # of a rate for SGD with momentum: 1e-3 where SGD has 0.1
+
+
+@dataclass(frozen=True)
+class StudyConfig(Training):
+    """What is compared, and how (see also :class:`Training`); studies with equal configurations are the same study.
+
+    Attributes:
+        data: Name of a data set, see :func:`normkit.study.data.load_data`.
+        model: Name of a model, see :func:`normkit.study.models.build_model`.
+        methods: Names out of :func:`normkit.recipes`.
+        batch_sizes: Examples per optimizer step.
+        seeds: Number of final runs per method and batch size.
+        budget: Training examples a run sees, the same for every method and batch size.
+        lr: ``"auto"``, one learning rate for all, or one for each method.
+        lr_points: Grid points of the search, each a factor sqrt(10) apart.
+        search_seeds: Runs per grid point.
+        validation: Share of the training data that validates, or from 1 up the number of examples, classes in proportion;
+            data that comes with a validation split uses that.
+        best_weights: Judge the weights with the best validation accuracy of a run instead of the last; a run is then
+            validated after every epoch too.
+        alternative: Alternative hypothesis of the test: ``two-sided`` or ``greater``.
+        device: ``cpu`` or a CUDA device.
+        image_column: Column with the images, for data that has columns.
+        label_column: Column with the classes.
+        image_size: Height and width that images are brought to.
+        limit: At most this many examples of each split.
+        prune: Give up search runs that are below the median of their peers.
+    """
+
+    data: str = "digits"
+    model: str = "digits-cnn"
+    methods: tuple[str, ...] = ("batch", "group")
+    batch_sizes: tuple[int, ...] = (64, 8, 1)
+    seeds: int = 3
+    budget: int = 1500
+    lr: float | dict[str, float] | Literal["auto"] = "auto"
+    lr_points: int = 5
+    search_seeds: int = 1
+    validation: float = 0.2
+    best_weights: bool = False
+    alternative: Literal["two-sided", "greater"] = "two-sided"
+    device: str = "cpu"
+    image_column: str | None = None
+    label_column: str | None = None
+    image_size: int | None = None
+    limit: int | None = None
+    prune: bool = False
+
+    @property
+    def reference(self) -> str:
+        """The method that the others are paired with."""
+        return "batch" if "batch" in self.methods else self.methods[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain, JSON-ready data (tuples become lists)."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "StudyConfig":
+        """Inverse of :meth:`to_dict`."""
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place in the plan; a final slot of a searched method has no learning rate until its search has ended."""
+
+    phase: Phase
+    method: str
+    batch_size: int
+    lr: float | None
+    seed: int
+
+    @property
+    def cell(self) -> tuple[str, int]:
+        """Method and batch size: what one learning rate is chosen for."""
+        return self.method, self.batch_size
+
+
+def validate(config: StudyConfig) -> None:
+    """Check all that can be checked without data or model.
+
+    Raises:
+        StudyError: Names the argument, the value and the remedy.
+    """
+    if not config.methods:
+        raise StudyError("--methods is empty; give at least one method, see `normkit recipes`")
+    for method in config.methods:
+        if method not in recipes():
+            raise StudyError(f"--methods: unknown method {method!r}; {nearest(method, recipes())}")
+    if not config.batch_sizes:
+        raise StudyError("--batch-sizes is empty; give at least one, for example 64,8,1")
+    for name, values in (("--methods", config.methods), ("--batch-sizes", config.batch_sizes)):
+        doubled = sorted({str(value) for value in values if values.count(value) > 1})  # type: ignore[arg-type]
+        if doubled:
+            raise StudyError(f"{name}: {', '.join(doubled)} given twice; name each once")
+    for flag, count in (
+        ("--seeds", config.seeds),
+        ("--budget", config.budget),
+        ("--lr-points", config.lr_points),
+        ("--search-seeds", config.search_seeds),
+    ):
+        if count < 1:
+            raise StudyError(f"{flag} {count}: give at least 1")
+    for size in config.batch_sizes:
+        if size < 1:
+            raise StudyError(f"--batch-sizes: {size} is not a batch size; give positive integers")
+        if size > config.budget:
+            raise StudyError(
+                f"--batch-sizes: {size} is larger than the budget of {config.budget} examples; raise --budget"
+            )
+    if isinstance(config.lr, dict) and sorted(config.lr) != sorted(config.methods):
+        raise StudyError(f"--lr: rates for {', '.join(config.lr)}; give one for each of {', '.join(config.methods)}")
+    for rate in (given_rates(config) or {}).values():
+        if not (rate > 0 and math.isfinite(rate)):
+            raise StudyError(f"--lr {rate}: a learning rate is a positive number, or 'auto'")
+    if not (0 < config.validation < 1 or (config.validation >= 1 and config.validation % 1 == 0)):
+        raise StudyError(f"--validation {config.validation:g}: give a share between 0 and 1, or a number of examples")
+    config.validate()
+
+
+def given_rates(config: StudyConfig) -> dict[str, float] | None:
+    """Method -> learning rate, where the study fixes them; None where they are searched."""
+    if config.lr == "auto":
+        return None
+    return config.lr if isinstance(config.lr, dict) else dict.fromkeys(config.methods, config.lr)
+
+
+def learning_rates(config: StudyConfig, method: str, batch_size: int) -> list[float]:
+    """The grid of a method at a batch size: ``lr_points`` values a factor sqrt(10) apart around the recipe's centre.
+
+    A recipe's centre is for SGD at batch size 64 and moves with ``(batch_size / 64) ** recipe.lr_exponent``.
+    """
+    if (rates := given_rates(config)) is not None:
+        return [rates[method]]
+    recipe = recipes()[method]
+    factor = ADAM_FACTOR if config.optimizer.startswith("adam") and not recipe.own_optimizer else 1
+    centre = recipe.lr * factor * (batch_size / 64) ** recipe.lr_exponent
+    offset = (config.lr_points - 1) / 2
+    return [float(f"{centre * GRID_STEP ** (i - offset):.3g}") for i in range(config.lr_points)]
+
+
+def slots(config: StudyConfig) -> list[Slot]:
+    """The whole plan, small batch sizes (long runs) first, so that the last runs to end are short ones."""
+    plan: list[Slot] = []
+    rates = given_rates(config)
+    sizes = sorted(config.batch_sizes)
+    if rates is None:
+        plan += [
+            Slot("search", method, size, lr, SEARCH_SEED + seed)
+            for size in sizes
+            for seed in range(config.search_seeds)
+            for method in config.methods
+            for lr in learning_rates(config, method, size)
+        ]
+    plan += [
+        Slot("final", method, size, None if rates is None else rates[method], seed)
+        for size in sizes
+        for seed in range(config.seeds)
+        for method in config.methods
+    ]
+    return plan
+
+
+def choose_lr(searched: Iterable[TrialResult]) -> float | None:
+    """The learning rate with the best mean validation accuracy (then the lower loss) over seeds.
+
+    A rate at which any seed diverged is chosen only if every rate has diverged (then the smallest one); None when no run
+    came to an end.
+    """
+    by_lr: dict[float, list[TrialResult]] = {}
+    for result in searched:
+        by_lr.setdefault(result.key.lr, []).append(result)
+    scores: dict[float, tuple[float, float]] = {}
+    for lr, results in by_lr.items():
+        if all(r.state == "finished" for r in results):
+            accuracy = sum(r.validation_accuracy or 0.0 for r in results) / len(results)
+            loss = sum(r.validation_loss or 0.0 for r in results) / len(results)
+            scores[lr] = (accuracy, -loss)
+    if scores:
+        return max(scores, key=lambda lr: (*scores[lr], -lr))
+    diverged = [lr for lr, results in by_lr.items() if any(r.state == "diverged" for r in results)]
+    return min(diverged, default=None)
+
+
+def resolve(slot: Slot, results: Sequence[TrialResult], config: StudyConfig) -> TrialKey | str | None:
+    """What a slot becomes, given the results so far.
+
+    Returns:
+        The key of the run; None if its search has not ended; or, when no learning rate works, the reason as text.
+    """
+    if slot.lr is not None:
+        return TrialKey(slot.phase, slot.method, slot.batch_size, slot.lr, slot.seed)
+    searched = [r for r in results if r.key.phase == "search" and (r.key.method, r.key.batch_size) == slot.cell]
+    if len(searched) < len(learning_rates(config, *slot.cell)) * config.search_seeds:
+        return None
+    lr = choose_lr(searched)
+    if lr is None:
+        return next((r.error for r in searched if r.error), "no learning rate worked")
+    return TrialKey(slot.phase, slot.method, slot.batch_size, lr, slot.seed)

@@ -1,0 +1,231 @@
+"""What the trials of a study say: accuracy per method and batch size, differences paired by seed, and their noise.
+
+Only final runs enter, and of them only those that finished. Runs that diverged or failed have no accuracy: they are
+counted beside the mean, and the seed is left out of the pairing for that method. No number is made up for them.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import numpy as np
+from scipy import stats
+
+from normkit.study.records import State, StudyRecord, TrialResult
+
+Alternative = Literal["two-sided", "greater"]
+
+CONFIDENCE = 0.95
+PAIRS_FOR_A_CLAIM = 5
+_NO_SPREAD = 1e-12  # accuracies are ratios of small integers: below this, differences differ by rounding only
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Difference of a method to the reference over the seeds that both finished.
+
+    Attributes:
+        difference: Mean of (method - reference) over the pairs, as a fraction (0.01 is one percentage point).
+        low: Lower end of the 95 % t interval of that mean; None with a single pair, or where all differ by the same amount.
+        high: Upper end, likewise.
+        pairs: Number of seeds that both finished.
+        p: p-value of the paired t test, uncorrected; None with fewer than five pairs, in an unfinished study, and where
+            all pairs differ by the same amount other than zero (no spread, hence no t statistic).
+        p_holm: ``p`` corrected after Holm over the methods compared at this batch size.
+    """
+
+    difference: float
+    low: float | None
+    high: float | None
+    pairs: int
+    p: float | None = None
+    p_holm: float | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The final runs of one method at one batch size.
+
+    Attributes:
+        method: Method name.
+        batch_size: Batch size.
+        lr: Learning rate of the final runs; None before there is one.
+        accuracies: Test accuracy of each finished run, ordered by seed, as fractions in [0, 1].
+        diverged: Number of final runs whose loss became non-finite.
+        failed: Number of final runs that ended with an error.
+        gap: Mean train/eval gap of the finished runs in nats; None where not measured.
+        paired: Difference to the reference; None for the reference itself and where no seed is shared.
+    """
+
+    method: str
+    batch_size: int
+    lr: float | None
+    accuracies: tuple[float, ...]
+    diverged: int
+    failed: int
+    gap: float | None
+    paired: Paired | None = None
+
+    @property
+    def runs(self) -> int:
+        """Final runs that ended, however they ended."""
+        return len(self.accuracies) + self.diverged + self.failed
+
+    @property
+    def mean(self) -> float | None:
+        """Mean test accuracy of the finished runs."""
+        return float(np.mean(self.accuracies)) if self.accuracies else None
+
+    @property
+    def sd(self) -> float | None:
+        """Sample standard deviation of the test accuracy (n - 1); None with fewer than two runs."""
+        return float(np.std(self.accuracies, ddof=1)) if len(self.accuracies) > 1 else None
+
+
+def t_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+    r"""Interval of a mean: :math:`\bar d \pm t_{n-1} s / \sqrt n`; None with fewer than two values, or without a spread.
+
+    Args:
+        differences: The n values.
+        confidence: Coverage, in (0, 1).
+
+    >>> t_interval([1.0, 2.0, 3.0])
+    (-0.484..., 4.484...)
+    """
+    n = len(differences)
+    if n < 2 or np.ptp(differences) < _NO_SPREAD:
+        return None
+    center = float(np.mean(differences))
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * np.std(differences, ddof=1) / math.sqrt(n))
+    return center - half, center + half
+
+
+def paired_p_value(method: Sequence[float], reference: Sequence[float], alternative: Alternative) -> float | None:
+    """p-value of the paired t test; 1 where all pairs are equal, None where they all differ by the same other amount.
+
+    Args:
+        method: One value per seed.
+        reference: The reference's value for the same seeds.
+        alternative: ``two-sided``, or ``greater`` for "the method is better than the reference".
+    """
+    differences = np.subtract(method, reference)
+    if np.ptp(differences) < _NO_SPREAD:
+        return 1.0 if abs(differences[0]) < _NO_SPREAD else None
+    return float(stats.ttest_rel(method, reference, alternative=alternative).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values after Holm (1979): the k-th smallest of m times m - k + 1, kept monotone, and capped at 1.
+
+    Args:
+        p_values: m p-values of one family of tests.
+
+    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    adjusted, running = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = running
+    return adjusted
+
+
+def finite(values: Iterable[float | None]) -> list[float]:
+    """The values that are numbers: neither missing nor non-finite."""
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def unfinished(record: StudyRecord) -> bool:
+    """Whether trials of the plan are still to come; then nothing is claimed."""
+    return record.planned > len(record.trials)
+
+
+def plan_axes(record: StudyRecord) -> tuple[list[str], list[int]]:
+    """Methods and batch sizes, in the order of the plan; what only the trials know comes last."""
+    methods = dict.fromkeys([*record.config["methods"], *(trial.key.method for trial in record.trials)])
+    sizes = dict.fromkeys([*record.config["batch_sizes"], *(trial.key.batch_size for trial in record.trials)])
+    return list(methods), list(sizes)
+
+
+def summarize(record: StudyRecord) -> list[Summary]:
+    """Summaries of all methods at all batch sizes, also of those without a final run yet.
+
+    Args:
+        record: A study, finished or not.
+
+    Returns:
+        Batch size by batch size in the plan's order, within it method by method.
+    """
+    methods, sizes = plan_axes(record)
+    finals = [trial for trial in record.trials if trial.key.phase == "final"]
+    return [
+        summary
+        for size in sizes
+        for summary in _compare(
+            {method: [t for t in finals if (t.key.method, t.key.batch_size) == (method, size)] for method in methods},
+            size,
+            record,
+        )
+    ]
+
+
+def _compare(trials: dict[str, list[TrialResult]], batch_size: int, record: StudyRecord) -> list[Summary]:
+    """Summaries at one batch size; the Holm family is the methods compared here."""
+    reference = record.config["reference"]
+    alternative = cast("Alternative", record.config.get("alternative", "two-sided"))
+    scores = {method: _accuracy_by_seed(results) for method, results in trials.items()}
+    pairs: dict[str, tuple[list[float], list[float]]] = {}
+    for method in trials:
+        seeds = sorted(scores[method].keys() & scores.get(reference, {}).keys())
+        if method != reference and seeds:
+            pairs[method] = [scores[method][s] for s in seeds], [scores[reference][s] for s in seeds]
+
+    tests = {
+        method: paired_p_value(*pair, alternative)
+        for method, pair in pairs.items()
+        if len(pair[0]) >= PAIRS_FOR_A_CLAIM and not unfinished(record)
+    }
+    raw = {method: p for method, p in tests.items() if p is not None}
+    corrected = dict(zip(raw, holm(list(raw.values())), strict=True))
+
+    summaries = []
+    for method, results in trials.items():
+        paired = None
+        if method in pairs:
+            differences = np.subtract(*pairs[method]).tolist()
+            low, high = t_interval(differences) or (None, None)
+            paired = Paired(
+                float(np.mean(differences)), low, high, len(differences), raw.get(method), corrected.get(method)
+            )
+        states = Counter[State](trial.state for trial in results)
+        gaps = finite(trial.train_eval_gap for trial in results if trial.state == "finished")
+        summaries.append(
+            Summary(
+                method,
+                batch_size,
+                lr=_only_lr(results),
+                accuracies=tuple(scores[method][seed] for seed in sorted(scores[method])),
+                diverged=states["diverged"],
+                failed=states["failed"],
+                gap=float(np.mean(gaps)) if gaps else None,
+                paired=paired,
+            )
+        )
+    return summaries
+
+
+def _accuracy_by_seed(trials: Iterable[TrialResult]) -> dict[int, float]:
+    return {t.key.seed: t.test_accuracy for t in trials if t.state == "finished" and t.test_accuracy is not None}
+
+
+def _only_lr(trials: Sequence[TrialResult]) -> float | None:
+    rates = {trial.key.lr for trial in trials}
+    if len(rates) > 1:
+        key = trials[0].key
+        raise ValueError(
+            f"final runs of {key.method!r} at batch size {key.batch_size} have several learning rates {sorted(rates)}; "
+            "their mean would mix them: start the study again in an empty folder"
+        )
+    return (rates.pop() or None) if rates else None  # 0 stands for: no learning rate worked
