@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 import normkit
 from common import save
-from normkit.methods import batchless_projected, batchless_step, batchless_training
-from normkit.methods.batchless import batchless_layers
-from normkit.study.data import load_data
+from normkit.methods.batchless import fit as batchless_step
+from normkit.methods.batchless import projected as batchless_projected
+from normkit.methods.batchless import training as batchless_training
+from normkit.methods.batchless.layer import batchless_layers
+from normkit.study.data.load import load_data
 from normkit.study.models import build_model
 
 

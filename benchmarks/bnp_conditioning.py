@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import normkit
 from common import save
-from normkit.study.data import load_data
+from normkit.study.data.load import load_data
 from normkit.study.models import build_model
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import normkit
 from common import save
-from normkit.study.data import Data, load_data
+from normkit.study.data.load import Data, load_data
 from normkit.study.models import build_model
 
 

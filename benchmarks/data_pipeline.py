@@ -11,11 +11,11 @@ from torch import Tensor
 
 import normkit
 from common import interleaved, ratio, save
-from normkit.study.batches import Augmentation, batches
-from normkit.study.data import Split, make_data
-from normkit.study.loop import training_step
+from normkit.study.config import Training
+from normkit.study.data.batches import Augmentation, batches
+from normkit.study.data.load import Split, make_data
 from normkit.study.models import build_model
-from normkit.study.training import Training
+from normkit.study.train.loop import training_step
 
 
 def measure(batch_size: int, steps: int, rounds: int) -> dict[str, object]:

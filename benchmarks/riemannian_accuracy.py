@@ -22,12 +22,12 @@ from torch.optim import SGD, Optimizer
 
 from common import save
 from normkit import SGDG, AdamG, param_groups
-from normkit.study.data import Data
-from normkit.study.loop import Diverged, Loop, evaluate
+from normkit.study.data.load import Data
 from normkit.study.models import build_model
 from normkit.study.plan import StudyConfig
 from normkit.study.records import TrialKey
-from normkit.study.trial import load
+from normkit.study.train.loop import Diverged, Loop, evaluate
+from normkit.study.train.trial import load
 
 DECAY = 5e-4
 Build = Callable[[nn.Module, float], Optimizer]

@@ -18,8 +18,8 @@ from optuna.trial import TrialState
 
 from common import save
 from normkit.study.plan import StudyConfig
-from normkit.study.store import Store
-from normkit.study.worker import lock_file
+from normkit.study.store.store import Store
+from normkit.study.store.worker import lock_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import idle_worker

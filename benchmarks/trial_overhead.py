@@ -16,11 +16,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 from common import interleaved, ratio, save
-from normkit.study.loop import LOSS_POINTS, Loop
 from normkit.study.plan import StudyConfig
 from normkit.study.records import CurvePoint, TrialKey
-from normkit.study.schedules import lr_factor
-from normkit.study.trial import load, make
+from normkit.study.train.loop import LOSS_POINTS, Loop
+from normkit.study.train.schedules import lr_factor
+from normkit.study.train.trial import load, make
 
 REPEATS = 4  # pairs of runs, each 23 paired times
 

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 
-from normkit.study import connection
 from normkit.study.plan import StudyConfig, slots
 from normkit.study.records import CurvePoint, TrialResult
-from normkit.study.store import Store
-from normkit.study.worker import lock_file
+from normkit.study.store import connection
+from normkit.study.store.store import Store
+from normkit.study.store.worker import lock_file
 
 CURVE = tuple(CurvePoint(100 * i, 2.3 / i, 0.1 * (i % 10)) for i in range(1, 25))  # as long as a real one
 

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 
 import normkit
-from normkit.study import loop as loop_module
-from normkit.study.data import Data
-from normkit.study.loop import Loop, evaluate
+from normkit.study.data.load import Data
 from normkit.study.plan import StudyConfig
 from normkit.study.records import TrialKey
-from normkit.study.trial import load, make, run_trial
+from normkit.study.train import loop as loop_module
+from normkit.study.train.loop import Loop, evaluate
+from normkit.study.train.trial import load, make, run_trial
 
 METHODS = [m for m in normkit.recipes() if m != "zero-gamma"]  # which needs residual branches
 CONFIG = StudyConfig(methods=("batch",), batch_sizes=(12,), budget=48, micro_batch=4, lr=0.02)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from normkit.study.averaging import WeightAverage
+from normkit.study.train.weights import WeightAverage
 
 
 def model():

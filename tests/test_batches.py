@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from normkit.study.batches import Augmentation, augment, batches, evaluation_batches, stratified, stream
-from normkit.study.data import load_data
+from normkit.study.data.batches import Augmentation, augment, batches, evaluation_batches, stratified, stream
+from normkit.study.data.load import load_data
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 25])

@@ -11,10 +11,10 @@ from torch import nn
 
 import normkit
 from normkit.functional import gaussian_nll_gradients
-from normkit.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
-from normkit.methods.batchless_functions import moments_about
-from normkit.methods.batchless_step import Plain
-from normkit.methods.batchless_training import collect
+from normkit.methods.batchless.fit import Plain
+from normkit.methods.batchless.functions import moments_about
+from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
+from normkit.methods.batchless.training import collect
 from normkit.moments import observe
 
 CASES = [

@@ -9,10 +9,10 @@ from torch import nn
 
 import normkit
 from normkit.functional import projected_gradient, projected_weight_gradient
-from normkit.methods import batchless_weights
-from normkit.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
-from normkit.methods.batchless_projected import regression
-from normkit.methods.batchless_training import collect
+from normkit.methods.batchless import weights as batchless_weights
+from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
+from normkit.methods.batchless.projected import regression
+from normkit.methods.batchless.training import collect
 from normkit.moments import observe, totals
 
 CASES = [

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normkit
 from gloo import one_of
-from normkit.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, batchless_layers
+from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d, batchless_layers
 
 VARIANTS = {
     "batchless": {},

@@ -12,8 +12,8 @@ import normkit
 from bnp_models import mlp, same, train, twin
 from normkit import BNP
 from normkit.functional import bounding_factors, precondition
-from normkit.methods import layer_steps
-from normkit.methods.preconditioning import Layout
+from normkit.methods.bnp import transform as layer_steps
+from normkit.methods.bnp.preconditioning import Layout
 
 
 def test_a_bound_that_is_never_reached_changes_nothing(setting):

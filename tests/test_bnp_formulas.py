@@ -16,8 +16,8 @@ from normkit.functional import (
     unit_changes,
     update_running,
 )
-from normkit.methods.observed import geometry, row_count
-from normkit.methods.preconditioning import Layout, into_z_
+from normkit.methods.bnp.observer import geometry, row_count
+from normkit.methods.bnp.preconditioning import Layout, into_z_
 from normkit.moments import observe, totals
 
 CASES = {

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from normkit.cli import main
+from normkit.cli.main import main
 from normkit.study.check import check
 from normkit.study.compare import summary
 from normkit.study.errors import StudyError
 from normkit.study.plan import StudyConfig
-from normkit.study.trial import load
+from normkit.study.train.trial import load
 
 OWN = """
 import torch

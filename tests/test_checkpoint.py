@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from normkit.study.checkpoint import CheckpointFile
+from normkit.study.train.checkpoint import CheckpointFile
 
 
 @pytest.fixture

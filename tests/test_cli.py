@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from normkit.cli import main
+from normkit.cli.main import main
 from normkit.study.compare import StudyFolder
 from normkit.study.errors import StudyError
-from normkit.study.report import read_results
+from normkit.study.report.render import read_results
 
 QUICK = [
     "--methods",
@@ -80,7 +80,7 @@ def test_a_terminal_without_unicode_gets_the_report_and_errors_in_one_line(study
     environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
 
     def in_ascii(*arguments):
-        command = [sys.executable, "-m", "normkit.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "normkit.cli.main", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
     done = in_ascii("report", study)
@@ -163,7 +163,7 @@ def test_a_study_moved_to_another_storage_is_refused(study, tmp_path, capsys):
 
 
 def test_output_that_nobody_reads_is_no_error():
-    command = f"{sys.executable} -m normkit.cli recipes | head -1; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m normkit.cli.main recipes | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -225,9 +225,9 @@ def test_landscape_trains_nothing_before_it_knows_that_it_can_write(capsys, tmp_
 @pytest.mark.parametrize(
     ("command", "stopped", "told"),
     [
-        (["reproduce", "bnp-mlp"], "normkit.study.reproduce.reproduce", "the same command goes on"),
+        (["reproduce", "bnp-mlp"], "normkit.study.papers.reproduce.reproduce", "the same command goes on"),
         (["doctor"], "normkit.study.doctor.run_doctor", "stopped"),
-        (["landscape"], "normkit.study.landscape.run_landscape", "stopped"),
+        (["landscape"], "normkit.study.landscape.run.run_landscape", "stopped"),
     ],
 )
 def test_ctrl_c_ends_every_command_without_a_traceback(command, stopped, told, monkeypatch, tmp_path, capsys):
@@ -310,7 +310,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "out"
     listening = (  # a shell's background jobs, and with them this test, may have been told to ignore Ctrl-C
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from normkit.cli import main; sys.exit(main())"
+        "from normkit.cli.main import main; sys.exit(main())"
     )
     command = [
         sys.executable,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from normkit.study.cost import measure_costs, saved_bytes
 from normkit.study.plan import StudyConfig
-from normkit.study.trial import load
+from normkit.study.train.cost import measure_costs, saved_bytes
+from normkit.study.train.trial import load
 
 CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), budget=64, limit=100, lr=0.1)
 

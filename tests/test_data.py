@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from normkit.study.data import Data, DataError, Split, load_data, make_data
+from normkit.study.data.load import Data, DataError, Split, load_data, make_data
 
 pytest.importorskip("datasets", reason="needs normkit[study]")
 import pyarrow as pa
@@ -150,7 +150,7 @@ def test_the_cache_cannot_be_changed_through_the_tensors(parquet):
 
 def test_an_interrupted_decoding_leaves_nothing_half_done(parquet, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
-        patch.setattr("normkit.study.images.np.save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("normkit.study.data.images.np.save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             load_data(str(parquet))
     assert list((tmp_path / "cache").iterdir()) == []
@@ -303,8 +303,8 @@ def test_without_network_a_hub_name_fails_within_seconds(monkeypatch):
     def unreachable(*_, **__):
         raise socket.gaierror("no network")
 
-    monkeypatch.setattr("normkit.study.image_source.socket.create_connection", unreachable)
-    monkeypatch.setattr("normkit.study.image_source.getproxies", dict)
+    monkeypatch.setattr("normkit.study.data.hub.socket.create_connection", unreachable)
+    monkeypatch.setattr("normkit.study.data.hub.getproxies", dict)
     begin = time.monotonic()
     with pytest.raises(DataError, match="needs a network connection"):
         load_data("no-such-user/no-such-data")
@@ -382,7 +382,7 @@ def test_columns_of_data_without_columns_are_refused():
 
 
 def test_a_factory_may_return_data_itself(factory):
-    factory.write_text("from normkit.study.data import load_data\ndef make(): return load_data('digits')\n")
+    factory.write_text("from normkit.study.data.load import load_data\ndef make(): return load_data('digits')\n")
     assert load_data(f"{factory}:make").input_shape == (1, 8, 8)
 
 
@@ -435,9 +435,9 @@ def sparse_cache(entry, images, side=128):
 
 @pytest.mark.skipif(not hasattr(os, "sysconf"), reason="asks the system for its memory")
 def test_data_larger_than_the_memory_is_split_checked_and_read(tmp_path, monkeypatch):
-    from normkit.study import images
-    from normkit.study.batches import batches
     from normkit.study.check import check
+    from normkit.study.data import images
+    from normkit.study.data.batches import batches
     from normkit.study.plan import StudyConfig
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -445,7 +445,7 @@ def test_data_larger_than_the_memory_is_split_checked_and_read(tmp_path, monkeyp
     (tmp_path / "huge").mkdir()
     monkeypatch.setattr(images, "_decode", lambda *arguments: sparse_cache(arguments[-1], count))
     monkeypatch.setattr(images, "load_source", lambda _: None)
-    monkeypatch.setattr("normkit.study.data.SAMPLE", 50)
+    monkeypatch.setattr("normkit.study.data.load.SAMPLE", 50)
     monkeypatch.setattr(Split, "inputs", property(lambda _: pytest.fail("the whole split was read")))
     data = check(StudyConfig(data=str(tmp_path / "huge"), model="cnn5", batch_sizes=(4,), budget=8))
     assert (len(data.train) + len(data.validation), data.train.stored.shape[0]) == (count, count)

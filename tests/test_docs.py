@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import normkit
-from normkit.cli import main
-from normkit.study.report import read_results
+from normkit.cli.main import main
+from normkit.study.report.render import read_results
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))

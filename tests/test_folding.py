@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import normkit
-from normkit.recording import record
+from normkit.inspection.record import record
 
 
 def randomized(model):
@@ -226,7 +226,7 @@ def test_recording_agrees_with_tracing_and_leaves_the_model_alone():
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     flow, output = record(model, [torch.randn(2, 3, 4, 4), None])
     assert output.shape == (2, 2)
-    from normkit.graph import producers
+    from normkit.inspection.graph import producers
 
     assert producers(model, flow) == producers(model) == {"0.norm2": "0.conv1"}
     assert [s.name for s in flow.steps].count("add") == 1

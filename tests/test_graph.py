@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import normkit
-from normkit.graph import dataflow, producers
+from normkit.inspection.graph import dataflow, producers
 
 
 class Block(nn.Module):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from normkit.groups import own_kinds, param_groups
-from normkit.methods.revisited import revisit
+from normkit.methods.revisited.revisit import revisit
+from normkit.optim.param_groups import own_kinds, param_groups
 
 
 class NamesThatMislead(nn.Module):

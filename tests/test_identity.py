@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from normkit.cli import main
-from normkit.study.identity import hold
+from normkit.cli.main import main
 from normkit.study.plan import StudyConfig
-from normkit.study.trial import load
+from normkit.study.store.fingerprint import hold
+from normkit.study.train.trial import load
 
 OWN = """
 import random

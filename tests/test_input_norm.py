@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import normkit
-from normkit.affine import PadChannels
-from normkit.methods.input_norm import with_input_norm
+from normkit.methods.revisited.input_norm import with_input_norm
+from normkit.surgery.affine import PadChannels
 
 SHAPES = {"tabular": (7, 3), "sequence": (7, 3, 5), "image": (7, 3, 4, 5), "volume": (7, 3, 2, 3, 4)}
 

@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn.functional import log_softmax
 
 import normkit
-from normkit.study import loop as loop_module
-from normkit.study.batches import batches
-from normkit.study.checkpoint import CheckpointFile
-from normkit.study.loop import Loop, evaluate, training_step
+from normkit.study.data.batches import batches
 from normkit.study.plan import StudyConfig
 from normkit.study.records import TrialKey
-from normkit.study.trial import load, make, run_trial
+from normkit.study.train import loop as loop_module
+from normkit.study.train.checkpoint import CheckpointFile
+from normkit.study.train.loop import Loop, evaluate, training_step
+from normkit.study.train.trial import load, make, run_trial
 
 CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(16,), budget=200)
 
@@ -81,7 +81,7 @@ def test_a_killed_run_with_dropout_goes_on_exactly(data, optimizer, tmp_path, al
                 module.register_forward_hook(lambda m, _, out: torch.dropout(out, 0.2, m.training))
         return model, made
 
-    monkeypatch.setattr("normkit.study.trial.make", with_dropout)
+    monkeypatch.setattr("normkit.study.train.trial.make", with_dropout)
     config = dataclasses.replace(CONFIG, optimizer=optimizer)
     whole = run_trial(config, key(lr=1e-3), data)
     with pytest.raises(Killed):

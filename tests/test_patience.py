@@ -6,9 +6,9 @@ import pytest
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError
 
-from normkit.study import patience
 from normkit.study.errors import StudyError
-from normkit.study.patience import patient
+from normkit.study.store import patience
+from normkit.study.store.patience import patient
 
 
 def failing(reason, times):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from normkit.study.loop import Loop, evaluate
-from normkit.study.trial import load, make
-from normkit.study.whole_batch import WholeBatch
+from normkit.study.train.gather_batch import WholeBatch
+from normkit.study.train.loop import Loop, evaluate
+from normkit.study.train.trial import load, make
 from ranks_program import CONFIG, METHODS, WHOLE, key
 
 TORCHRUN = [
@@ -99,7 +99,7 @@ def test_compare_runs_under_torchrun(tmp_path):
     command = [
         *TORCHRUN,
         "-m",
-        "normkit.cli",
+        "normkit.cli.main",
         "compare",
         *arguments,
         "--prune",

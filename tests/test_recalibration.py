@@ -49,7 +49,7 @@ def test_batchless_layers_are_fitted_one_after_the_other_whatever_the_batches(to
     x = whole
     for layer in model:
         y = layer(x)
-        if isinstance(layer, normkit.methods.batchless.BatchlessNorm):
+        if isinstance(layer, normkit.methods.batchless.layer.BatchlessNorm):
             mean, var = rows(x).mean(0), rows(x).var(0, correction=0)
             torch.testing.assert_close(layer.running_mean.data, mean, rtol=1e-10, atol=1e-10)
             torch.testing.assert_close(layer.sigma, (var + layer.eps).sqrt(), rtol=1e-10, atol=1e-10)

@@ -3,16 +3,16 @@
 import pytest
 
 import normkit
-from normkit.cli import main
+from normkit.cli.main import main
 from normkit.study.errors import StudyError
 from normkit.study.models import build_model
+from normkit.study.papers.presets import PRESETS
+from normkit.study.papers.reproduce import find, listing, reproduce
+from normkit.study.papers.scaling import scaled
 from normkit.study.plan import StudyConfig, validate
-from normkit.study.preset import scaled
-from normkit.study.presets import PRESETS
-from normkit.study.report import read_results
-from normkit.study.reproduce import find, listing, reproduce
-from normkit.study.statistics import summarize
-from normkit.study.tables import p_value
+from normkit.study.report.render import read_results
+from normkit.study.report.statistics import summarize
+from normkit.study.report.tables import p_value
 
 SHAPES = {"digits": (1, 8, 8), "spiral": (2,)}
 ROWS = [pytest.param(row, id=f"{name}: {row.label}") for name, preset in PRESETS.items() for row in preset.rows]
@@ -99,7 +99,7 @@ def test_a_run_puts_our_figures_beside_the_papers(tmp_path, monkeypatch):
             "A small one", "Someone 2020", (PRESETS["how-bn-helps-accuracy"].rows[0],), "Not a paper."
         ),
     )
-    monkeypatch.setattr("normkit.study.preset.SMALLEST_BUDGET", 64)
+    monkeypatch.setattr("normkit.study.papers.scaling.SMALLEST_BUDGET", 64)
     changes = {"data": "digits", "methods": ("none", "batch"), "seeds": 2, "model": "digits-cnn", "batch_sizes": (16,)}
     text = reproduce(
         "tiny", scale=0.00001, out=tmp_path, changes=changes, workers=1, quiet=True, arguments=["reproduce", "tiny"]
@@ -186,7 +186,7 @@ def test_rates_that_are_not_known_are_not_invented():
 
 
 def test_at_the_papers_rates_nothing_is_searched_and_the_page_has_the_test(tmp_path, monkeypatch):
-    monkeypatch.setattr("normkit.study.preset.SMALLEST_BUDGET", 64)
+    monkeypatch.setattr("normkit.study.papers.scaling.SMALLEST_BUDGET", 64)
     changes = {"data": "digits", "batch_sizes": (16,), "methods": ("batch", "revisited"), "seeds": 5, "flip": False}
     text = reproduce(
         "revisited-pieces",

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import normkit
-from normkit.methods.revisited import revision, revision_of, revisit
+from normkit.methods.revisited.revisit import revision, revision_of, revisit
 from normkit.study.models import build_model
 
 

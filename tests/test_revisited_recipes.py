@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import normkit
-from normkit._recipes import _RECIPES
-from normkit.methods.revisited import revision_of
+from normkit._apply import _RECIPES
+from normkit.methods.revisited.revisit import revision_of
 from normkit.study.models import build_model
 
 NAMES = [name for name in normkit.recipes() if name.startswith("revisited") or name == "zero-gamma"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from normkit.methods.riemannian import SGDG, AdamG
+from normkit.methods.riemannian.optimizers import SGDG, AdamG
 from riemannian_reference import Reference
 
 SHAPES = [(8, 3, 5, 5), (6, 8, 3, 3), (10, 6, 1, 1), (6, 6), (5, 72), (4, 75), (3, 2, 3, 2, 2)]
@@ -97,7 +97,7 @@ def test_stacked_steps_equal_the_readable_ones(rule, dtype):
 @pytest.mark.parametrize("small", [100, 10_000], ids=["in place", "stacked"])
 @pytest.mark.parametrize("rule", RULES)
 def test_large_weights_and_stacks_in_parts_equal_the_readable_path(rule, small, monkeypatch):
-    import normkit.methods.row_steps as module
+    import normkit.methods.riemannian.foreach as module
 
     monkeypatch.setattr(module, "SMALL", small)
     monkeypatch.setitem(module.CHUNK, "cpu", 300)  # several runs of rows per weight, several stacks per shape

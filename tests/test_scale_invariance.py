@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import normkit
-from normkit.invariance import TOLERANCE, scale_invariance
+from normkit.optim.invariance import TOLERANCE, scale_invariance
 from normkit.study.models.wide_resnet import wide_resnet
 
 

@@ -13,12 +13,12 @@ from optuna.trial import TrialState
 
 import idle_worker
 import postgres
-from normkit.cli import main
+from normkit.cli.main import main
 from normkit.study.errors import StudyError
-from normkit.study.join import join, waiting_studies
 from normkit.study.plan import StudyConfig, slots
 from normkit.study.records import TrialResult
-from normkit.study.store import Store
+from normkit.study.store.join_studies import join, waiting_studies
+from normkit.study.store.store import Store
 
 pytest.importorskip("psycopg2", reason="needs a PostgreSQL driver")
 if postgres.programs() is None:
@@ -116,8 +116,8 @@ def test_a_server_that_restarts_ends_no_worker(server, url):
 
 
 def test_a_worker_without_a_heartbeat_loses_its_trial_to_another(url, monkeypatch):
-    monkeypatch.setattr("normkit.study.connection.HEARTBEAT_SECONDS", 1)
-    monkeypatch.setattr("normkit.study.connection.GRACE_SECONDS", 1)
+    monkeypatch.setattr("normkit.study.store.connection.HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr("normkit.study.store.connection.GRACE_SECONDS", 1)
     config = idle_config(1)
     silent, other = Store(url, "idle"), Store(url, "idle")
     silent.open(config)
@@ -138,7 +138,7 @@ def test_a_worker_without_a_heartbeat_loses_its_trial_to_another(url, monkeypatc
 
 def test_normkit_worker_shares_a_comparison_and_nothing_depends_on_it(url, tmp_path):
     arguments = ["--methods", "batch,none", "--batch-sizes", "32", "--seeds", "2", "--lr-points", "2", "--budget", "96"]
-    command = [sys.executable, "-m", "normkit.cli"]
+    command = [sys.executable, "-m", "normkit.cli.main"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(
         [

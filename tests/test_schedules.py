@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from normkit.study.schedules import SCHEDULES, lr_factor
+from normkit.study.train.schedules import SCHEDULES, lr_factor
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normkit.methods.sphere import exponential_map, logarithmic_map, norm, parallel_transport, project
+from normkit.methods.riemannian.sphere import exponential_map, logarithmic_map, norm, parallel_transport, project
 
 LENGTHS = st.integers(2, 4608)
 SEEDS = st.integers(0, 2**31)

@@ -11,13 +11,13 @@ from optuna.trial import TrialState
 
 import idle_worker
 from normkit.study.compare import StudyFolder
-from normkit.study.connection import redact
 from normkit.study.errors import StudyError
-from normkit.study.owners import alive, owner
 from normkit.study.plan import StudyConfig, slots
 from normkit.study.records import CurvePoint, TrialResult
-from normkit.study.store import Store, _slot
-from normkit.study.worker import lock_file
+from normkit.study.store.connection import redact
+from normkit.study.store.owners import alive, owner
+from normkit.study.store.store import Store, _slot
+from normkit.study.store.worker import lock_file
 
 CONFIG = StudyConfig(methods=("batch",), batch_sizes=(8,), seeds=3, lr_points=2)
 
@@ -205,7 +205,7 @@ def test_claims_of_this_process_are_alive_and_of_a_dead_one_are_not():
 
 
 def test_heartbeat_is_recorded_while_a_claim_is_worked_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("normkit.study.connection.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("normkit.study.store.connection.HEARTBEAT_SECONDS", 0.02)
     store, beats = make(tmp_path), []
     claim = store.claim()
     monkeypatch.setattr(store.storage, "record_heartbeat", beats.append)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from normkit.cli import main
+from normkit.cli.main import main
 from normkit.instruments.result import plain
 from normkit.methods.noisy_norm import MomentNoise
 from normkit.study.errors import StudyError
-from normkit.study.how_bn_helps import DEEP_LINEAR, HowBNHelps, deep_linear_task, findings
-from normkit.study.landscape import apply, run_landscape, watch
-from normkit.study.landscape_report import figures_of, sections, table, write_landscape
-from normkit.study.traces import LandscapeConfig, Trace
+from normkit.study.landscape.records import LandscapeConfig, Trace
+from normkit.study.landscape.run import apply, run_landscape, watch
+from normkit.study.papers.how_bn_helps import DEEP_LINEAR, HowBNHelps, deep_linear_task, findings
+from normkit.study.report.landscape import figures_of, sections, table, write_landscape
 
 SMALL = LandscapeConfig(methods=("none", "batch", "none+noise"), batch_size=32, steps=6, every=3, limit=200)
 
@@ -242,9 +242,11 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path, capsys):
 
 
 def test_the_experiment_is_a_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("normkit.study.how_bn_helps.MEASUREMENTS", 1)
-    monkeypatch.setattr("normkit.study.how_bn_helps.METHODS", ("none", "batch", "noisy-batch", "none+noise", "l1"))
-    monkeypatch.setattr("normkit.study.how_bn_helps.LP", ("l1",))
+    monkeypatch.setattr("normkit.study.papers.how_bn_helps.MEASUREMENTS", 1)
+    monkeypatch.setattr(
+        "normkit.study.papers.how_bn_helps.METHODS", ("none", "batch", "noisy-batch", "none+noise", "l1")
+    )
+    monkeypatch.setattr("normkit.study.papers.how_bn_helps.LP", ("l1",))
     arguments = ["reproduce", "how-bn-helps", "--model", "dln", "--scale", "0.0001", "--out", str(tmp_path)]
     assert main(arguments) == 0
     text = (tmp_path / "landscape.md").read_text()

@@ -5,9 +5,9 @@ import pytest
 from rich.console import Console
 
 from fake_study import realistic, record, result
-from normkit.study.live import Display, best, duration, outcome
 from normkit.study.plan import Slot
-from normkit.study.terminal import render_terminal
+from normkit.study.report.progress import Display, best, duration, outcome
+from normkit.study.report.terminal import render_terminal
 
 
 def slot(trial):

@@ -8,7 +8,7 @@ import pytest
 
 from fake_study import METHODS, realistic, record, result
 from normkit.study.records import CurvePoint
-from normkit.study.report import CSV_COLUMNS, read_results, render_html, render_markdown, write_report
+from normkit.study.report.render import CSV_COLUMNS, read_results, render_html, render_markdown, write_report
 
 HOSTILE = "<script>alert(1)</script>\"'`|&{{ 7 * 7 }}"
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from fake_study import realistic, record, result
-from normkit.study.report import write_report
+from normkit.study.report.render import write_report
 from test_study_report import HOSTILE, hostile
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fake_study import realistic, record, result
-from normkit.study.statistics import holm, paired_p_value, summarize, t_interval
+from normkit.study.report.statistics import holm, paired_p_value, summarize, t_interval
 
 REFERENCE = (0.90, 0.91, 0.89, 0.93, 0.92, 0.90)
 METHOD = (0.93, 0.92, 0.93, 0.94, 0.96, 0.91)

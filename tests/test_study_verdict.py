@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 
 from fake_study import realistic, record, result
-from normkit.study.statistics import summarize
-from normkit.study.tables import edges, tables, troubles
-from normkit.study.verdict import judge
+from normkit.study.report.statistics import summarize
+from normkit.study.report.tables import edges, tables, troubles
+from normkit.study.report.verdict import judge
 
 NOISE = (0.004, -0.003, 0.001, -0.004, 0.002, 0.0)
 

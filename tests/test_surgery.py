@@ -8,10 +8,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import normkit
-from normkit.methods.batchless import BatchlessNorm
-from normkit.origins import origin_of
-from normkit.surgery import convert, revert
-from normkit.targets import Removed, is_batchnorm
+from normkit.methods.batchless.layer import BatchlessNorm
+from normkit.methods.catalog import Removed, is_batchnorm
+from normkit.surgery._convert import convert, revert
+from normkit.surgery.conversion_state import origin_of
 
 
 def small_net():

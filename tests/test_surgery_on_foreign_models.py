@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import normkit
-from normkit.graph import is_norm, producers
-from normkit.targets import is_batchnorm
+from normkit.inspection.graph import is_norm, producers
+from normkit.methods.catalog import is_batchnorm
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # whatever the imports of others warn about

@@ -7,7 +7,7 @@ import pytest
 
 from normkit.study.errors import StudyError
 from normkit.study.records import CurvePoint, TrialKey, TrialResult
-from normkit.study.trackers import Tracker
+from normkit.study.report.trackers import Tracker
 
 
 def result(seed, **values):

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from normkit.study import loop, trial
-from normkit.study.batches import batches
+from normkit.study.data.batches import batches
 from normkit.study.plan import StudyConfig
 from normkit.study.records import TrialKey
-from normkit.study.trial import evaluate, load, make, run_trial, train_eval_gap
+from normkit.study.train import loop, trial
+from normkit.study.train.trial import evaluate, load, make, run_trial, train_eval_gap
 
 CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(16,), budget=160)
 

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from normkit.study.errors import StudyError
 from normkit.study.plan import StudyConfig, slots
-from normkit.study.worker import LONGEST_REST, SHORTEST_REST, Place, rest, run_workers
+from normkit.study.store.worker import LONGEST_REST, SHORTEST_REST, Place, rest, run_workers
 
 CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), seeds=2, lr_points=2, budget=96)
 
@@ -21,7 +21,7 @@ import sys, pathlib
 sys.path.insert(0, {tests!r})
 if __name__ == "__main__":
     from test_worker import CONFIG, place
-    from normkit.study.worker import run_workers
+    from normkit.study.store.worker import run_workers
     import dataclasses
     config = dataclasses.replace(CONFIG, budget={budget})
     run_workers(place(pathlib.Path({folder!r})), config, {count}, lambda results, running: None)

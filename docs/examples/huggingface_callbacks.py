@@ -8,7 +8,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, Trainer, Tr
 
 import normkit
 from normkit.integrations.huggingface import BNPCallback, MonitorCallback
-from normkit.study.data import load_data
+from normkit.study.data.load import load_data
 
 
 class Digits(Dataset):

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from normkit.integrations.lightning import BNPCallback, MonitorCallback
-from normkit.study.data import load_data
+from normkit.study.data.load import load_data
 
 
 class Classifier(pl.LightningModule):

@@ -3,24 +3,24 @@
 from typing import TYPE_CHECKING, Any
 
 from normkit import functional, moments
-from normkit._recipes import apply, recipes
-from normkit.description import describe
-from normkit.folding import fold
-from normkit.groups import param_groups
-from normkit.invariance import scale_invariance
+from normkit._apply import apply, recipes
 from normkit.methods.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-from normkit.methods.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
-from normkit.methods.batchless_start import initialize
-from normkit.methods.batchless_training import attach
-from normkit.methods.bnp import BNP
-from normkit.methods.input_norm import InputNorm
-from normkit.methods.langevin import LangevinBNP
+from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
+from normkit.methods.batchless.start import initialize
+from normkit.methods.batchless.training import attach
+from normkit.methods.bnp.bnp import BNP
+from normkit.methods.bnp.langevin import LangevinBNP
 from normkit.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
 from normkit.methods.noisy_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
-from normkit.methods.revisited import revisit
-from normkit.methods.riemannian import SGDG, AdamG
-from normkit.recalibration import recalibrate
-from normkit.surgery import convert, revert
+from normkit.methods.revisited.input_norm import InputNorm
+from normkit.methods.revisited.revisit import revisit
+from normkit.methods.riemannian.optimizers import SGDG, AdamG
+from normkit.optim.invariance import scale_invariance
+from normkit.optim.param_groups import param_groups
+from normkit.surgery._convert import convert, revert
+from normkit.surgery._describe import describe
+from normkit.surgery._fold import fold
+from normkit.surgery._recalibrate import recalibrate
 
 if TYPE_CHECKING:
     from normkit import instruments

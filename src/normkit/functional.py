@@ -10,11 +10,11 @@
 """
 
 from normkit.methods.batch_renorm import renorm_correction
-from normkit.methods.batchless_functions import gaussian_nll_gradients
-from normkit.methods.batchless_projected import projected_gradient
-from normkit.methods.batchless_weights import projected_weight_gradient
-from normkit.methods.langevin import preconditioned_noise
-from normkit.methods.preconditioning import (
+from normkit.methods.batchless.functions import gaussian_nll_gradients
+from normkit.methods.batchless.projected import projected_gradient
+from normkit.methods.batchless.weights import projected_weight_gradient
+from normkit.methods.bnp.langevin import preconditioned_noise
+from normkit.methods.bnp.preconditioning import (
     bounding_factors,
     guarded_variance,
     precondition,
@@ -22,9 +22,9 @@ from normkit.methods.preconditioning import (
     unit_changes,
     update_running,
 )
-from normkit.methods.riemannian import adamg, sgdg
-from normkit.methods.rows import clip_rows, orthogonality_gradient
-from normkit.methods.sphere import exponential_map, logarithmic_map, parallel_transport, project
+from normkit.methods.riemannian.filters import clip_rows, orthogonality_gradient
+from normkit.methods.riemannian.optimizers import adamg, sgdg
+from normkit.methods.riemannian.sphere import exponential_map, logarithmic_map, parallel_transport, project
 
 __all__ = [
     "adamg",

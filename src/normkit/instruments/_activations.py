@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from normkit import moments
-from normkit.guard import Objective, Probe
-from normkit.instruments.layers import feature_dim, layers, tensor_in, watched
+from normkit.inspection.norms import feature_dim, layers, tensor_in, watched
+from normkit.inspection.probe import Objective, Probe
 from normkit.instruments.result import Result, axes, label
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.optim import SGD, AdamW, Optimizer
 
-from normkit.graph import producers
-from normkit.guard import unwrap
+from normkit.inspection.graph import producers
+from normkit.inspection.probe import unwrap
 from normkit.instruments.result import Result, axes, label
 from normkit.methods.lp_norm import LpNorm
 

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from normkit.graph import is_norm
-from normkit.guard import Objective, Probe
-from normkit.instruments.layers import (
+from normkit.inspection.graph import is_norm
+from normkit.inspection.norms import (
     Statistics,
     batch_statistics,
     feature_dim,
@@ -18,6 +17,7 @@ from normkit.instruments.layers import (
     tensor_in,
     watched,
 )
+from normkit.inspection.probe import Objective, Probe
 from normkit.instruments.result import Result, axes, label
 
 if TYPE_CHECKING:

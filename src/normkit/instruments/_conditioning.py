@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from normkit.guard import Objective, Probe
-from normkit.instruments.layers import WEIGHTED, tensor_in, watched
+from normkit.inspection.norms import WEIGHTED, tensor_in, watched
+from normkit.inspection.probe import Objective, Probe
 from normkit.instruments.result import Result, axes, label
 
 if TYPE_CHECKING:

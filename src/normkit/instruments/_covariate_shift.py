@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from normkit.graph import is_norm
-from normkit.guard import Objective, Probe, dot, norm, unwrap
-from normkit.instruments.layers import in_order
+from normkit.inspection.graph import is_norm
+from normkit.inspection.norms import in_order
+from normkit.inspection.probe import Objective, Probe, dot, norm, unwrap
 from normkit.instruments.result import Result, axes, label
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from normkit.guard import Objective, Probe, dot, norm
-from normkit.instruments.layers import in_order
+from normkit.inspection.norms import in_order
+from normkit.inspection.probe import Objective, Probe, dot, norm
 from normkit.instruments.result import Result, axes, label
 
 if TYPE_CHECKING:

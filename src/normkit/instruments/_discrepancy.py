@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from normkit.guard import Objective, Probe
-from normkit.instruments.layers import WEIGHTED, layers, tensor_in, watched
+from normkit.inspection.norms import WEIGHTED, layers, tensor_in, watched
+from normkit.inspection.probe import Objective, Probe
 from normkit.instruments.result import Result, axes, label
 
 if TYPE_CHECKING:

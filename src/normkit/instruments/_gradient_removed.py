@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normkit.guard import Objective, Probe
-from normkit.instruments.layers import tensor_in, uses_batch_statistics, watched
+from normkit.inspection.norms import tensor_in, uses_batch_statistics, watched
+from normkit.inspection.probe import Objective, Probe
 from normkit.instruments.result import Result, axes, label
 from normkit.methods.noisy_norm import NoisyBatchNorm
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from normkit.guard import Objective, Probe, norm
+from normkit.inspection.probe import Objective, Probe, norm
 from normkit.instruments.result import Result, axes, label, plain
 
 if TYPE_CHECKING:

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from normkit.graph import producers
-from normkit.guard import Objective, Probe, unwrap
+from normkit.inspection.graph import producers
+from normkit.inspection.norms import rectified
+from normkit.inspection.probe import Objective, Probe, unwrap
 from normkit.instruments._angular import rotation
 from normkit.instruments._channels import Channels, LayerChannels, watch_channels
 from normkit.instruments._covariate_shift import snapshot
 from normkit.instruments._curvature import along
 from normkit.instruments._gradient_removed import removed, watch_gradients
 from normkit.instruments._landscape import step_sizes, walk
-from normkit.instruments.layers import rectified
 from normkit.instruments.result import axes, label, plain
 
 if TYPE_CHECKING:

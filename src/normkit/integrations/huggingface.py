@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normkit.instruments import Monitor
-from normkit.methods.batchless_training import RATE, attach, load_projections
-from normkit.methods.bnp import BNP
-from normkit.stepping import StepHandle
+from normkit.methods.batchless.training import RATE, attach, load_projections
+from normkit.methods.bnp.bnp import BNP
+from normkit.optim.step_hooks import StepHandle
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from normkit.guard import Objective
+from normkit.inspection.probe import Objective
 from normkit.instruments import Monitor
-from normkit.methods.batchless_training import RATE, attach
-from normkit.methods.bnp import BNP
-from normkit.stepping import StepHandle
+from normkit.methods.batchless.training import RATE, attach
+from normkit.methods.bnp.bnp import BNP
+from normkit.optim.step_hooks import StepHandle
 
 try:
     from lightning.pytorch import LightningModule, Trainer

@@ -7,7 +7,7 @@ arXiv 1706.02677.
 import torch
 from torch import Tensor, nn
 
-from normkit.graph import PRODUCERS, Dataflow, dataflow, is_norm
+from normkit.inspection.graph import PRODUCERS, Dataflow, dataflow, is_norm
 
 _PASSES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 

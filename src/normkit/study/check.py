@@ -4,13 +4,13 @@ import torch
 from torch import nn
 
 from normkit.study.alike import same_networks
-from normkit.study.data import Data
+from normkit.study.data.load import Data
 from normkit.study.environment import check_device
 from normkit.study.errors import StudyError
 from normkit.study.factory import is_factory
 from normkit.study.models import build_model
 from normkit.study.plan import StudyConfig, validate
-from normkit.study.trial import load
+from normkit.study.train.trial import load
 
 MOST_CLASSES = 100  # per training example: what has more is no class number
 

@@ -10,23 +10,23 @@ from pathlib import Path
 import torch
 from sqlalchemy.engine import URL
 
-from normkit._recipes import recipes
+from normkit._apply import recipes
 from normkit.instruments.result import plain
 from normkit.study.check import check
-from normkit.study.connection import redact
-from normkit.study.cost import measure_costs
-from normkit.study.data import Data
+from normkit.study.data.load import Data
 from normkit.study.environment import command_line, environment, together
 from normkit.study.errors import StudyError
-from normkit.study.identity import hold
-from normkit.study.landscape import study_traces
-from normkit.study.live import Display
-from normkit.study.parallel import follow, launched_rank, lead, rank_count
+from normkit.study.landscape.run import study_traces
 from normkit.study.plan import Slot, StudyConfig, slots
 from normkit.study.records import Cost, StudyRecord, TrialResult
-from normkit.study.store import Store, difference
-from normkit.study.trackers import Tracker
-from normkit.study.worker import Place, lock_file, run_workers
+from normkit.study.report.progress import Display
+from normkit.study.report.trackers import Tracker
+from normkit.study.store.connection import redact
+from normkit.study.store.fingerprint import hold
+from normkit.study.store.store import Store, difference
+from normkit.study.store.torchrun import follow, launched_rank, lead, rank_count
+from normkit.study.store.worker import Place, lock_file, run_workers
+from normkit.study.train.cost import measure_costs
 
 STUDY_FILE = "study.json"
 CHECKPOINTS = "checkpoints"
@@ -217,7 +217,7 @@ def compare(
 
 def report(folder: StudyFolder, store: Store) -> StudyRecord:
     """Make the report of a study from its store, finished or not."""
-    from normkit.study.report import write_report
+    from normkit.study.report.render import write_report
 
     config = folder.config
     facts = store.noted("data") or {"classes": None, "data_summary": config.data}

@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 
 import normkit
 from normkit.instruments import Diagnosis
-from normkit.study.batches import batches
 from normkit.study.check import check_fit
-from normkit.study.data import load_data
+from normkit.study.data.batches import batches
+from normkit.study.data.load import load_data
 from normkit.study.environment import check_device
 from normkit.study.errors import StudyError, nearest
 from normkit.study.models import build_model

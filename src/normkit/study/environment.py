@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from normkit.study.connection import redact
 from normkit.study.errors import StudyError
+from normkit.study.store.connection import redact
 
 PACKAGES = ("normkit", "torch", "numpy", "scikit-learn", "datasets", "optuna", "scipy")
 

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from normkit._recipes import recipes
+from normkit._apply import recipes
+from normkit.study.config import Training
 from normkit.study.errors import StudyError, nearest
 from normkit.study.records import Phase, TrialKey, TrialResult
-from normkit.study.training import Training
 
 SEARCH_SEED = 1_000_000  # search seeds count from here, final seeds from 0: they never meet
 GRID_STEP = math.sqrt(10.0)
@@ -24,7 +24,7 @@ class StudyConfig(Training):
     """What is compared, and how (see also :class:`Training`); studies with equal configurations are the same study.
 
     Attributes:
-        data: Name of a data set, see :func:`normkit.study.data.load_data`.
+        data: Name of a data set, see :func:`normkit.study.data.load.load_data`.
         model: Name of a model, see :func:`normkit.study.models.build_model`.
         methods: Names out of :func:`normkit.recipes`.
         batch_sizes: Examples per optimizer step.

@@ -1,0 +1,1 @@
+"""Read and run a model without changing it."""

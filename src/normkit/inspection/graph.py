@@ -1,0 +1,288 @@
+"""Who feeds whom: the data flow of a model, as far as it can be known.
+
+A model is traced symbolically with torch.fx; where it does not trace (control flow on data, keyword-only calls,
+...) its children are traced one by one and what is found is united, so that a convolution and the normalization
+behind it inside one block are found however wild the outer loop is. With an example input the model can be run
+instead, see :mod:`normkit.inspection.record`.
+"""
+
+import copy
+import inspect
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+PRODUCERS = (nn.Linear, _ConvNd)
+"""Layers with a weight whose output a normalization can take (transposed and lazy ones included)."""
+
+_TORCH_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_METADATA = {"shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_cuda", "stride", "is_floating_point"}
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a normalization layer: torch's, a subclass of one, or one that batch norm converts to."""
+    return isinstance(module, _TORCH_NORMS) or hasattr(type(module), "from_batchnorm")
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a batch normalization without parameters: all four of its tensors are buffers."""
+    names = {name for name, _ in module.named_buffers()} - {"num_batches_tracked"}
+    return names == {"weight", "bias", "running_mean", "running_var"} and not any(True for _ in module.parameters())
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a trace treats ``module`` as one step: torch.nn's layers, subclasses of weight and norm layers, ours."""
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return False
+    if isinstance(module, PRODUCERS) or is_norm(module) or is_frozen_norm(module):
+        return True
+    return type(module).__module__.startswith(("torch.nn.", "normkit.methods."))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of a traced model.
+
+    Attributes:
+        name: ``input``, ``output``, ``module``, ``attribute`` (a parameter or buffer used directly) or the plain
+            name of a function, such as ``add`` (also ``+``, ``+=``, ``add_``), ``relu``, ``flatten``.
+        inputs: Indices of the steps whose tensors it takes, each once, in the order of the arguments.
+        path: Path of the module or attribute, else None. A module that stands at several paths has the first of them.
+    """
+
+    name: str
+    inputs: tuple[int, ...]
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Dataflow:
+    """The steps of a model in the order in which they run; several pieces in a row where it traced only in part.
+
+    Each piece begins with its own ``input`` steps and ends with an ``output`` step: what comes before and after is
+    unknown.
+    """
+
+    steps: tuple[Step, ...]
+
+    @cached_property
+    def _consumers(self) -> tuple[tuple[int, ...], ...]:
+        table: list[list[int]] = [[] for _ in self.steps]
+        for index, step in enumerate(self.steps):
+            for source in step.inputs:
+                table[source].append(index)
+        return tuple(map(tuple, table))
+
+    def consumers(self, index: int) -> tuple[int, ...]:
+        """Indices of the steps that take the output of step ``index``."""
+        return self._consumers[index]
+
+    @cached_property
+    def ancestors(self) -> tuple[frozenset[int], ...]:
+        """For each step, all steps that its output depends on."""
+        table: list[frozenset[int]] = []
+        for step in self.steps:
+            table.append(frozenset(step.inputs).union(*(table[i] for i in step.inputs)))
+        return tuple(table)
+
+    def calls(self, path: str) -> tuple[int, ...]:
+        """Indices of the steps at which the module ``path`` is called (empty where the trace did not reach it)."""
+        return self._calls.get(path, ())
+
+    @cached_property
+    def _calls(self) -> dict[str, tuple[int, ...]]:
+        table: dict[str, tuple[int, ...]] = {}
+        for index, step in enumerate(self.steps):
+            if step.name == "module" and step.path is not None:
+                table[step.path] = (*table.get(step.path, ()), index)
+        return table
+
+
+def dataflow(model: nn.Module) -> Dataflow:
+    """The data flow of ``model``; the model is neither run nor changed.
+
+    Examples:
+        >>> flow = dataflow(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+        >>> [(step.name, step.path, step.inputs) for step in flow.steps]
+        [('input', None, ()), ('module', '0', (0,)), ('module', '1', (1,)), ('output', None, (2,))]
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    steps: list[Step] = []
+    for root, graph in _pieces(model, set()):
+        _append(steps, root, graph, paths)
+    return Dataflow(tuple(steps))
+
+
+def producers(model: nn.Module, flow: Dataflow | None = None) -> dict[str, str]:
+    """For each normalization layer, the linear or convolutional layer whose output it, and nothing else, takes.
+
+    A layer that is called several times counts when each of its calls is consumed by that normalization alone. A batch
+    normalization over another dimension than the outputs of a linear layer (L channels of ``(N, L, C)``) has no producer.
+
+    Args:
+        model: Any module.
+        flow: Its data flow, when it is known already.
+
+    Returns:
+        ``{path of the normalization: path of the producer}``; a normalization without such a producer is absent.
+
+    Examples:
+        >>> producers(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)))
+        {'1': '0'}
+    """
+    flow = dataflow(model) if flow is None else flow
+    modules = dict(model.named_modules())
+    pairs = {path: source_of(flow, modules, path) for path, module in modules.items() if is_norm(module)}
+    return {
+        norm: source
+        for norm, source in pairs.items()
+        if source and isinstance(layer := modules[source], PRODUCERS) and aligned(layer, modules[norm])
+    }
+
+
+def outputs(layer: nn.Linear | _ConvNd) -> int:
+    """Number of output features or channels of a layer."""
+    return layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
+
+
+def aligned(layer: nn.Linear | _ConvNd, norm: nn.Module) -> bool:
+    """Whether the channels of the normalization, as far as it tells them, can be the outputs of the layer."""
+    return getattr(norm, "num_features", getattr(norm, "num_channels", 0)) in (0, outputs(layer))
+
+
+def source_of(flow: Dataflow, modules: dict[str, nn.Module], path: str) -> str | None:
+    """The module whose output ``path``, and nothing else, takes, at every call of either; identities are skipped.
+
+    Args:
+        flow: A data flow.
+        modules: ``dict(model.named_modules())``; a layer that has become an identity since the trace counts as one.
+        path: Path of a module.
+
+    Returns:
+        Path of the other module, or None.
+    """
+    sources = {_before(flow, modules, call) for call in flow.calls(path)}
+    source = sources.pop() if len(sources) == 1 else None
+    return source if source is not None and sole_consumer(flow, modules, source) == path else None
+
+
+def sole_consumer(flow: Dataflow, modules: dict[str, nn.Module], path: str) -> str | None:
+    """The only module that takes the output of ``path``, at every call of it; identities are skipped."""
+    consumers = {_after(flow, modules, call) for call in flow.calls(path)}
+    return consumers.pop() if len(consumers) == 1 else None
+
+
+def _before(flow: Dataflow, modules: dict[str, nn.Module], index: int) -> str | None:
+    while flow.steps[index].inputs:
+        index = flow.steps[index].inputs[0]
+        step = flow.steps[index]
+        if not _is_identity(step, modules):
+            return step.path if step.name == "module" else None
+    return None
+
+
+def _after(flow: Dataflow, modules: dict[str, nn.Module], index: int) -> str | None:
+    while len(flow.consumers(index)) == 1:
+        index = flow.consumers(index)[0]
+        step = flow.steps[index]
+        if not _is_identity(step, modules):
+            return step.path if step.name == "module" else None
+    return None
+
+
+def _is_identity(step: Step, modules: dict[str, nn.Module]) -> bool:
+    if step.name == "module" and step.path is not None:
+        return isinstance(modules[step.path], nn.Identity) and not any(True for _ in modules[step.path].parameters())
+    return step.name == "contiguous"
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_leaf(m)
+
+
+def _pieces(module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[nn.Module, fx.Graph]]:
+    """The largest parts of ``module`` that trace, with their graphs.
+
+    Yields:
+        A module and its graph.
+    """
+    if module in seen or is_leaf(module):
+        return
+    seen.add(module)
+    try:
+        graph = _symbolic(module)
+    except Exception:  # a forward may raise anything when it meets symbols instead of tensors
+        for child in module.children():
+            yield from _pieces(child, seen)
+    else:
+        yield module, graph
+
+
+def _symbolic(module: nn.Module) -> fx.Graph:
+    clone = _scratch_copy(module)
+    parameters = inspect.signature(module.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fx warns about defaults that it cannot guard; nobody runs this graph
+        return _Tracer().trace(clone, concrete_args=defaults)
+
+
+def _scratch_copy(module: nn.Module) -> nn.Module:
+    """A copy that a trace may execute: parameters shared, buffers and attributes its own, without any hooks."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name.endswith("_hooks"):
+                memo[id(value)] = OrderedDict()
+    return copy.deepcopy(module, memo)
+
+
+def _append(steps: list[Step], root: nn.Module, graph: fx.Graph, paths: dict[nn.Module, str]) -> None:
+    index: dict[fx.Node, int] = {}
+    metadata: set[fx.Node] = set()
+    prefix = paths[root] + "." if paths[root] else ""
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        if _is_metadata(node) or (sources and all(source in metadata for source in sources)):
+            metadata.add(node)
+            continue
+        path = None
+        if node.op == "call_module":
+            path = paths[root.get_submodule(str(node.target))]
+        elif node.op == "get_attr":
+            path = prefix + str(node.target)
+        index[node] = len(steps)
+        steps.append(Step(_name(node), tuple(index[s] for s in sources if s in index), path))
+
+
+def _is_metadata(node: fx.Node) -> bool:
+    """Whether the node reads a tensor's shape, dtype, ..., not its values."""
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in _METADATA
+    return node.op == "call_method" and node.target in _METADATA
+
+
+def _name(node: fx.Node) -> str:
+    fixed = {"placeholder": "input", "output": "output", "call_module": "module", "get_attr": "attribute"}
+    if node.op in fixed:
+        return fixed[node.op]
+    if node.target is getattr:
+        return str(node.args[1])
+    return plain_name(
+        node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    )
+
+
+def plain_name(name: str) -> str:
+    """One name per operation: ``add_``, ``__add__``, ``iadd`` and ``add`` are all ``add``."""
+    name = name.strip("_")
+    aliases = {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "isub": "sub", "itruediv": "truediv"}
+    return aliases.get(name, name)

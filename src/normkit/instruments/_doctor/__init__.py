@@ -1,0 +1,1 @@
+"""What is wrong with the normalization of a model: checks, the examination that feeds them, the diagnosis."""

@@ -1,0 +1,126 @@
+"""What batchless layers learn from one step.
+
+Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729: the natural gradient in closed form, for all layers in the
+same few operations (a layer has a few dozen numbers to move: launched one layer at a time, that would take longer than a
+small network's own operations), and the plain gradient for the model's optimizer.
+"""
+
+# pyright: reportPrivateImportUsage=false
+# (torch's optimizers are written with the same _foreach functions)
+
+import torch
+from torch import Tensor, nn
+
+from normkit.methods.batchless.functions import gaussian_nll_gradients, per_feature
+from normkit.methods.batchless.layer import BatchlessNorm
+from normkit.methods.batchless.projected import gain, regression
+from normkit.moments import Moments, finite
+
+RATE, INSTANCES = 0.07, 6.0  # mu and sigma are running means of weight 0.07 from many instances, 0.01 from one
+
+
+class Fit:
+    """How the rows of a step lie in the layers' Gaussians, per feature of all layers together.
+
+    Rows with anything that is not finite in them, in any of the layers, count for nothing.
+
+    Args:
+        layers: Layers on one device, of one dtype and one eps.
+        moments: Of the rows that each layer saw since the last step, over all ranks.
+        instances: How many instances they belong to, for each layer, ``()``.
+    """
+
+    def __init__(self, layers: list[BatchlessNorm], moments: list[Moments], instances: list[Tensor]) -> None:
+        self.layers, self.moments = layers, moments
+        self.sizes = [layer.num_features for layer in layers]
+        self.mean = torch.cat([layer.running_mean for layer in layers])
+        self.variance = torch.cat([layer.running_var for layer in layers])
+        self.seen = torch.cat([m.mean for m in moments])
+        self.rows = per_feature([m.count for m in moments], self.sizes)
+        self.instances = per_feature(instances, self.sizes)
+        deviation = self.seen - self.mean
+        variance = torch.cat([m.m2 for m in moments]) / self.rows.clamp(min=1)
+        self.about = variance + deviation.square()  # E (x - mu)^2
+        self.valid = (self.rows > 0) & torch.isfinite(self.about.sum())
+        scale = (self.variance + layers[0].eps).rsqrt()
+        self.m1, self.m2 = deviation * scale, self.about * scale.square()
+        self.misfit = torch.stack([part.mean() for part in torch.where(self.valid, self.m2, 1).split(self.sizes)])
+        """E n^2 of each layer, mean over its channels; 1 where nothing is known."""
+
+    @property
+    def projected(self) -> bool:
+        """Whether the layers before these receive the projected gradient."""
+        return self.layers[0].projected
+
+    def note_mismatch(self) -> None:
+        """Write every layer's ``mismatch``."""
+        for layer, mismatch in zip(self.layers, (self.misfit - 1) / 2, strict=True):
+            layer.mismatch = mismatch
+
+    def follow(self, rate: float) -> None:
+        """Step mu and sigma along the natural gradient, at ``eta = rate N / (N + 6)`` for N instances.
+
+        ``mu += eta (E x - mu)``, ``sigma^2 += eta (E (x - mu)^2 + eps - sigma^2)``: for sigma the gradient's step to
+        first order, but the exact running second moment about mu, so that no rate up to 1 and no misfit, however large,
+        overshoots. Few instances say little about the two: at a fixed rate, steps of one would follow its noise.
+        """
+        eta = rate * self.instances / (self.instances + INSTANCES)
+        mean, variance = self.mean.lerp(self.seen, eta), self.variance.lerp(self.about, eta)
+        self._write([layer.running_mean for layer in self.layers], torch.where(self.valid, mean, self.mean))
+        self._write([layer.running_var for layer in self.layers], torch.where(self.valid, variance, self.variance))
+
+    def project(self, products: list[Tensor], ranks: int) -> None:
+        """Move A and B of projected layers towards the regression over the rows of this step.
+
+        Args:
+            products: Sums of n' and n' n over all rows and ranks, ``(2, features)`` for each layer.
+            ranks: Over which a mean loss was averaged.
+        """
+        controls = [layer.control for layer in self.layers if layer.control is not None]
+        sum_grad, sum_grad_n = torch.cat(products, 1) / ranks
+        old = torch.stack([torch.cat([c.shift for c in controls]), torch.cat([c.slope for c in controls])])
+        new = torch.stack(regression(sum_grad, sum_grad_n, self.m1, self.m2))
+        valid = self.valid & torch.isfinite(new.sum())
+        shift, slope = torch.where(valid, old.lerp(new, gain(self.instances)), old)
+        self._write([c.shift for c in controls], shift)
+        self._write([c.slope for c in controls], slope)
+        last = torch.stack([m.count for m in self.moments]) / ranks
+        rows = torch.stack([c.rows for c in controls])
+        known = torch.stack([last, rows[:, 0]], 1)
+        rows = torch.where(torch.stack([part[0] for part in valid.split(self.sizes)]).unsqueeze(1), known, rows)
+        torch._foreach_copy_([c.rows for c in controls], list(rows))
+
+    def _write(self, targets: list[Tensor], values: Tensor) -> None:
+        torch._foreach_copy_(targets, list(values.split(self.sizes)))
+
+
+class Plain:
+    """What the model's optimizer trains of a layer with the plain gradient: mu, and log sigma or sigma.
+
+    Args:
+        layer: The layer.
+    """
+
+    def __init__(self, layer: BatchlessNorm) -> None:
+        self.layer = layer
+        self.rho = nn.Parameter(layer.sigma, requires_grad=False)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The mean, and rho."""
+        return [self.layer.running_mean, self.rho]
+
+    def before(self, moments: Moments) -> None:
+        """Write the gradients of the likelihood."""
+        layer, sigma, moments = self.layer, self.layer.sigma, finite(moments)
+        d_mean, d_log = gaussian_nll_gradients(moments, layer.running_mean, sigma, gradient="plain", eps=layer.eps)
+        self.rho.data = sigma.log() if layer.scale == "log" else sigma
+        d_rho = d_log if layer.scale == "log" else d_log / sigma
+        seen = moments.count > 0
+        layer.running_mean.grad, self.rho.grad = torch.where(seen, d_mean, 0), torch.where(seen, d_rho, 0)
+
+    @torch.no_grad()
+    def after(self) -> None:
+        """Take over what the optimizer made of rho; sigma stays at sqrt(eps) or above."""
+        sigma = self.rho.exp() if self.layer.scale == "log" else self.rho
+        self.layer.running_var.copy_((sigma.square() - self.layer.eps).clamp(min=0))
+        self.layer.running_mean.grad = self.rho.grad = None

@@ -1,0 +1,313 @@
+"""Batchless normalization: mean and standard deviation are parameters, fitted by the likelihood of a Gaussian.
+
+Berger, Uc Cetina. "Batchless Normalization: How to Normalize Activations Across Instances with Minimal Memory
+Requirements", arXiv 2212.14729.
+
+Per channel, ``n = (x - mu) / sigma`` and ``y = gamma n + beta``. The task loss trains x, gamma and beta and takes mu,
+sigma for constants; the negative log likelihood ``log sigma + n^2 / 2`` trains mu and sigma and takes x for a constant.
+That likelihood depends on the layer's input alone, so its gradient need not travel through the backward pass: the layer
+counts the moments of its input, and :func:`normkit.attach` turns them into the gradient of mu and sigma right before
+the optimizer's step. Nothing in it depends on how the rows were split into micro-batches or over ranks.
+
+What is kept is mu and sigma^2 - eps, under the names of batch normalization's running statistics: state dicts load both
+ways, and evaluate the same.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from normkit.inspection.counting import eager
+from normkit.methods.batchless.functions import Gradient, affine_map, moments_about
+from normkit.methods.batchless.projected import GradientControl
+from normkit.moments import (
+    Moments,
+    Tally,
+    at_least_single,
+    empty,
+    observe_unchecked,
+    observing,
+    once_reached,
+    statistics_dtype,
+)
+
+Scale = Literal["log", "abs"]
+_Self = TypeVar("_Self", bound="BatchlessNorm")
+
+PATIENCE = 8  # backward passes after which a layer that nobody attached complains
+
+
+class BatchlessNorm(nn.Module):
+    """Normalization by a learned Gaussian per channel (arXiv 2212.14729), ``y = (x - mu) / sigma * gamma + beta``.
+
+    The same affine map in train and in eval mode; mu and sigma are fitted by the likelihood ``log sigma + n^2 / 2``. Use
+    :class:`BatchlessNorm1d`, ``2d`` or ``3d``. The layer starts like batch normalization at mean 0 and variance 1;
+    :func:`normkit.initialize` sets both from data. It learns only while :func:`normkit.attach` connects it with an
+    optimizer.
+
+    Attributes:
+        weight: gamma, or None.
+        bias: beta, or None.
+        running_mean: mu. Not touched by autograd (``requires_grad=False``), in fp32 or wider.
+        running_var: ``sigma^2 - eps``; like ``running_mean``.
+        mismatch: ``(E n^2 - 1) / 2`` of the last step, mean over the channels: the likelihood relative to a perfect
+            fit, which has 0. None before the first step.
+    """
+
+    dims: tuple[int, ...] = ()
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        affine: bool = True,
+        scale: Scale = "log",
+        gradient: Gradient = "natural",
+        projected: bool = False,
+        eps: float = 1e-5,
+        feature_dim: Literal[1, -1] = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Create the layer.
+
+        Args:
+            num_features: Number of channels.
+            affine: Whether gamma and beta are learned; without them the layer keeps no activation for the backward
+                pass.
+            scale: What the ``plain`` gradient trains for sigma: its logarithm, or itself up to its sign.
+            gradient: ``natural`` or ``plain`` gradient of the likelihood, see :func:`gaussian_nll_gradients`.
+            projected: Give the layers before the projected gradient instead of the paper's pointwise one, see
+                :mod:`normkit.methods.batchless.projected`.
+            eps: Added to the variance that sigma is fitted to, like the eps of batch normalization.
+            feature_dim: Dimension of the channels: 1, or -1 for channels-last inputs such as tokens.
+            device: Device of the parameters.
+            dtype: Dtype of gamma and beta; mean and variance are in fp32 or wider.
+
+        Raises:
+            ValueError: ``scale``, ``gradient`` or ``feature_dim`` is none of the choices.
+        """
+        super().__init__()
+        if scale not in ("log", "abs"):
+            raise ValueError(f"scale={scale!r}: choose 'log' or 'abs'")
+        if gradient not in ("natural", "plain"):
+            raise ValueError(f"gradient={gradient!r}: choose 'natural' or 'plain'")
+        if feature_dim not in (1, -1):
+            raise ValueError(f"feature_dim={feature_dim!r}: choose 1 (channels first) or -1 (channels last)")
+        self.num_features, self.eps, self.feature_dim = num_features, eps, feature_dim
+        self.scale: Scale = scale
+        self.gradient: Gradient = gradient
+        dtype = dtype or torch.get_default_dtype()
+        if affine:
+            self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        wide = statistics_dtype(dtype)
+        self.running_mean = nn.Parameter(torch.zeros(num_features, device=device, dtype=wide), requires_grad=False)
+        self.running_var = nn.Parameter(torch.ones(num_features, device=device, dtype=wide), requires_grad=False)
+        self.control = GradientControl(num_features, device=device, dtype=wide) if projected else None
+        self.mismatch: Tensor | None = None
+        self.tally = Tally()
+        self.instances = 0  # whose rows are in the tally
+        self.follows_gradients = True
+        self._collector: int | None = None
+        self._uncollected = 0
+        self.register_load_state_dict_pre_hook(_without_count)
+
+    @property
+    def affine(self) -> bool:
+        """Whether gamma and beta are there."""
+        return self.weight is not None
+
+    @property
+    def projected(self) -> bool:
+        """Whether the layers before receive the projected gradient."""
+        return self.control is not None
+
+    @property
+    def sigma(self) -> Tensor:
+        """Standard deviation per channel, shape ``(num_features,)``."""
+        return (self.running_var.detach() + self.eps).sqrt()
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        """Set mu to ``mean`` and sigma to ``sqrt(variance + eps)``."""
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(variance)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize ``x``.
+
+        Args:
+            x: Input with ``num_features`` channels in dimension ``feature_dim``.
+            mask: Boolean, broadcastable to ``x`` without its channels; rows where it is False (padding) are normalized
+                but not counted.
+
+        Returns:
+            ``(x - mu) / sigma * gamma + beta``, shape and dtype of ``x``.
+
+        Raises:
+            ValueError: ``x`` has the wrong number of dimensions or channels.
+        """
+        tokens = self.feature_dim == -1 and x.dim() > 1
+        if not (tokens or x.dim() in self.dims) or x.shape[self.feature_dim] != self.num_features:
+            raise ValueError(
+                f"{self}: input {'x'.join(map(str, x.shape))} does not fit; expected "
+                f"{' or '.join(map(str, self.dims))} dimensions with {self.num_features} channels in dimension "
+                f"{self.feature_dim} (channels-last inputs need feature_dim=-1)"
+            )
+        last = tokens and x.dim() > 2
+        rows = x.reshape(-1, self.num_features) if last else x
+        learns = self.training and torch.is_grad_enabled()
+        affine = affine_map if self.control is None or not learns else self.control
+        # constants to the task loss, also in a model whose parameters were all unfrozen
+        statistics = self.running_mean.detach(), self.running_var.detach()
+        y = affine(rows, *statistics, self.weight, self.bias, self.eps)
+        y = y.view_as(x) if last else y
+        if learns and observing():
+            self._count(rows if mask is None else x, y, mask)
+        return y
+
+    @eager
+    def _count(self, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+        if mask is None:
+            moments = moments_about(x, self.running_mean.detach(), self.running_var.detach(), self.eps)
+        else:
+            moments = observe_unchecked(x, self.feature_dim, mask)
+
+        instances = len(y)  # not y itself: its hook must not keep it alive
+
+        def add() -> None:
+            self.tally.add(moments)
+            self.instances += instances
+
+        self.follows_gradients = y.requires_grad
+        if y.requires_grad:
+            once_reached(y, add)
+        else:  # raw inputs without affine: no gradient will ever come by, and none is dropped
+            add()
+        if self.is_collected:
+            return
+        self._uncollected += 1
+        if self._uncollected == PATIENCE:
+            warnings.warn(
+                f"{type(self).__name__}: mean and variance have not moved in {PATIENCE} training passes, for no optimizer "
+                "collects them; call normkit.attach(model, optimizer) after building the optimizer",
+                stacklevel=4,
+            )
+
+    @property
+    def is_collected(self) -> bool:
+        """Whether an optimizer collects what this very module observes (a copy of it has to be attached anew)."""
+        return self._collector == id(self)
+
+    def set_collected(self, yes: bool) -> None:
+        """Note that an optimizer collects from now on, or no longer."""
+        self._collector = id(self) if yes else None
+        self._uncollected = 0
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what was observed since the last step."""
+        self.tally.take()
+        self.instances = 0
+        if self.control is not None:
+            self.control.sums = None
+
+    def take(self) -> tuple[Moments, Tensor]:
+        """Moments of the rows since the last call, if need be of none, and of how many instances they are, ``()``."""
+        like, instances = self.running_mean.detach(), self.instances
+        self.instances = 0
+        rows = self.tally.take() or empty(self.num_features, dtype=like.dtype, device=like.device)
+        return rows, like.new_full((), instances)
+
+    @classmethod
+    def from_batchnorm(cls: type[_Self], bn: nn.Module, **options: Any) -> _Self:
+        """A layer that computes what ``bn`` computes in eval mode.
+
+        Running statistics, gamma and beta are copied. Without running statistics the layer starts at (0, 1).
+
+        Args:
+            bn: A batch normalization layer whose channels are known.
+            **options: Further arguments of the layer (``projected``, ``gradient``, ...).
+
+        Returns:
+            The new layer, on the device and in the mode of ``bn``.
+
+        Raises:
+            TypeError: ``bn`` is no batch normalization, or a lazy one that has seen no input.
+        """
+        if not isinstance(bn, nn.modules.batchnorm._BatchNorm) or isinstance(bn.weight, nn.UninitializedParameter):
+            raise TypeError(f"from_batchnorm: expected a BatchNorm layer with known channels, got {bn}")
+        sample = next((t for t in (bn.weight, bn.running_mean) if t is not None), torch.empty(0))
+        layer = cls(
+            bn.num_features,
+            **{"affine": bn.affine, "eps": bn.eps, "device": sample.device, "dtype": sample.dtype, **options},
+        )
+        for name in ("weight", "bias") if bn.affine and layer.affine else ():
+            given = getattr(bn, name)  # there are batch normalizations with a scale alone
+            own = (
+                None if given is None else nn.Parameter(given.detach().to(sample.dtype, copy=True), given.requires_grad)
+            )
+            setattr(layer, name, own)
+        if bn.running_mean is not None and bn.running_var is not None:
+            layer.set_statistics(bn.running_mean, bn.running_var)
+        return layer.train(bn.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = self.running_mean.data, self.running_var.data
+        super()._apply(fn, recurse)
+        for statistic, old in zip((self.running_mean, self.running_var), before, strict=True):
+            statistic.data = at_least_single(statistic.data, old)
+        return self
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from the defaults."""
+        given = {
+            "affine": (self.affine, True),
+            "scale": (self.scale, "log"),
+            "gradient": (self.gradient, "natural"),
+            "projected": (self.projected, False),
+            "feature_dim": (self.feature_dim, 1),
+        }
+        return ", ".join([f"{self.num_features}", *(f"{k}={v!r}" for k, (v, default) in given.items() if v != default)])
+
+
+def _without_count(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    """Let a batchless layer load a batch normalization's state (which takes ours for one from before it counted)."""
+    state.pop(prefix + "num_batches_tracked", None)
+
+
+class BatchlessNorm1d(BatchlessNorm):
+    """Batchless normalization (arXiv 2212.14729) of ``(N, C)`` or ``(N, C, L)``, ``(N, L, C)`` with ``feature_dim=-1``.
+
+    See :class:`BatchlessNorm`.
+
+    Examples:
+        >>> BatchlessNorm1d(2, affine=False, eps=0.0)(torch.tensor([[1.0, 2.0]])).tolist()
+        [[1.0, 2.0]]
+    """
+
+    dims = (2, 3)
+
+
+class BatchlessNorm2d(BatchlessNorm):
+    """Batchless normalization (arXiv 2212.14729) of ``(N, C, H, W)``; see :class:`BatchlessNorm`."""
+
+    dims = (4,)
+
+
+class BatchlessNorm3d(BatchlessNorm):
+    """Batchless normalization (arXiv 2212.14729) of ``(N, C, D, H, W)``; see :class:`BatchlessNorm`."""
+
+    dims = (5,)
+
+
+def batchless_layers(model: nn.Module) -> list[BatchlessNorm]:
+    """All batchless layers of ``model``, each once."""
+    return [module for module in model.modules() if isinstance(module, BatchlessNorm)]

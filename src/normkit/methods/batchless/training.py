@@ -1,0 +1,226 @@
+"""Training batchless layers: collect their statistics before each optimizer step.
+
+Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729.
+"""
+
+# pyright: reportPrivateImportUsage=false
+# (torch's optimizers are written with the same _foreach functions)
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from normkit.methods.batchless.fit import RATE, Fit, Plain
+from normkit.methods.batchless.layer import BatchlessNorm, batchless_layers
+from normkit.methods.batchless.weights import Producer, project_weights, weight_producers
+from normkit.moments import Moments, reduce_together
+from normkit.optim.regroup import check_optimizer
+from normkit.optim.step_hooks import StepHandle, before_step, lasting_rate
+
+MISFIT = 1.5  # mean square of n from which the gradients of a step shrink, for projected layers
+
+
+def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> StepHandle:
+    """Let ``optimizer.step()`` also fit mu and sigma of the batchless layers of ``model`` (arXiv 2212.14729).
+
+    Right before each step, the moments that all layers counted since the last one are reduced over ranks in one
+    collective and become the gradient of the likelihood. A layer with the ``natural`` gradient is stepped by plain SGD
+    at ``rate N / (N + 6)`` for a step of N instances, independent of the optimizer's kind, momentum, weight decay and
+    schedule. A layer with the ``plain`` gradient trains like any other parameter, as in the paper: its mu and log sigma
+    get a parameter group of ``optimizer`` without weight decay, so attach before building a learning-rate scheduler.
+
+    Clipping and loss scaling do not see the likelihood. What projected layers have learned of the gradients' projection
+    travels in the optimizer's state dict (key ``"batchless"``), so that a resumed run goes on exactly.
+
+    Args:
+        model: A model with batchless layers.
+        optimizer: The optimizer that trains it; may hold all of ``model.parameters()``.
+        rate: Learning rate of the natural gradient for steps of many instances; mu is a running mean of that weight.
+
+    Returns:
+        A handle whose ``remove()`` detaches again.
+
+    Raises:
+        ValueError: The rate is out of range; the model has no batchless layer, one that is attached already, or sharded ones;
+            the optimizer is another model's.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"attach: rate is {rate}; mu is a running mean of that weight, so give 0 to 1")
+    layers = batchless_layers(model)
+    if not layers:
+        raise ValueError(
+            "attach: the model has no batchless layer; convert it first, e.g. normkit.convert(model, 'batchless')"
+        )
+    if any(p.requires_grad for p in model.parameters()):
+        check_optimizer(optimizer, model)
+    taken = next((name for name, m in model.named_modules() if isinstance(m, BatchlessNorm) and m.is_collected), None)
+    if taken is not None:
+        raise ValueError(
+            f"attach: layer {taken!r} is attached already; call remove() of the handle of that attach() first"
+        )
+    if any(hasattr(layer.running_mean, "placements") for layer in layers):
+        raise ValueError(
+            "attach: the batchless layers are sharded over ranks (fully_shard), and mean and variance must be whole; use "
+            "DistributedDataParallel"
+        )
+    for layer in layers:
+        layer.set_collected(True)
+    plain = {layer: Plain(layer) for layer in layers if layer.gradient == "plain"}
+    fitted: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, BatchlessNorm) and module in plain:
+            fitted[f"{path}.running_mean"], fitted[f"{path}.rho"] = plain[module].parameters()
+    _move_to_own_group(optimizer, fitted)
+    feeding = weight_producers(model)
+
+    @torch.no_grad()
+    def prepare() -> None:
+        fits = collect(layers, feeding)
+        restrain(optimizer, fits, feeding)
+        for fit in fits:
+            if fit.layers[0].gradient == "natural":
+                fit.follow(rate)
+            else:
+                for layer, moments in zip(fit.layers, fit.moments, strict=True):
+                    plain[layer].before(moments)
+
+    def finish() -> None:
+        for own in plain.values():
+            own.after()
+
+    def discard() -> None:
+        for layer in layers:
+            if layer.follows_gradients:
+                layer.discard()
+        for producer in feeding:
+            producer.discard()
+
+    handle = before_step(optimizer, prepare, after=finish, discard=discard, owner="normkit.attach")
+
+    def release() -> None:
+        for layer in layers:
+            layer.set_collected(False)
+        for producer in feeding:
+            producer.remove()
+
+    hooks = _keep_projections(model, optimizer)
+    return StepHandle([handle.remove, *hooks, release])
+
+
+@torch.no_grad()
+def collect(layers: list[BatchlessNorm], feeding: Sequence[Producer] = ()) -> list[Fit]:
+    """Take what every layer counted, over all ranks; write the mismatch, project the weights' gradients, update A and B.
+
+    Args:
+        layers: The layers, in the same order on every rank.
+        feeding: Layers that feed some of them, whose weights' gradients are projected.
+
+    Returns:
+        The fit of the layers, of those that are alike together.
+    """
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    seen, instances = zip(*(layer.take() for layer in layers), strict=True)
+    inputs = [tensor for producer in feeding for tensor in producer.take()]
+    products = [layer.control.take() for layer in layers if layer.control is not None]
+    moments, sums = reduce_together(seen, [*instances, *inputs, *products])
+    remaining = iter(sums)
+    counts = [next(remaining) for _ in layers]
+    project_weights(feeding, [tuple(islice(remaining, 3)) for _ in feeding])
+    groups: dict[Any, list[tuple[BatchlessNorm, Moments, Tensor, Tensor | None]]] = {}
+    for layer, rows, count in zip(layers, moments, counts, strict=True):
+        kind = layer.running_mean.device, layer.running_mean.dtype, layer.eps, layer.gradient, layer.projected
+        groups.setdefault(kind, []).append((layer, rows, count, next(remaining) if layer.projected else None))
+    fits = []
+    for group in groups.values():
+        alike, rows, counts, products = (list(column) for column in zip(*group, strict=True))
+        fit = Fit(alike, rows, counts)
+        fit.note_mismatch()
+        if fit.projected:
+            fit.project(products, ranks)
+        fits.append(fit)
+    return fits
+
+
+@torch.no_grad()
+def restrain(optimizer: Optimizer, fits: list[Fit], feeding: Sequence[Producer] = ()) -> None:
+    """Multiply all gradients by ``1 / max(1, m2 / 1.5, c)``: a step counts for less where the next ones could not follow it.
+
+    - m2 = E n^2 of the projected layer that is fitted worst. Batch normalization divides an inflated activation by its own
+      standard deviation in the same step; here it passes on, grows from layer to layer and inflates the gradients, until
+      mu and sigma have caught up.
+    - c, the largest ``lr / (1 - momentum) |g| / |w|`` of the weights before projected layers: no gradient moves a weight by
+      more than its own length, which batch normalization would survive and lagging statistics do not.
+
+    Args:
+        optimizer: Whose gradients.
+        fits: Of the layers in this step; those without projection do not matter.
+        feeding: Layers that feed projected ones.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    grads = [p.grad for p in params if p.grad is not None]
+    excess = [fit.misfit.max() / MISFIT for fit in fits if fit.projected]
+    if not (excess and grads):
+        return
+    weights = {id(producer.layer._parameters.get("weight")) for producer in feeding}
+    for group in optimizer.param_groups:
+        moved = [p for p in group["params"] if id(p) in weights and p.grad is not None]
+        if moved:
+            step, length = (
+                torch.stack([norm.to(excess[0].device) for norm in torch._foreach_norm(tensors)])
+                for tensors in ([p.grad for p in moved], moved)
+            )
+            excess.append((lasting_rate(optimizer, group) * torch.where(length > 0, step / length, 0)).max())
+    factor = 1 / torch.stack([e.to(excess[0].device) for e in excess]).max().clamp(min=1)
+    for device in {grad.device for grad in grads}:
+        torch._foreach_mul_([grad for grad in grads if grad.device == device], factor.to(device))
+
+
+def _move_to_own_group(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> None:
+    """Take ``params`` out of the optimizer's groups and give them one of their own without weight decay."""
+    if not params:
+        return
+    ours = {id(p) for p in params.values()}
+    for group in optimizer.param_groups:
+        keep = [i for i, p in enumerate(group["params"]) if id(p) not in ours]
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key] = [group[key][i] for i in keep]
+    named = any("param_names" in group for group in optimizer.param_groups)
+    group: dict[str, Any] = {"params": list(params.items() if named else params.values())}
+    if "weight_decay" in optimizer.defaults:
+        group["weight_decay"] = 0.0
+    optimizer.add_param_group(group)
+
+
+@torch.no_grad()
+def load_projections(model: nn.Module, state: dict[str, Any]) -> None:
+    """Take A and B of projected layers from an optimizer's state dict; layers it does not name keep theirs."""
+    controls = _controls(model)
+    for path, tensors in state.get("batchless", {}).items():
+        for name, tensor in tensors.items() if path in controls else ():
+            controls[path].get_buffer(name).copy_(tensor)
+
+
+def _keep_projections(model: nn.Module, optimizer: Optimizer) -> list[Callable[[], None]]:
+    """Let A and B of projected layers travel in the optimizer's state dict; returns what takes the hooks off."""
+    controls = _controls(model)
+    if not controls:
+        return []
+
+    def save(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "batchless": {path: dict(control.named_buffers()) for path, control in controls.items()}}
+
+    def load(_: Optimizer, state: dict[str, Any]) -> None:
+        load_projections(model, state)
+
+    hooks = optimizer.register_state_dict_post_hook(save), optimizer.register_load_state_dict_pre_hook(load)
+    return [hook.remove for hook in hooks]
+
+
+def _controls(model: nn.Module) -> dict[str, nn.Module]:
+    return {path: m.control for path, m in model.named_modules() if isinstance(m, BatchlessNorm) and m.control}

@@ -1,0 +1,167 @@
+"""The gradient of the weights in front of a batchless layer, without what the normalization undoes.
+
+Our own addition to Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729; see docs/batchless-projected.md.
+
+A and B of :mod:`normkit.methods.batchless.projected` come from earlier steps, so what is new in a step's own mean(n')
+and mean(n' n), and most of it is, remains in dL/dx. In the gradient of the linear or convolution layer that produces ``x = W h``
+it adds up over the rows to something along two known directions: the mean of h, which shifts x, and W, which scales it.
+Neither changes the function batch normalization would train. Both are taken out when the step is complete.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from normkit.inspection.counting import eager
+from normkit.inspection.graph import producers
+from normkit.methods.batchless.functions import per_feature
+from normkit.methods.batchless.layer import BatchlessNorm
+from normkit.moments import observing, once_reached, totals
+
+
+def projected_weight_gradient(
+    grad: Tensor, weight: Tensor, mean: Tensor, variance: Tensor, *, groups: int = 1
+) -> Tensor:
+    """The gradient of W in ``x = W h`` without its parts that shift and that scale x, per output of W.
+
+    With the mean m and the variance s of h, ``v = sum(m^2 s) / m^2`` the variance of h along m, and per output
+
+        g <- g - m (g m) / (m^2 + v),    g <- g - w (g w) / w^2.
+
+    The constant part of dL/dx contributes ``m^2 / (m^2 + v)`` of the squares of h along m: as much of g goes, nothing of
+    it where h is centered. Batch normalization's gradient is orthogonal to w, too; for centered inputs of equal
+    variance, uncorrelated, the result *is* batch normalization's gradient. Any scale of g is as good as any other.
+
+    Args:
+        grad: g, dL/dW, ``(out, in / groups, *taps)``.
+        weight: W, shape of g.
+        mean: Mean of h, ``(in,)``; the taps of a convolution share that of their channel. Finite.
+        variance: Variance of h, ``(in,)``. Finite.
+        groups: Groups of the convolution.
+
+    Returns:
+        Shape and dtype of g.
+
+    Examples:
+        >>> grad, weight = torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[2.0, 0.0, 0.0]])
+        >>> projected_weight_gradient(grad, weight, torch.tensor([0.0, 0.0, 3.0]), torch.ones(3))
+        tensor([[0.0000, 1.0000, 0.1000]])
+    """
+    taps = grad.shape[2:].numel()
+    g, w = (tensor.to(mean.dtype).reshape(groups, -1, len(mean) // groups * taps) for tensor in (grad, weight))
+    tiny = torch.finfo(g.dtype).tiny
+
+    def products(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(2, keepdim=True)
+
+    m, s = (statistic.view(groups, 1, -1) for statistic in (mean, variance))
+    square = m.square()
+    length = square.sum(2, keepdim=True)  # of m at one tap
+    variance_along = products(square, s) / length.clamp(min=tiny)
+    m = m.unsqueeze(3).expand(-1, -1, -1, taps).reshape(groups, 1, -1)
+    g = torch.addcmul(g, products(g, m) / (variance_along + taps * length).clamp(min=tiny), m, value=-1)
+    g = g.addcmul_(products(g, w) / products(w, w).clamp(min=tiny), w, value=-1)
+    return g.to(grad.dtype).view_as(grad)
+
+
+class Producer:
+    """The layer that feeds a batchless layer, and the sums over the rows of its inputs in this step.
+
+    Args:
+        norm: The batchless layer.
+        layer: The linear or (not transposed) convolution layer whose output goes there alone.
+    """
+
+    def __init__(self, norm: BatchlessNorm, layer: nn.Linear | _ConvNd) -> None:
+        self.norm, self.layer = norm, layer
+        self.features = layer.in_channels if isinstance(layer, _ConvNd) else layer.in_features
+        self.discard()
+        self._own = id(self)  # a copy of the model brings a copy of this along, which has nothing to do
+        self._hook = layer.register_forward_hook(self._see, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self._hook.remove()
+
+    def discard(self) -> None:
+        """Forget what was seen since the last step."""
+        self._seen: tuple[int, Tensor, Tensor] | None = None
+
+    @eager
+    def _see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if not (self.norm.training and output.requires_grad and observing() and self._own == id(self)):
+            return
+        x = args[0] if args else kwargs["input"]
+        total, square = totals(x, 1 if isinstance(layer, _ConvNd) else -1)
+        rows = x.numel() // self.features
+
+        def add() -> None:
+            before = self._seen
+            self._seen = (
+                (rows, total, square) if before is None else (before[0] + rows, before[1] + total, before[2] + square)
+            )
+
+        once_reached(output, add)
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Number of rows ``()``, sum and sum of squares ``(in,)`` of the layer's inputs since the last call."""
+        like = self.norm.running_mean.detach()
+        rows, total, square = self._seen or (0, *(like.new_zeros(self.features) for _ in range(2)))
+        self.discard()
+        return like.new_full((), rows), total, square
+
+    def project(self, mean: Tensor, variance: Tensor) -> None:
+        """Replace the gradient of the weight, if there is one, by the projected one.
+
+        Args:
+            mean: Of the layer's inputs in this step, over all ranks, ``(in,)``.
+            variance: Likewise.
+        """
+        weight = self.layer._parameters.get("weight")  # by now it may be computed from other parameters
+        if weight is not None and weight.grad is not None:
+            groups = getattr(self.layer, "groups", 1)
+            weight.grad.copy_(projected_weight_gradient(weight.grad, weight.detach(), mean, variance, groups=groups))
+
+
+def project_weights(producers: Sequence[Producer], sums: Sequence[tuple[Tensor, ...]]) -> None:
+    """Project the gradients of all producers' weights.
+
+    Args:
+        producers: The layers.
+        sums: What :meth:`Producer.take` gave for each, over all ranks. Statistics that are not finite count as zero.
+    """
+    groups: dict[Any, list[tuple[Producer, tuple[Tensor, ...]]]] = {}
+    for producer, own in zip(producers, sums, strict=True):
+        groups.setdefault((own[1].device, own[1].dtype), []).append((producer, own))
+    for group in groups.values():
+        sizes = [producer.features for producer, _ in group]
+        rows = per_feature([own[0] for _, own in group], sizes).clamp(min=1)
+        mean, square = (torch.cat([own[k] for _, own in group]) / rows for k in (1, 2))
+        variance = (square - mean.square()).clamp(min=0)
+        mean, variance = (t.nan_to_num(0, 0, 0).split(sizes) for t in (mean, variance))
+        for (producer, _), m, v in zip(group, mean, variance, strict=True):
+            producer.project(m, v)
+
+
+def weight_producers(model: nn.Module) -> list[Producer]:
+    """One for each projected layer of ``model`` that a linear or convolution layer alone feeds.
+
+    The weight must be a parameter of that layer alone: what another layer does with it may depend on its scale, and what it is
+    computed from has gradients of its own.
+    """
+    modules = dict(model.named_modules())
+    holders = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
+    pairs = ((modules[norm], modules[source]) for norm, source in producers(model).items())
+    return [
+        Producer(norm, layer)
+        for norm, layer in pairs
+        if isinstance(norm, BatchlessNorm)
+        and norm.projected
+        and isinstance(layer, (nn.Linear, _ConvNd))
+        and not isinstance(layer, _ConvTransposeNd)
+        and holders[id(layer._parameters.get("weight"))] == 1
+    ]

@@ -1,0 +1,209 @@
+"""Running statistics of many layers' inputs, advanced together once per optimizer step.
+
+All layers lie in one vector, so that a step costs a handful of operations and one all-reduce however many layers
+there are, and nothing waits for the device.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from math import inf
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from normkit.methods.bnp.observer import Observed, Sums, wide_dtype
+from normkit.methods.bnp.preconditioning import guarded_variance, step_divisor, update_running
+
+
+class Metric(NamedTuple):
+    """What preconditions one layer: mean and guarded variance of its input, and ``q^2``."""
+
+    mean: Tensor
+    variance: Tensor
+    divisor: Tensor
+
+
+class Roster:
+    """Layers that step together, and where their features lie in vectors over all of them.
+
+    Attributes:
+        layers: The layers.
+        device: Where the vectors live.
+        sizes: Features of each layer.
+        indices: Of each layer the indices of its features.
+        owner: For each feature the index of its layer.
+        fan_in: Of each layer.
+    """
+
+    def __init__(self, layers: Sequence[Observed], device: torch.device) -> None:
+        self.layers, self.device = list(layers), device
+        shapes = [seen.geometry for seen in layers]
+        self.sizes = [shape.features for shape in shapes]
+        self.indices = torch.arange(sum(self.sizes), device=device).split(self.sizes)
+        self.owner = torch.cat([torch.full((size,), i, device=device) for i, size in enumerate(self.sizes)])
+        fan_in = [float(shape.fan_in) for shape in shapes]
+        self.fan_in = torch.tensor(fan_in, dtype=wide_dtype(device), device=device)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest value of each layer, for values >= 0."""
+        return values.new_zeros(len(self.layers)).scatter_reduce_(0, self.owner, values, "amax")
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum of each layer."""
+        return values.new_zeros(len(self.layers)).scatter_add_(0, self.owner, values)
+
+    def spread(self, *of_layers: Tensor) -> Tensor:
+        """Numbers of the layers as numbers of their features, a row for each argument."""
+        return torch.stack(of_layers).index_select(1, self.owner)
+
+
+class Metrics(NamedTuple):
+    """What preconditions the layers of a step, side by side; ``known`` is 1 for layers that have seen rows, else 0."""
+
+    roster: Roster
+    mean: Tensor
+    variance: Tensor
+    divisor: Tensor
+    known: Tensor
+
+    def of_each(self) -> list[tuple[Observed, Metric]]:
+        """Each layer with its metric, in the dtype and on the device of its weight."""
+        sizes = self.roster.sizes
+        parts = zip(self.roster.layers, self.mean.split(sizes), self.variance.split(sizes), self.divisor, strict=True)
+        each = []
+        for seen, *metric in parts:
+            weight = seen.layer.weight
+            each.append((seen, Metric(*(t.to(weight.device, compute_dtype(weight)) for t in metric))))
+        return each
+
+
+class RowStatistics:
+    """How running statistics are kept.
+
+    Args:
+        decay: Decay per optimizer step; the first steps are averaged evenly.
+        eps_relative: Guard of the variances relative to the largest of the layer.
+        eps: Absolute guard of the variances.
+        group: Ranks that share their rows, default the world.
+    """
+
+    def __init__(self, decay: float, eps_relative: float, eps: float, group: dist.ProcessGroup | None) -> None:
+        self.decay, self.eps_relative, self.eps, self.group = decay, eps_relative, eps, group
+        self._roster: Roster | None = None
+        self._numbers: tuple[object, Tensor] | None = None
+        self._held: tuple[Roster, Tensor, Tensor, Tensor] | None = None
+
+    def advance(self, layers: Sequence[Observed]) -> Metrics:
+        """Take this step's rows into the running statistics; what preconditions the layers now."""
+        roster = self._roster_of(layers)
+        rows, positions, sums = self._reduced(roster)
+        mean, variance, steps = self._running(roster)
+
+        # a layer's sum of squares is finite only if each of its rows is
+        usable = (rows > 0) & (roster.summed(sums[1]) < inf)
+        steps = steps + usable
+        weight = steps.clamp(min=1).reciprocal_().clamp_(min=1 - self.decay) * usable
+        count, weight = roster.spread(rows.clamp(min=1), weight)
+        batch_mean, batch_square = sums.masked_fill_(weight == 0, 0).div_(count)
+        batch_variance = (batch_square - batch_mean.square()).clamp_(min=0)
+        mean, variance = update_running(mean, variance, batch_mean, batch_variance, weight)
+        self._held = roster, mean, variance, steps
+
+        largest, known = roster.spread(roster.largest(variance), steps)
+        guarded = guarded_variance(variance, self.eps_relative, self.eps, largest=largest)
+        # a layer that never saw a usable row (its weight is used without calling it, say) steps as it is
+        guarded.masked_fill_(known == 0, 1)
+        divisor = step_divisor(roster.fan_in, positions).masked_fill_(positions == 0, 1)
+        return Metrics(roster, mean, guarded, divisor, steps.clamp(max=1))
+
+    def hand_back(self) -> None:
+        """Give each layer its own running statistics, which lie in one vector while the same layers step together."""
+        if self._held is not None:
+            roster, mean, variance, steps = self._held
+            parts = zip(mean.split(roster.sizes), variance.split(roster.sizes), steps, strict=True)
+            for seen, running in zip(roster.layers, parts, strict=True):
+                seen.running = running
+            self._held = None
+
+    def _running(self, roster: Roster) -> tuple[Tensor, Tensor, Tensor]:
+        """Running mean and variance per feature and steps per layer."""
+        if self._held is not None and self._held[0] is roster:
+            return self._held[1:]
+        self.hand_back()
+        like = roster.fan_in
+        known = [seen.running or _nothing(n, like) for seen, n in zip(roster.layers, roster.sizes, strict=True)]
+        mean, variance = (torch.cat([_at(entry[i], roster.device) for entry in known]) for i in (0, 1))
+        return mean, variance, torch.stack([_at(entry[2], roster.device) for entry in known])
+
+    def _reduced(self, roster: Roster) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows and positions per layer, and sums and squares per feature in two rows, over all ranks in one all-reduce."""
+        device, wide = roster.device, wide_dtype(roster.device)
+        sums = [
+            _summed(seen.take()) or _no_rows(n, roster.fan_in)
+            for seen, n in zip(roster.layers, roster.sizes, strict=True)
+        ]
+        counts = self._on_device([s.rows for s in sums] + [s.positions for s in sums], wide, device)
+        # tensors of different dtypes are joined one by one, slowly
+        runs = groupby([s.total for s in sums] + [s.square for s in sums], key=lambda t: (t.dtype, t.device))
+        flat = torch.cat([counts, *(torch.cat(list(run)).to(device, wide) for _, run in runs)])
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1:
+            dist.all_reduce(flat, group=self.group)
+        rows, positions, both = flat.split([len(sums), len(sums), 2 * sum(roster.sizes)])
+        return rows, positions, both.view(2, -1)
+
+    def _on_device(self, values: Sequence[Tensor | float], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """One vector of numbers and scalar tensors, without waiting for the device; numbers seldom change from step to step."""
+        numbers = [0.0 if isinstance(value, Tensor) else value for value in values], device
+        if self._numbers is None or self._numbers[0] != numbers:
+            pinned = torch.tensor(numbers[0], dtype=dtype, pin_memory=device.type == "cuda")
+            self._numbers = numbers, pinned.to(device, non_blocking=True)
+        vector = self._numbers[1]
+        if not any(isinstance(value, Tensor) for value in values):
+            return vector
+        return torch.stack([
+            torch.as_tensor(value, device=device).to(dtype) if isinstance(value, Tensor) else vector[i]
+            for i, value in enumerate(values)
+        ])
+
+    def _roster_of(self, layers: Sequence[Observed]) -> Roster:
+        """The roster of these layers, made once, as copying makes hosts wait."""
+        device = layers[0].layer.weight.device
+        if self._roster is None or self._roster.device != device or self._roster.layers != layers:
+            self._roster = Roster(layers, device)
+        return self._roster
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which the gradient of ``weight`` is transformed."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _at(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if tensor.device == device else tensor.to(device)
+
+
+def _summed(seen: Sequence[Sums]) -> Sums | None:
+    """The sums of all forwards of a step (in fp64 where there are several)."""
+    if len(seen) < 2:
+        return seen[0] if seen else None
+    wide = wide_dtype(seen[0].total.device)
+    total = torch.stack([s.total.to(wide) for s in seen]).sum(0)
+    square = torch.stack([s.square.to(wide) for s in seen]).sum(0)
+    return Sums(sum(s.rows for s in seen), sum(s.positions for s in seen), total, square)
+
+
+def _no_rows(features: int, like: Tensor) -> Sums:
+    return Sums(0.0, 0.0, *like.new_zeros(2, features))
+
+
+def _nothing(features: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return like.new_zeros(features), like.new_ones(features), like.new_zeros(())
+
+
+def restored(entry: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Running statistics from a state_dict's entry."""
+    wide = wide_dtype(device)
+    mean, variance, steps = (entry[name].to(device, wide).clone() for name in ("mean", "variance", "steps"))
+    return mean, variance, steps

@@ -1,0 +1,196 @@
+"""A smaller initial scale for batch normalization, and a smaller learning rate for it.
+
+Revisiting Batch Norm Initialization (version 1: Revisiting Batch Normalization), Jim Davis, Logan Frank, ECCV 2022,
+arXiv 2110.13989.
+
+Where ReLU, pooling and addition are all that stands between normalizations, a network scales through: with the scale
+``gamma_0 = s`` everywhere it is the network with ``gamma_0 = 1`` whose pooled features are multiplied by ``s`` before
+the classifier, trained with the rates ``lr / (c s^2)`` of gamma and ``lr / s^2`` of beta (and ``eps / s^2`` in every
+normalization behind another one). The arms of the ablation are those pieces.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from normkit.inspection.graph import dataflow
+from normkit.methods.revisited.input_norm import InputNorm
+
+Arm: TypeAlias = Literal["paper", "logit_scale", "shift_lr", "both", "scale_lr"]
+
+_MARK = "normkit_revision"
+
+
+@dataclass(frozen=True)
+class Revision:
+    """What is done to every batch normalization of a model.
+
+    Attributes:
+        arm: Which arm this is.
+        scale: Initial scale gamma_0.
+        scale_lr: Factor on the learning rate of gamma.
+        shift_lr: Factor on the learning rate of beta.
+        logit_scale: Factor on the features that the classifier takes.
+    """
+
+    arm: Arm = "paper"
+    scale: float = 1.0
+    scale_lr: float = 1.0
+    shift_lr: float = 1.0
+    logit_scale: float = 1.0
+
+    def __str__(self) -> str:
+        return (
+            f"revisited ({self.arm}): scale starts at {self.scale:g}, its learning rate x {self.scale_lr:g}, the shift's "
+            f"x {self.shift_lr:g}"
+        )
+
+
+def revision(arm: Arm, scale: float, scale_lr_divisor: float) -> Revision:
+    """The revision of an arm, with ``s = scale`` and ``c = scale_lr_divisor``.
+
+    ``paper``: gamma_0 = s, gamma's rate / c. ``logit_scale``: features times s. ``shift_lr``: beta's rate / s^2.
+    ``both``: these two, and gamma's rate / (c s^2), which together are the paper's network (at s = 0.1, c = 100 gamma
+    learns at the common rate). ``scale_lr``: gamma's rate / c at gamma_0 = 1.
+
+    Examples:
+        >>> revision("both", 0.1, 100.0)
+        Revision(arm='both', scale=1.0, scale_lr=1.0, shift_lr=100.0, logit_scale=0.1)
+    """
+    shift = round(1 / scale**2, 12)  # 1 / 0.1**2 is 99.99999999999999
+    pieces: dict[str, Revision] = {
+        "paper": Revision("paper", scale=scale, scale_lr=1 / scale_lr_divisor),
+        "logit_scale": Revision("logit_scale", logit_scale=scale),
+        "shift_lr": Revision("shift_lr", shift_lr=shift),
+        "both": Revision("both", logit_scale=scale, shift_lr=shift, scale_lr=shift / scale_lr_divisor),
+        "scale_lr": Revision("scale_lr", scale_lr=1 / scale_lr_divisor),
+    }
+    return pieces[arm]
+
+
+class FeatureScale:
+    """Forward pre-hook that multiplies the first argument of a layer."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments, the first one scaled."""
+        return (args[0] * self.factor, *args[1:])
+
+
+def mark(module: nn.Module, change: Revision | None) -> None:
+    """Note on a normalization layer what was done to it; survives ``deepcopy`` and pickling."""
+    if change is not None:
+        setattr(module, _MARK, change)
+
+
+def revision_of(model: nn.Module) -> Revision | None:
+    """What :func:`revisit` did to a model (or to one normalization layer), or None."""
+    return next((m for module in model.modules() if (m := vars(module).get(_MARK)) is not None), None)
+
+
+def lr_factors(module: nn.Module) -> dict[str, float]:
+    """Factors on the learning rates of the module's own ``weight`` and ``bias``; empty where nothing was revisited."""
+    change = vars(module).get(_MARK)
+    return {} if change is None else {"weight": change.scale_lr, "bias": change.shift_lr}
+
+
+@torch.no_grad()
+def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 100.0, arm: Arm = "paper") -> nn.Module:
+    """Give every BatchNorm of a built model a small initial scale, and gamma a smaller learning rate (arXiv 2110.13989).
+
+    Sets gamma to ``scale`` and beta to 0 on every BatchNorm (by type, subclasses too, whatever the model's builder had
+    set), multiplies the scale of an :class:`normkit.InputNorm`, and marks the layers so that
+    :func:`normkit.param_groups` gives gamma the learning rate ``lr / scale_lr_divisor``. Build the optimizer from
+    those groups. The marks survive ``deepcopy`` and pickling; layers without a scale (``affine=False``) are passed
+    over.
+
+    Running variances that have seen no batch start at ``scale ** 2`` instead of 1 behind another BatchNorm: that is what
+    they are going to see, and evaluation in the first hundred steps is far off without it (our addition).
+
+    Args:
+        model: Any module; changed in place.
+        scale: Initial scale gamma_0.
+        scale_lr_divisor: c, the divisor of gamma's learning rate.
+        arm: ``paper``, or one piece of it for an ablation, see :func:`revision`. The factor on the features is a
+            forward pre-hook of the last linear layer: it is part of the model, but not of its state dict.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: An argument is out of its range, the model has been revisited already, has no BatchNorm with a
+            scale, or has one that is lazy and not yet initialised.
+
+    Examples:
+        >>> model = revisit(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+        >>> [round(g, 2) for g in model[1].weight.tolist()], revision_of(model).scale_lr
+        ([0.1, 0.1, 0.1], 0.01)
+    """
+    if arm not in get_args(Arm):
+        raise ValueError(f"revisit: unknown arm {arm!r}; choose one of {', '.join(get_args(Arm))}")
+    for name, value in (("scale", scale), ("scale_lr_divisor", scale_lr_divisor)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"revisit: {name} is {value}; give a positive number")
+    norms = _norms(model)
+    classifier = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
+    change = revision(arm, scale, scale_lr_divisor)
+    if change.logit_scale != 1:
+        if classifier is None:
+            raise ValueError(f"revisit: arm {arm!r} scales the input of the classifier; the model has no linear layer")
+        classifier.register_forward_pre_hook(FeatureScale(change.logit_scale))
+    behind = _behind_a_norm(model)
+    for norm in norms:
+        if isinstance(norm, InputNorm):
+            norm.weight.mul_(change.scale)
+        else:
+            norm.weight.fill_(change.scale)
+            if norm.bias is not None:
+                norm.bias.zero_()
+            if norm in behind and norm.running_var is not None and norm.num_batches_tracked is not None:
+                fresh = norm.num_batches_tracked == 0
+                norm.running_var.copy_(torch.where(fresh, norm.running_var * change.scale**2, norm.running_var))
+        mark(norm, change)
+    return model
+
+
+def _behind_a_norm(model: nn.Module) -> set[nn.Module]:
+    """The layers to revisit whose input is known to depend on the output of another one."""
+    flow, modules = dataflow(model), dict(model.named_modules())
+    layers = [modules.get(step.path or "") if step.name == "module" else None for step in flow.steps]
+    norms = {index for index, layer in enumerate(layers) if isinstance(layer, _BatchNorm | InputNorm)}
+    return {layer for i in norms if norms & flow.ancestors[i] and (layer := layers[i]) is not None}
+
+
+def _norms(model: nn.Module) -> list[_BatchNorm | InputNorm]:
+    """The layers to revisit, each once.
+
+    Raises:
+        ValueError: There is none, one was revisited already, or one is lazy.
+    """
+    found: list[_BatchNorm | InputNorm] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, _BatchNorm | InputNorm) or module.weight is None:
+            continue
+        if revision_of(module) is not None:
+            raise ValueError(
+                f"revisit: {path or 'the model'} is {revision_of(module)}, already; a second time "
+                "would undo what it has learned: build the model anew"
+            )
+        if is_lazy(module.weight):
+            raise ValueError(
+                f"revisit: {path or 'the model'} ({type(module).__name__}) does not know its features yet; run one "
+                "batch through the model first"
+            )
+        found.append(module)
+    if not any(isinstance(norm, _BatchNorm) for norm in found):
+        raise ValueError(
+            "revisit: the model has no BatchNorm with a scale (affine=True); use it on a model with BatchNorm, before "
+            "converting to another normalization"
+        )
+    return found

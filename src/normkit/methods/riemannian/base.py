@@ -1,0 +1,246 @@
+"""What SGD-G and Adam-G (arXiv 1709.09603) share: groups of weights on the unit sphere beside ordinary groups."""
+
+# pyright: reportPrivateImportUsage=false
+# (torch's optimizers are written with the same _foreach functions)
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.sgd import sgd
+
+from normkit.methods.riemannian.filters import (
+    Filters,
+    arranged,
+    clip_rows,
+    local,
+    memory_order,
+    orthogonality_gradient,
+    rows,
+    wide,
+)
+from normkit.methods.riemannian.foreach import advance
+from normkit.methods.riemannian.row_groups import check_group, normalize_group
+from normkit.methods.riemannian.sphere import norm, project
+from normkit.moments import statistics_dtype
+
+Rate: TypeAlias = float | Tensor
+
+
+class RowOptimizer(Optimizer):
+    """Base of the two optimizers: checks groups, puts weights on the sphere, keeps state, walks over weights."""
+
+    tau = "momentum_buffer"
+    """Name of the momentum in the state."""
+
+    _normalize_added = True
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        self._normalize_added = False  # all groups are checked before the first weight is touched
+        super().__init__(params, defaults)
+        del self._normalize_added
+        for group in self.param_groups:
+            normalize_group(group)
+        if not any(group["manifold"] for group in self.param_groups):
+            warnings.warn(
+                f"{type(self).__name__}: no group has manifold=True, so no weight is on the sphere; build the groups "
+                "with normkit.param_groups(model, lr=..., manifold_lr=...), or set manifold=True on a group yourself (where "
+                "param_groups finds none, normkit.scale_invariance(model) says why)",
+                stacklevel=3,
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; the filters of a manifold group are brought to length 1, in place.
+
+        Args:
+            param_group: ``params`` and any of the options of the class.
+
+        Raises:
+            ValueError: An option is out of range, or a weight of a manifold group has no filters to put on the sphere.
+        """
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1], f"{type(self).__name__}, group {len(self.param_groups) - 1}")
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if self._normalize_added:
+            normalize_group(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step for all groups.
+
+        Args:
+            closure: Evaluates the model again and gives the loss.
+
+        Returns:
+            What the closure gave, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            if not group["manifold"]:
+                self._step_euclidean(group, params)
+            elif group["foreach"]:
+                filters = [one for p in params if (one := self._filters(group, p)).y.numel() > 0]
+                kernel = self._kernel(group, filters)
+                step = advance if kernel is None else kernel.advance
+                step(filters, max_norm=group["max_norm"], **self._numbers(group))
+            else:
+                for p in params:
+                    self._step_readable(group, self._filters(group, p))
+        return loss
+
+    def _kernel(self, group: dict[str, Any], filters: list[Filters]) -> Any:
+        """The fused kernel where it can do the group's step, else None.
+
+        Raises:
+            RuntimeError: ``fused=True`` was asked for and is not possible.
+        """
+        if group["fused"] is False or (group["fused"] is None and not all(one.y.is_cuda for one in filters)):
+            return None
+        if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return None  # the kernel is told addresses, which a graph would keep
+        floats = all(one.in_place and one.y.dtype == torch.float32 for one in filters)
+        floats = floats and len({one.y.device for one in filters}) == 1
+        numbers = not any(torch.is_tensor(x) for x in (group["lr"], *(one.correction for one in filters)))
+        clipped = group["clip_orthogonality"] or group["orthogonality"] == 0
+        if importlib.util.find_spec("triton") and floats and numbers and clipped and filters:
+            from normkit.methods.riemannian.triton_kernel import FusedRows
+
+            kernels = vars(self).setdefault("_kernels", {})
+            return kernels.setdefault(id(group), FusedRows())
+        if group["fused"] and filters:
+            raise RuntimeError(
+                f"{type(self).__name__}: fused=True needs Triton, contiguous float32 weights, a learning rate that is a "
+                "number (capturable=False), and clip_orthogonality=True or orthogonality=0; leave fused at None to use "
+                "it where it is possible"
+            )
+        return None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; what is float32 beside a half-precision weight stays so.
+
+        Args:
+            state_dict: What :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: It is another optimizer's.
+        """
+        for number, group in enumerate(state_dict["param_groups"]):
+            if missing := self.defaults.keys() - group.keys():
+                raise ValueError(
+                    f"{type(self).__name__}: group {number} of the state has no {', '.join(sorted(missing))}, so it is that of "
+                    "another optimizer, whose momentum means something else; start without it"
+                )
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved, params, strict=True):
+            # torch casts what it loads to the weight's dtype
+            for name, value in state_dict["state"].get(index, {}).items():
+                if torch.is_tensor(value) and value.ndim > 0 and value.dtype != self.state[p][name].dtype:
+                    self.state[p][name] = value.to(device=p.device, copy=True)
+
+    def _step_readable(self, group: dict[str, Any], one: Filters) -> None:
+        """The paper's step for one weight, as it is written."""
+        y = wide(rows(one.y))
+        y = y / norm(y)  # rounding, or weights loaded since, may have left the sphere
+        g, extra = one.gradient()
+        h = clip_rows(project(y, wide(rows(g))), group["max_norm"])
+        if extra is not None:
+            h = h + rows(extra)
+        y, tau, v = self._move(group, one, y, h)
+        one.y.copy_(y.view(one.y.shape))
+        one.tau.copy_(tau.view(one.tau.shape))
+        if one.v is not None and v is not None:
+            one.v.copy_(v)
+
+    def _filters(self, group: dict[str, Any], p: Tensor) -> Filters:
+        state = self.state[p]
+        if not state:
+            self._start(group, p, state)
+        order = memory_order(local(p))
+        tau = arranged(state[self.tau], order)
+        v = local(state["exp_avg_sq"]).flatten(1) if "exp_avg_sq" in state else None
+
+        def gradient() -> tuple[Tensor, Tensor | None]:
+            return self._gradient(group, p, order)
+
+        if hasattr(p, "full_tensor"):  # its collectives must come in the same order on all ranks: now
+            found = gradient()
+            gradient = lambda: found  # ruff: ignore[lambda-assignment]
+        return Filters(arranged(p, order), gradient, tau, v, self._correction(group, state))
+
+    def _gradient(
+        self, group: dict[str, Any], p: Tensor, order: tuple[int, ...] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradient, and the penalty's tangent gradient where that must not be clipped."""
+        assert p.grad is not None
+        g = arranged(p.grad, order)
+        alpha = group["orthogonality"]
+        if alpha == 0 or p.shape[0] >= math.prod(p.shape[1:]):
+            return g, None
+        y = wide(rows(arranged(p, order)))
+        y = y / norm(y)
+        others = None
+        if hasattr(p, "full_tensor"):
+            others = wide(rows(arranged(p.full_tensor(), order)))  # pyright: ignore[reportAttributeAccessIssue]
+            others = others / norm(others)
+        penalty = orthogonality_gradient(y, alpha, others)
+        if group["clip_orthogonality"]:
+            return penalty.view(g.shape).add_(g), None
+        return g, project(y, penalty).view(g.shape)
+
+    def _start(self, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
+        """State of a weight on the sphere."""
+        state[self.tau] = torch.zeros_like(p, dtype=statistics_dtype(p.dtype), memory_format=torch.preserve_format)
+
+    def _correction(self, group: dict[str, Any], state: dict[str, Any]) -> Rate:
+        """Bias correction of the learning rate at this step."""
+        return 1.0
+
+    def _numbers(self, group: dict[str, Any]) -> dict[str, float]:
+        """What the fused kernel must know of the rule."""
+        raise NotImplementedError
+
+    def _move(self, group: dict[str, Any], one: Filters, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The rule for unit rows: new ``y``, ``tau`` and ``v``."""
+        raise NotImplementedError
+
+    def _step_euclidean(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """SGD with Nesterov momentum and decoupled decay; the gradients are only read."""
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
+        grads = [local(p.grad) for p in params if p.grad is not None]
+        params = [local(p) for p in params]
+        if group["weight_decay"] != 0:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        # torch's foreach kernel writes to the gradients; its fused one does not, but wants contiguous memory and real numbers
+        fused = all(x.is_contiguous() and not x.is_complex() for x in (*params, *grads, *buffers))
+        sgd(
+            params,
+            grads if fused else [g.clone() for g in grads],
+            list(buffers),
+            fused=fused,
+            foreach=not fused,
+            weight_decay=0.0,
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=True,
+            maximize=False,
+        )

@@ -1,0 +1,105 @@
+"""Filters as rows: layouts, shards, the clip of a row and the penalty that keeps rows apart.
+
+What the optimizers of arXiv 1709.09603 do to a filter needs only inner products and sums of whole rows, so it neither
+matters in which order a row's elements lie in memory, nor with which other rows of the same length a row is stacked.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normkit.methods.riemannian.sphere import norm
+from normkit.moments import statistics_dtype
+
+
+@dataclass(slots=True)
+class Filters:
+    """One weight on the sphere, with what moves it.
+
+    Attributes:
+        y: The weight, shape ``(C_out, ...)``, dimensions in the order of memory; shares memory with the parameter.
+        gradient: Gives the gradient and, when the orthogonality penalty is not clipped, the penalty's tangent gradient.
+        tau: Momentum in the layout of ``y``, float32 or wider.
+        v: Second moment per filter, ``(C_out, 1)``, or None.
+        correction: Bias correction of the learning rate, a number or a 0-dim tensor.
+    """
+
+    y: Tensor
+    gradient: Callable[[], tuple[Tensor, Tensor | None]]
+    tau: Tensor
+    v: Tensor | None
+    correction: float | Tensor
+
+    @property
+    def fan_in(self) -> int:
+        """Elements per filter."""
+        return math.prod(self.y.shape[1:])
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the rows can be updated where they lie."""
+        return self.y.dtype == self.tau.dtype and self.y.is_contiguous() and self.tau.is_contiguous()
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def memory_order(x: Tensor) -> tuple[int, ...] | None:
+    """Dimensions of ``x`` by falling stride, the first kept first, or None where they are in that order already.
+
+    Examples:
+        >>> x = torch.zeros(8, 3, 5, 5)
+        >>> memory_order(x), memory_order(x.to(memory_format=torch.channels_last))
+        (None, (0, 2, 3, 1))
+    """
+    return None if x.is_contiguous() else (0, *sorted(range(1, x.ndim), key=lambda dim: -x.stride(dim)))
+
+
+def arranged(x: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    """This rank's part of ``x`` with its dimensions in the given order."""
+    x = local(x)
+    return x if order is None else x.permute(order)
+
+
+def rows(x: Tensor) -> Tensor:
+    """``(C_out, ...)`` as ``(C_out, fan-in)``."""
+    return x.flatten(1)
+
+
+def clip_rows(h: Tensor, max_norm: float) -> Tensor:
+    """Rows no longer than ``max_norm``: ``h min(1, max_norm / |h|)``, each filter on its own.
+
+    Examples:
+        >>> clip_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 1.0).tolist()
+        [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    return h * (max_norm / norm(h)).clamp(max=1)
+
+
+def orthogonality_gradient(y: Tensor, alpha: float, others: Tensor | None = None) -> Tensor:
+    """Gradient ``2 alpha (W W^T - I) W`` of the penalty ``(alpha / 2) |W W^T - I|_F^2`` on the filters ``W``.
+
+    Args:
+        y: Filters whose gradient is wanted, unit rows of shape ``(rows, n)``.
+        alpha: Strength.
+        others: All filters of the weight, shape ``(C_out, n)``, when ``y`` is a shard of them.
+
+    Returns:
+        The gradient, shape ``(rows, n)``.
+
+    Examples:
+        >>> orthogonality_gradient(torch.eye(2, 3), alpha=0.1).abs().max().item()
+        0.0
+    """
+    others = y if others is None else others
+    return torch.addmm(y, y @ others.T, others, beta=-2 * alpha, alpha=2 * alpha)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half precision as float32."""
+    return x.to(statistics_dtype(x.dtype))

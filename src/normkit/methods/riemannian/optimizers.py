@@ -1,0 +1,258 @@
+"""SGD-G and Adam-G: gradient descent for weights whose scale does not matter, on the manifold of their directions.
+
+Riemannian approach to batch normalization, Minhyung Cho and Jaehyung Lee, NIPS 2017, arXiv 1709.09603.
+
+A filter ``y`` (a row of the weight, seen as ``(C_out, fan-in)``) stays on the unit sphere. Its gradient is
+projected and clipped, and it moves along a geodesic; the momentum ``tau`` moves with it. Not to be confused with the
+AdamG of arXiv 2405.04376, another method.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from normkit.methods.riemannian.base import Rate, RowOptimizer
+from normkit.methods.riemannian.filters import Filters, rows
+from normkit.methods.riemannian.sphere import dot, exponential_map, parallel_transport
+
+
+def sgdg(y: Tensor, h: Tensor, tau: Tensor, *, lr: Rate, momentum: float) -> tuple[Tensor, Tensor]:
+    """One step of SGD-G: ``d = momentum tau - lr h``, ``y <- exp_y(d)``, ``tau <- pt_y(d; d)``.
+
+    Args:
+        y: Filters, unit rows of shape ``(C_out, n)``.
+        h: Their projected and clipped gradients, shape ``(C_out, n)``.
+        tau: Momentum, tangent at ``y``, shape ``(C_out, n)``; the learning rate is inside it.
+        lr: Learning rate, in radians per unit of gradient.
+        momentum: Share of ``tau`` that is kept.
+
+    Returns:
+        The new filters and momentum.
+
+    Examples:
+        >>> y, h, tau = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, -1.0]]), torch.zeros(1, 2)
+        >>> sgdg(y, h, tau, lr=torch.pi / 2, momentum=0.9)[0].round(decimals=6).tolist()
+        [[-0.0, 1.0]]
+    """
+    d = momentum * tau - lr * h
+    return exponential_map(y, d), parallel_transport(y, d, d)
+
+
+def adamg(
+    y: Tensor, h: Tensor, tau: Tensor, v: Tensor, *, rate: Rate, betas: tuple[float, float], eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of Adam-G, with one second moment per filter.
+
+    ``m = b1 tau + (1 - b1) h``, ``v <- b2 v + (1 - b2) h.h``, ``d = -rate m / sqrt(v + eps)``, ``y <- exp_y(d)``,
+    ``tau <- pt_y(m; d)``.
+
+    Args:
+        y: Filters, unit rows of shape ``(C_out, n)``.
+        h: Their projected and clipped gradients, shape ``(C_out, n)``.
+        tau: First moment, tangent at ``y``, shape ``(C_out, n)``.
+        v: Second moment, shape ``(C_out, 1)``.
+        rate: Learning rate with its bias corrections, ``lr sqrt(1 - b2^t) / (1 - b1^t)``.
+        betas: Decay of the first and of the second moment.
+        eps: Added to ``v`` inside the root.
+
+    Returns:
+        The new filters, first and second moment.
+
+    Examples:
+        >>> y, h, tau, v = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, -0.1]]), torch.zeros(1, 2), torch.zeros(1, 1)
+        >>> adamg(y, h, tau, v, rate=torch.pi / 2, betas=(0.0, 0.0), eps=0.0)[0].round(decimals=6).tolist()
+        [[-0.0, 1.0]]
+    """
+    m = betas[0] * tau + (1 - betas[0]) * h
+    v = betas[1] * v + (1 - betas[1]) * dot(h, h)
+    d = -rate * m * torch.rsqrt(v + eps)
+    return exponential_map(y, d), parallel_transport(y, d, m), v
+
+
+class SGDG(RowOptimizer):
+    """SGD-G (arXiv 1709.09603) for the filters of manifold groups, SGD with Nesterov momentum for all other groups.
+
+    Manifold groups, per filter ``y``, with the projected and clipped gradient ``h``: ``d = momentum tau - lr h``,
+    ``y <- exp_y(d)``, ``tau <- pt_y(d; d)``. Their weights are brought to unit rows when the group is added;
+    :func:`normkit.param_groups` makes groups for which that leaves the network's function as it was.
+
+    Args:
+        params: Groups (see :func:`normkit.param_groups`); every option below can be set per group.
+        lr: Learning rate of groups that bring none.
+        momentum: Momentum of both kinds of group.
+        manifold: Whether the group's weights live on the sphere, one row per filter (``weight.flatten(1)``).
+        max_norm: Bound on the length of each filter's projected gradient; ``math.inf`` for none.
+        orthogonality: Strength ``alpha`` of the penalty ``(alpha / 2) |W W^T - I|_F^2`` on weights with fewer filters
+            than fan-in; 0 for none. It costs two matrix products per weight.
+        clip_orthogonality: Add the penalty's gradient before the projection and the clip (the paper), or after both.
+        weight_decay: Decoupled weight decay of groups that are not on the manifold; a direction has nothing to decay.
+        foreach: Few calls for many filters (default), or the readable loop over weights.
+        fused: One kernel for all filters: on a GPU, with Triton. Default: where it is possible.
+
+    Raises:
+        ValueError: An option is out of range, or a weight of a manifold group has no filters to put on the sphere.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        >>> optimizer = SGDG([{"params": [weight], "manifold": True}], lr=0.2)
+        >>> weight.tolist()
+        [[0.6000000238418579, 0.800000011920929], [0.0, 1.0]]
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: Rate = 0.2,
+        momentum: float = 0.9,
+        *,
+        manifold: bool = False,
+        max_norm: float = 0.1,
+        orthogonality: float = 0.1,
+        clip_orthogonality: bool = True,
+        weight_decay: float = 0.0,
+        foreach: bool = True,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "manifold": manifold,
+            "max_norm": max_norm,
+            "orthogonality": orthogonality,
+            "clip_orthogonality": clip_orthogonality,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def _numbers(self, group: dict[str, Any]) -> dict[str, float]:
+        return {"lr": group["lr"], "keep": group["momentum"]}
+
+    def _move(self, group: dict[str, Any], one: Filters, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *sgdg(y, h, rows(one.tau), lr=group["lr"], momentum=group["momentum"]), None
+
+
+class AdamG(RowOptimizer):
+    """Adam-G (arXiv 1709.09603) for the filters of manifold groups, SGD with Nesterov momentum or Adam for all others.
+
+    Manifold groups, per filter ``y``, with the projected and clipped gradient ``h``: ``m = b1 tau + (1 - b1) h``,
+    ``v <- b2 v + (1 - b2) h.h`` (one number per filter), ``d = -lr sqrt(1 - b2^t) / (1 - b1^t) m / sqrt(v + eps)``,
+    ``y <- exp_y(d)``, ``tau <- pt_y(m; d)``.
+
+    Args:
+        params: Groups (see :func:`normkit.param_groups`); every option below can be set per group.
+        lr: Learning rate of groups that bring none; on the manifold about the angle of a step, in radians.
+        betas: Decay of the first and of the second moment.
+        eps: Added inside the root.
+        momentum: Momentum of the other groups.
+        manifold: Whether the group's weights live on the sphere, one row per filter (``weight.flatten(1)``).
+        max_norm: Bound on the length of each filter's projected gradient; ``math.inf`` for none.
+        orthogonality: Strength ``alpha`` of the penalty ``(alpha / 2) |W W^T - I|_F^2`` on weights with fewer filters
+            than fan-in; 0 for none. It costs two matrix products per weight.
+        clip_orthogonality: Add the penalty's gradient before the projection and the clip (the paper), or after both.
+        weight_decay: Decoupled weight decay of groups that are not on the manifold; a direction has nothing to decay.
+        euclidean: Rule of the other groups, ``"nesterov"`` (the paper) or ``"adam"`` (with the same betas and eps).
+        foreach: Few calls for many filters (default), or the readable loop over weights.
+        fused: One kernel for all filters: on a GPU, with Triton. Default: where it is possible.
+        capturable: Count steps on the weights' device, so that a step can be captured in a CUDA graph.
+
+    Raises:
+        ValueError: An option is out of range, or a weight of a manifold group has no filters to put on the sphere.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+        >>> optimizer = AdamG([{"params": [weight], "manifold": True}], lr=0.05)
+        >>> (weight * torch.tensor([1.0, -1.0])).sum().backward()
+        >>> optimizer.step()  # the first step is lr long, whatever the gradient
+        >>> round(float(torch.acos(weight.detach()[0] @ torch.tensor([0.6, 0.8]))), 3)
+        0.05
+    """
+
+    tau = "exp_avg"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: Rate = 0.05,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        momentum: float = 0.9,
+        *,
+        manifold: bool = False,
+        max_norm: float = 0.1,
+        orthogonality: float = 0.1,
+        clip_orthogonality: bool = True,
+        weight_decay: float = 0.0,
+        euclidean: Literal["nesterov", "adam"] = "nesterov",
+        foreach: bool = True,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "momentum": momentum,
+            "manifold": manifold,
+            "max_norm": max_norm,
+            "orthogonality": orthogonality,
+            "clip_orthogonality": clip_orthogonality,
+            "weight_decay": weight_decay,
+            "euclidean": euclidean,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    def _start(self, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
+        super()._start(group, p, state)
+        state["exp_avg_sq"] = torch.zeros_like(state[self.tau].detach()[(slice(None), *(slice(1),) * (p.ndim - 1))])
+        state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
+
+    def _correction(self, group: dict[str, Any], state: dict[str, Any]) -> Rate:
+        state["step"] += 1
+        step = state["step"] if group["capturable"] or torch.compiler.is_compiling() else state["step"].item()
+        beta1, beta2 = group["betas"]
+        return (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+
+    def _numbers(self, group: dict[str, Any]) -> dict[str, float]:
+        return {"lr": group["lr"], "keep": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
+
+    def _move(self, group: dict[str, Any], one: Filters, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert one.v is not None
+        rate = group["lr"] * one.correction
+        return adamg(y, h, rows(one.tau), one.v, rate=rate, betas=group["betas"], eps=group["eps"])
+
+    def _step_euclidean(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        if group["euclidean"] == "nesterov":
+            super()._step_euclidean(group, params)
+            return
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
+        states = [self.state[p] for p in params]
+        adamw(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            foreach=group["foreach"],
+            capturable=group["capturable"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )

@@ -1,0 +1,1 @@
+"""What belongs around any optimizer: hooks on its step, parameter groups, scale invariance, unit filters."""

@@ -1,0 +1,178 @@
+"""Where images come from: the hub or a local folder, through Hugging Face datasets; their splits and columns."""
+
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import numpy as np
+
+from normkit.study.data.load import DataError
+
+_VALIDATION = ("validation", "valid", "val", "dev")
+
+
+def load_source(name: str) -> Any:
+    """The data set with all its splits, nothing decoded.
+
+    Raises:
+        DataError: There is none, or it cannot be reached or read.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"data {name!r} needs Hugging Face datasets; install normkit[study]") from error
+    local = Path(name).expanduser()
+    if local.is_file():
+        raise DataError(
+            f"data {name!r} is one file, which has no test split; give a folder with train.parquet and test.parquet, or with "
+            "images in train/CLASS/ and test/CLASS/"
+        )
+    try:
+        if local.is_dir():
+            return datasets.load_dataset(str(local.resolve()))
+        repository, _, configuration = name.partition("@")
+        with _quick_offline():
+            return datasets.load_dataset(repository, configuration or None)
+    except Exception as error:
+        raise DataError(_load_failed(name, error, local.exists())) from error
+
+
+def _load_failed(name: str, error: Exception, local: bool) -> str:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    cause = error.__cause__ or error.__context__
+    if cause is not None and type(error).__name__ == "DatasetGenerationError":
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+    if local:
+        remedy = "it must hold parquet files or images in train/CLASS/ and test/CLASS/; fetch damaged files again"
+    elif "Config name is missing" in str(error):
+        remedy = f"choose one as {name}@CONFIGURATION"
+    else:
+        remedy = (
+            "no such folder here; a name of the Hugging Face hub needs a network connection once (or HF_ENDPOINT), "
+            "or give the path of a local copy"
+        )
+    return f"data {name!r} could not be loaded ({reason}); {remedy}"
+
+
+@contextmanager
+def _quick_offline() -> Generator[None, None, None]:
+    """Without a connection to the hub, use what is cached or fail at once instead of retrying for half a minute."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    if not before[0] and not _reachable(constants.ENDPOINT):
+        constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether a name can be resolved and connected to, or a proxy is set (which is then trusted)."""
+    url = urlsplit(endpoint)
+    if url.scheme in getproxies():
+        return True
+    try:
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def roles_of(name: str, dataset: Any) -> tuple[dict[str, str], set[str]]:
+    """Which split trains, validates and tests, and what a report must say of it.
+
+    A test split without labels (-1) is no test split.
+
+    Raises:
+        DataError: There is none to train or to test on.
+    """
+    splits = list(dataset)
+    if "train" not in splits:
+        raise DataError(f"data {name!r} has no train split (it has {', '.join(splits)}); name one split 'train'")
+    validation = next((s for s in _VALIDATION if s in splits), None)
+    if "test" in splits and not _unlabelled(dataset["test"]):
+        return {"train": "train", "test": "test"} | ({"validation": validation} if validation else {}), set()
+    if validation is None:
+        raise DataError(
+            f"data {name!r} has no labelled test split (it has {', '.join(splits)}); add one (files under test/, or a "
+            "factory, package.module:factory, that splits the data)"
+        )
+    return {"train": "train", "test": validation}, {f"its {validation} split serves as test split"}
+
+
+def _unlabelled(split: Any) -> bool:
+    from datasets import ClassLabel
+
+    labels = [column for column, feature in split.features.items() if isinstance(feature, ClassLabel)]
+    if not labels or len(split) == 0:
+        return False
+    first = split.select_columns(labels)[0]
+    return any(first[column] in (None, -1) for column in labels)
+
+
+def columns(name: str, split: Any, image_column: str | None, label_column: str | None) -> tuple[str, str]:
+    """The columns with images and with classes: those given, else the only ones of their types.
+
+    Raises:
+        DataError: There is no such column, or more than one.
+    """
+    from datasets import ClassLabel, Image
+
+    def find(given: str | None, kind: type, argument: str, what: str) -> str:
+        have = ", ".join(split.column_names)
+        if given is not None:
+            if given not in split.column_names:
+                raise DataError(f"{argument} {given!r} is no column of data {name!r}; it has {have}")
+            return given
+        found = [column for column, feature in split.features.items() if isinstance(feature, kind)]
+        if len(found) != 1:
+            raise DataError(
+                f"data {name!r} has {'several columns' if found else 'no column'} of {what} "
+                f"({', '.join(found) or 'columns: ' + have}); choose one with {argument}"
+            )
+        return found[0]
+
+    image = find(image_column, Image, "image_column", "images")
+    if not isinstance(split.features[image], Image):
+        raise DataError(
+            f"image_column {image!r} of data {name!r} holds {split.features[image]}, not images; choose another"
+        )
+    return image, find(label_column, ClassLabel, "label_column", "classes")
+
+
+def class_numbers(name: str, split: Any, column: str) -> tuple[np.ndarray, list[str]]:
+    """Class numbers, and the class names where there are some; text is numbered in alphabetical order.
+
+    Raises:
+        DataError: The column is missing, or holds something else.
+    """
+    from datasets import ClassLabel
+
+    if column not in split.column_names:
+        raise DataError(
+            f"label_column {column!r} is missing in a split of data {name!r}; it has {', '.join(split.column_names)}"
+        )
+    raw = split.with_format(None)[column][:]
+    if any(value is None for value in raw):
+        raise DataError(f"label_column {column!r} of data {name!r} has missing values; remove those rows")
+    feature = split.features[column]
+    if isinstance(feature, ClassLabel):
+        names = list(feature.names)
+    elif isinstance(raw[0], str):
+        names = sorted(set(raw))
+        raw = np.unique(np.array(raw), return_inverse=True)[1]
+    else:
+        names = []
+    numbers = np.asarray(raw)
+    if not np.issubdtype(numbers.dtype, np.integer) or numbers.min() < 0:
+        raise DataError(
+            f"label_column {column!r} of data {name!r} holds {feature}; it must be class numbers from 0, or text"
+        )
+    return numbers.astype(np.int64), names

@@ -1,0 +1,175 @@
+"""Images of a Hugging Face hub name or a local folder, decoded once.
+
+All images of a split become one contiguous uint8 array in a cache folder, memory-mapped from then on: a second start
+decodes nothing, processes share the memory, and what does not fit into memory still works. The folder is
+``NORMKIT_CACHE``, else ``normkit`` in the platform's cache folder; it can be deleted at any time.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from normkit.study.data.batches import stratified
+from normkit.study.data.decode import decode_split
+from normkit.study.data.hub import class_numbers, columns, load_source, roles_of
+from normkit.study.data.load import Data, DataError, Split, make_data
+
+_FORMAT = 1  # of the cache: a change makes old entries unused
+_MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
+
+
+def cache_folder() -> Path:
+    """Where decoded images are kept."""
+    if "NORMKIT_CACHE" in os.environ:
+        return Path(os.environ["NORMKIT_CACHE"])
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library/Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "normkit"
+
+
+def load_images(
+    name: str,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    size: int | None = None,
+    limit: int | None = None,
+) -> Data:
+    """Image classification data as uint8 tensors; arguments as in :func:`normkit.study.data.load.load_data`.
+
+    Returns:
+        The data, its tensors memory-mapped from the cache.
+
+    Raises:
+        DataError: No such data, no network, corrupt files, missing columns or splits, images of different shapes.
+    """
+    if not name:
+        raise DataError("data '' is no name; give one, for example digits, or a folder")
+    local = Path(name).expanduser()
+    dataset = None
+    if local.exists():
+        fingerprint = _fingerprint(local)
+    else:
+        dataset = load_source(name)
+        fingerprint = "/".join(f"{split}:{part._fingerprint}" for split, part in sorted(dataset.items()))
+    key = json.dumps([_FORMAT, fingerprint, image_column, label_column, size, limit])
+    entry = cache_folder() / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
+    if not entry.is_dir():
+        _decode(
+            name, dataset if dataset is not None else load_source(name), image_column, label_column, size, limit, entry
+        )
+    return _open(name, entry)
+
+
+def _fingerprint(path: Path) -> str:
+    """Changes when a file of the folder is added, removed, resized or written again."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    stats = ((str(p.relative_to(path)), p.stat()) for p in files)
+    lines = "\n".join(f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats)
+    return f"{path.resolve()} {hashlib.blake2b(lines.encode()).hexdigest()}"
+
+
+def _decode(
+    name: str,
+    dataset: Any,
+    image_column: str | None,
+    label_column: str | None,
+    size: int | None,
+    limit: int | None,
+    entry: Path,
+) -> None:
+    # Write one cache entry: ROLE.npy, ROLE_labels.npy and meta.json, renamed into place when complete.
+    roles, notes = roles_of(name, dataset)
+    first = dataset[roles["train"]]
+    image, label = columns(name, first, image_column, label_column)
+    labels = {role: class_numbers(name, dataset[split], label) for role, split in roles.items()}
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".part-"))
+    except OSError as error:
+        raise DataError(
+            f"the cache folder {entry.parent} is not writable ({error}); set NORMKIT_CACHE to one that is"
+        ) from error
+    try:
+        values = labels["train"][1]
+        for role, split in roles.items():
+            numbers, names = labels[role]
+            if names != values:
+                raise DataError(
+                    f"data {name!r}: {split} has classes {names[:5]} ..., train has {values[:5]} ...; make them alike"
+                )
+            part = dataset[split]
+            if limit is not None and limit < len(numbers):
+                chosen = stratified(torch.from_numpy(numbers), limit, 0).numpy()
+                numbers, part = numbers[chosen], part.select(chosen)
+            notes |= decode_split(f"data {name!r}, split {split}", part, image, size, work / f"{role}.npy")
+            np.save(work / f"{role}_labels.npy", numbers)
+        classes = len(values) or 1 + max(int(numbers.max()) for numbers, _ in labels.values())
+        (work / "meta.json").write_text(json.dumps({"notes": sorted(notes), "roles": list(roles), "classes": classes}))
+        try:
+            work.rename(entry)
+        except OSError:
+            if not entry.is_dir():  # else another process was faster: its entry is the same
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _mapped(file: Path) -> np.ndarray:
+    """The array of a ``.npy`` file, read when it is used.
+
+    Mapped copy on write, since torch wants to be able to write, and on Linux without reserving memory for such copies: else
+    the system refuses to map what is larger than its memory, as ``numpy.load`` would.
+    """
+    with file.open("rb") as source:
+        np.lib.format.read_magic(source)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(source)
+        if sys.platform == "linux":
+            flags, rights = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            mapped = mmap.mmap(source.fileno(), 0, flags=flags, prot=rights)
+        else:
+            mapped = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_COPY)
+        return np.ndarray(shape, dtype, mapped, source.tell())
+
+
+def _open(name: str, entry: Path) -> Data:
+    try:
+        meta = json.loads((entry / "meta.json").read_text())
+        splits = {
+            role: Split(
+                torch.from_numpy(_mapped(entry / f"{role}.npy")),
+                torch.from_numpy(np.load(entry / f"{role}_labels.npy")),
+            )
+            for role in meta["roles"]
+        }
+        note, validation = "; ".join(meta["notes"]), splits.get("validation")
+        data = make_data(name, splits["train"], splits["test"], validation=validation, note=note)
+    except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"data {name!r}: its cache {entry} is damaged ({error}); delete that folder and start again"
+        ) from error
+    for role, split in splits.items():
+        if split.stored.shape[1:] != data.train.stored.shape[1:]:
+            shapes = f"{_shape(split)}, those for training {_shape(data.train)} (channels x height x width)"
+            raise DataError(
+                f"data {name!r}: the {role} images are {shapes}; make them alike, their size with image_size"
+            )
+    return replace(data, classes=meta["classes"])
+
+
+def _shape(split: Split) -> str:
+    return "x".join(map(str, split.stored.shape[1:]))

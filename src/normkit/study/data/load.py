@@ -1,0 +1,312 @@
+"""Data for a study: what every trial sees, the same for every method.
+
+``load_data`` brings the embedded digits, a generated spiral, a user's factory or any Hugging Face data set into one
+shape: :class:`Data`, splits of plain tensors. Images stay uint8 until they are on the training device.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import pi
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from normkit.study.data.batches import generator, stratified
+from normkit.study.factory import FactoryError, is_factory, load_factory
+
+SAMPLE = 10_000  # images whose channels' mean and standard deviation normalise all
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples and their classes: all of what is stored, or some of its rows, of which no copy is made.
+
+    Attributes:
+        stored: uint8 images ``(M, C, H, W)``, or floating-point inputs ``(M, ...)``; may be memory-mapped and larger than memory.
+        labels: Class of each example, int64 ``(N,)``.
+        rows: Row of ``stored`` of each example, int64 ``(N,)``; None where all are examples in their order.
+    """
+
+    stored: Tensor
+    labels: Tensor
+    rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    @property
+    def inputs(self) -> Tensor:
+        """All inputs ``(N, ...)`` as one tensor; a copy, in memory, where the examples are some rows."""
+        return self.stored if self.rows is None else self.stored[self.rows]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all inputs."""
+        return len(self) * self.stored[:1].nbytes
+
+    def examples(self, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of the examples at ``indices``; nothing else is read."""
+        return self.stored[indices if self.rows is None else self.rows[indices]], self.labels[indices]
+
+    def take(self, indices: Tensor) -> "Split":
+        """The split of the examples at ``indices``; their inputs stay where they are."""
+        return Split(self.stored, self.labels[indices], indices if self.rows is None else self.rows[indices])
+
+    def to(self, device: torch.device | str) -> "Split":
+        """A copy of the examples on another device."""
+        return Split(self.inputs.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Data:
+    """A classification data set.
+
+    Attributes:
+        name: What the user called it.
+        train: Training split.
+        test: Test split, for final runs only.
+        classes: Number of classes.
+        mean: Mean per channel (dimension 1 of the inputs) in the unit of the stored inputs, shape ``(C,)`` or ``(1,)``.
+        std: Standard deviation likewise.
+        note: What a reader of a figure must know about this data, or an empty string.
+        validation: The user's own validation split, or None: then it is cut from ``train``.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    classes: int
+    mean: Tensor
+    std: Tensor
+    note: str = ""
+    validation: Split | None = None
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input, without the batch dimension."""
+        return tuple(self.train.stored.shape[1:])
+
+    def normalise(self, inputs: Tensor) -> Tensor:
+        """Stored inputs as the fp32 tensor a model gets: ``(inputs - mean) / std``, on the device of ``inputs``."""
+        shape = (1, -1) + (1,) * (inputs.dim() - 2)
+        mean, std = (t.to(inputs.device).reshape(shape) for t in (self.mean, self.std))
+        return (inputs.float() - mean).div_(std)
+
+    def split_validation(self, amount: float | int = 0.2, seed: int = 0) -> tuple[Split, Split]:
+        """Training split without, and validation split with, ``amount`` of its examples; classes keep their shares.
+
+        No input is read or copied: both are rows of what is stored.
+
+        Args:
+            amount: A fraction in (0, 1), or a number of examples. A validation split that came with the data is used as
+                it is.
+            seed: Seed of the choice.
+
+        Returns:
+            (train, validation).
+
+        Raises:
+            DataError: One of the two would be empty.
+        """
+        if self.validation is not None:
+            return self.train, self.validation
+        count = round(amount * len(self.train)) if isinstance(amount, float) else amount
+        if not 0 < count < len(self.train):
+            raise DataError(
+                f"validation amount {amount!r} of {len(self.train)} training examples leaves an empty split; choose a "
+                "fraction between 0 and 1 or a smaller number of examples"
+            )
+        chosen = stratified(self.train.labels, count, seed)
+        keep = torch.ones(len(self.train), dtype=torch.bool)
+        keep[chosen] = False
+        return self.train.take(keep.nonzero().squeeze(1)), self.train.take(chosen)
+
+    def to(self, device: torch.device | str) -> "Data":
+        """The same data with all splits on ``device``."""
+        return replace(
+            self,
+            train=self.train.to(device),
+            test=self.test.to(device),
+            validation=self.validation.to(device) if self.validation is not None else None,
+        )
+
+
+def load_data(
+    name: str,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    image_size: int | None = None,
+    limit: int | None = None,
+) -> Data:
+    """Load data by name.
+
+    Args:
+        name: ``digits`` (embedded), ``spiral`` (generated), ``package.module:factory`` or ``path/to/file.py:factory``,
+            a local folder, or a data set of the Hugging Face hub (``name`` or ``name@configuration``).
+            A factory takes no argument and returns ``(train, validation, test)``, each a ``torch.utils.data.Dataset``
+            of (input, label) or a pair of tensors; validation may be None.
+        image_column: Column with the images, for hub and local data; found by its type when there is one only.
+        label_column: Column with the classes; likewise.
+        image_size: Bring images to this height and width (shorter side resized, centre cut out).
+        limit: At most this many examples of each split, classes in proportion.
+
+    Returns:
+        The data, uint8 inputs for images.
+
+    Raises:
+        DataError: There is no such data, or it cannot be used.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit {limit} leaves no data; give a positive number of examples")
+    hub = not (name in _BUILT_IN or is_factory(name))
+    if not hub and (image_column, label_column, image_size) != (None, None, None):
+        raise DataError(f"{name!r} has no columns or image files; drop image_column, label_column and image_size")
+    if hub:
+        from normkit.study.data.images import load_images
+
+        try:
+            return load_images(name, image_column=image_column, label_column=label_column, size=image_size, limit=limit)
+        except DataError as error:
+            near = difflib.get_close_matches(name, _BUILT_IN, n=1)
+            if not near:
+                raise
+            raise DataError(f"{error}; did you mean {near[0]!r}?") from error
+    data = _BUILT_IN[name]() if name in _BUILT_IN else _from_factory(name)
+    return data if limit is None else _limited(data, limit)
+
+
+def _limited(data: Data, limit: int) -> Data:
+    def first(split: Split) -> Split:
+        return split if len(split) <= limit else split.take(stratified(split.labels, limit, 0))
+
+    validation = first(data.validation) if data.validation is not None else None
+    return replace(data, train=first(data.train), test=first(data.test), validation=validation)
+
+
+def make_data(name: str, train: Split, test: Split, *, validation: Split | None = None, note: str = "") -> Data:
+    """Data whose uint8 images are normalised by the training split's channels; other inputs are left as they are."""
+    if train.stored.dtype == torch.uint8:
+        mean, std = _channel_moments(train)
+    else:
+        mean, std = torch.zeros(1), torch.ones(1)
+    classes = 1 + max(int(split.labels.max()) for split in (train, test, validation) if split is not None)
+    return Data(name, train, test, classes, mean, std, note, validation)
+
+
+def _channel_moments(train: Split) -> tuple[Tensor, Tensor]:
+    # Mean and standard deviation per channel, from exact sums of a stratified sample read in pieces.
+    channels = train.stored.shape[1]
+    values, total, squares = 0, torch.zeros(channels).double(), torch.zeros(channels).double()
+    for indices in stratified(train.labels, min(len(train), SAMPLE), 0).split(256):
+        piece = train.examples(indices)[0].double().transpose(0, 1).reshape(channels, -1)
+        values, total, squares = values + piece.shape[1], total + piece.sum(1), squares + piece.square().sum(1)
+    mean = total / values
+    return mean.float(), (squares / values - mean.square()).clamp(min=1e-6).sqrt().float()
+
+
+def _digits() -> Data:
+    # The 1,797 real handwritten 8x8 digits that ship with scikit-learn, three quarters of each class for training.
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("data 'digits' comes with scikit-learn; install normkit[study]") from error
+    images, labels = load_digits(return_X_y=True)
+    whole = Split(torch.from_numpy(images).to(torch.uint8).reshape(-1, 1, 8, 8), torch.from_numpy(labels).long())
+    test = stratified(whole.labels, 450, 0)
+    keep = torch.ones(len(whole), dtype=torch.bool)
+    keep[test] = False
+    return make_data("digits", whole.take(keep.nonzero().squeeze(1)), whole.take(test))
+
+
+def spiral(count: int, seed: int, noise: float = 0.2) -> Split:
+    """Three interleaved arms in the plane, one class each; noise is on the angle, in radians."""
+    rng = generator(seed, "spiral")
+    labels = torch.arange(count) % 3
+    radius = torch.rand(count, generator=rng)
+    angle = 4 * radius + labels * (2 * pi / 3) + noise * torch.randn(count, generator=rng)
+    return Split(2 * radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1), labels)
+
+
+def _spiral() -> Data:
+    return make_data("spiral", spiral(1500, 0), spiral(1500, 1), note="generated data")
+
+
+_BUILT_IN = {"digits": _digits, "spiral": _spiral}
+
+
+def _from_factory(name: str) -> Data:
+    try:
+        made = load_factory(name, "data")()
+    except FactoryError as error:
+        raise DataError(str(error)) from error
+    except Exception as error:
+        raise DataError(f"data {name!r}: the factory raised {type(error).__name__}: {error}") from error
+    if isinstance(made, Data):
+        return made
+    if not isinstance(made, (tuple, list)) or len(made) != 3:
+        raise DataError(
+            f"data {name!r}: the factory returned {_described(made)}; it must return (train, validation, test), each a "
+            "Dataset of (input, label) or a pair of tensors, validation may be None"
+        )
+    splits = [
+        None if part is None else _split(part, f"data {name!r}: {role}")
+        for role, part in zip(_ROLES, made, strict=True)
+    ]
+    train, validation, test = splits
+    if train is None or test is None:
+        raise DataError(f"data {name!r}: {'train' if train is None else 'test'} is None; only validation may be None")
+    for role, split in (("validation", validation), ("test", test)):
+        if split is not None and split.stored.shape[1:] != train.stored.shape[1:]:
+            shapes = f"{tuple(split.stored.shape[1:])} instead of train's {tuple(train.stored.shape[1:])}"
+            raise DataError(f"data {name!r}: {role} inputs have shape {shapes}; make them alike")
+    return make_data(name, train, test, validation=validation)
+
+
+_ROLES = ("train", "validation", "test")
+
+
+def _described(value: Any) -> str:
+    return f"{len(value)} values" if isinstance(value, (tuple, list, Mapping)) else f"a {type(value).__name__}"
+
+
+def _split(part: Any, where: str) -> Split:
+    # A Dataset of (input, label), or a pair of tensors or arrays, as tensors.
+    if isinstance(part, Split):
+        part = (part.inputs, part.labels)
+    if isinstance(part, (tuple, list)) and len(part) == 2 and all(isinstance(t, (Tensor, np.ndarray)) for t in part):
+        part = tuple(map(torch.as_tensor, part))
+    else:
+        try:
+            pairs = [part[i] for i in range(len(part))]
+            part = (
+                torch.stack([torch.as_tensor(x) for x, _ in pairs]),
+                torch.stack([torch.as_tensor(y).reshape(()) for _, y in pairs]),
+            )
+        except Exception as error:
+            raise DataError(
+                f"{where}: could not be read as (input, label) pairs of one shape ({type(error).__name__}: {error}); "
+                "give a Dataset with a length whose items are (tensor, class number), or a pair of tensors"
+            ) from error
+    inputs, labels = part
+    if inputs.dim() < 2 or labels.dim() != 1 or len(inputs) != len(labels) or len(labels) == 0:
+        raise DataError(
+            f"{where}: inputs {tuple(inputs.shape)} and labels {tuple(labels.shape)}; give inputs (N, ...) and labels "
+            "(N,), N > 0"
+        )
+    if labels.dtype.is_floating_point or labels.is_complex() or int(labels.min()) < 0:
+        raise DataError(
+            f"{where}: labels must be class numbers 0, 1, 2 ... (got {labels.dtype}, minimum {labels.min().item()})"
+        )
+    if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
+        raise DataError(f"{where}: inputs contain NaN or infinity; clean them")
+    if inputs.dtype != torch.uint8:
+        inputs = inputs.float()
+    return Split(inputs.contiguous(), labels.long())

@@ -1,0 +1,1 @@
+"""The experiments of "How does batch normalization help optimization?" on any model."""

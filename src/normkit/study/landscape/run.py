@@ -1,0 +1,242 @@
+"""Train methods side by side under the Monitor: how smooth is the landscape, how much do the layers' inputs shift.
+
+How does batch normalization help optimization? Shibani Santurkar, Dimitris Tsipras, Andrew Ilyas, Aleksander Madry,
+NeurIPS 2018, arXiv 1805.11604.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+import normkit
+from normkit.inspection.graph import is_norm
+from normkit.inspection.norms import WEIGHTED
+from normkit.inspection.probe import Objective
+from normkit.instruments import Monitor, activations, covariate_shift, snapshot
+from normkit.methods.noisy_norm import MomentNoise
+from normkit.study.check import check_fit
+from normkit.study.data.batches import batches
+from normkit.study.data.load import Data, load_data
+from normkit.study.environment import environment
+from normkit.study.errors import StudyError
+from normkit.study.landscape.records import NOISE_ALONE, LandscapeConfig, LandscapeRecord, Trace
+from normkit.study.models import build_model
+from normkit.study.models.layers import glorot_initialize
+from normkit.study.plan import StudyConfig
+from normkit.study.records import TrialResult
+from normkit.study.train.loop import evaluate
+
+LOSS_POINTS = 200
+KEPT = ("step", "lr", "loss", "gradient_norm", "landscape", "curvature", "removed")  # of the Monitor's records
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, apart from the method.
+
+    Attributes:
+        objective: ``loss = objective(model, batch)``.
+        build: Method -> model and optimizer.
+        batches: The training batches of one run, anew with every call.
+        judge: Test accuracy of a trained model, or None.
+    """
+
+    objective: Objective
+    build: Callable[[str], tuple[nn.Module, Optimizer]]
+    batches: Callable[[], Iterable[Any]]
+    judge: Callable[[nn.Module], float | None] = lambda _: None
+
+
+def classification(config: LandscapeConfig, data: Data, **options: Any) -> Task:
+    """The task of a classification data set; ``options`` go to :func:`normkit.apply`."""
+
+    def build(method: str) -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device)
+        if config.initialization == "glorot":
+            glorot_initialize(model)
+        first = [inputs for inputs, _ in islice(stream(), 4)]
+        settings = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay, **options}
+        return apply(method, model, batches=first, **settings)
+
+    def stream() -> Iterable[Any]:
+        budget = config.steps * config.batch_size
+        return batches(
+            data, data.train, batch_size=config.batch_size, budget=budget, seed=config.seed, device=config.device
+        )
+
+    def objective(model: nn.Module, batch: Any) -> torch.Tensor:
+        inputs, labels = batch
+        return cross_entropy(model(inputs), labels)
+
+    return Task(objective, build, stream, lambda model: evaluate(model, data, data.test)[0])
+
+
+def apply(method: str, model: nn.Module, **options: Any) -> tuple[nn.Module, Optimizer]:
+    """:func:`normkit.apply`, and the noise of ``noisy-batch`` alone where the normalization layers were."""
+    if method != NOISE_ALONE:
+        return normkit.apply(method, model, **options)
+    places = [path for path, module in model.named_modules() if is_norm(module)]
+    model, optimizer = normkit.apply("none", model, **options)
+    for path in places:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.Sequential(model.get_submodule(path), MomentNoise()))
+    return model, optimizer
+
+
+def watch(
+    task: Task,
+    method: str,
+    *,
+    every: int,
+    span: tuple[float, float],
+    seed: int = 0,
+    walk_steps: int = 8,
+) -> Trace:
+    """Train one method under the instruments.
+
+    Args:
+        task: What to train.
+        method: The method.
+        every: Steps from one measurement to the next.
+        span: Of the walk along the gradient.
+        seed: Of noise and dropout.
+        walk_steps: Number of step sizes of the walk.
+
+    Returns:
+        What was seen.
+    """
+    plain, _ = task.build("batch")
+    places = _some([path for path, module in plain.named_modules() if is_norm(module)])
+    weighted = _some([path for path, module in plain.named_modules() if isinstance(module, WEIGHTED)][1:])
+    model, optimizer = task.build(method)
+    present = {path for path, _ in model.named_modules()}
+    places, weighted = ([path for path in paths if path in present] for paths in (places, weighted))
+    losses: list[float] = []
+    shifts, drifts, first = [], [], None
+    diverged = False
+    torch.manual_seed(seed)
+    model.train()
+    with Monitor(model, task.objective, optimizer, every, steps=walk_steps, span=span) as monitor:
+        for step, batch in enumerate(task.batches()):
+            measured = step % every == 0
+            seen = activations(model, task.objective, batch, at=places) if measured else None
+            optimizer.zero_grad()
+            loss = task.objective(model, batch)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                diverged = True
+                break
+            loss.backward()
+            monitor.observe(batch, loss)
+            before = snapshot(model) if measured else {}
+            optimizer.step()
+            if seen is not None:
+                shift = covariate_shift(model, task.objective, batch, before, layers=weighted)
+                shifts.append((step, {s.layer: (s.relative, s.cosine) for s in shift.layers}))
+                first = first or seen
+                now = activations(model, task.objective, batch, at=places)
+                change, total = now.drift(seen), now.drift(first)
+                drifts.append((step, {path: (*change[path], *total[path]) for path in change}))
+    accuracy = None if diverged else task.judge(model)
+    records = tuple({key: r[key] for key in KEPT} for r in monitor.history if "landscape" in r)
+    return Trace(method, _thinned(losses), records, tuple(shifts), tuple(drifts), accuracy, diverged)
+
+
+def _some(paths: Sequence[str]) -> list[str]:
+    """A layer near the input, one in the middle and the last one."""
+    return [paths[k] for k in sorted({len(paths) // 4, len(paths) // 2, len(paths) - 1})] if paths else []
+
+
+def _thinned(losses: Sequence[float]) -> tuple[tuple[int, float], ...]:
+    size = max(1, math.ceil(len(losses) / LOSS_POINTS))
+    pieces = [losses[start : start + size] for start in range(0, len(losses), size)]
+    return tuple((min((k + 1) * size, len(losses)), sum(piece) / len(piece)) for k, piece in enumerate(pieces))
+
+
+def run_landscape(
+    config: LandscapeConfig, *, command: str = "", show: Callable[[str], None] = lambda _: None
+) -> LandscapeRecord:
+    """Train every method and measure.
+
+    Args:
+        config: What to do.
+        command: The command line, for the report.
+        show: Told of progress, a line per method.
+
+    Returns:
+        All that was seen.
+
+    Raises:
+        StudyError: Bad input.
+    """
+    config.validate()
+    try:
+        data = load_data(config.data, limit=config.limit)
+        task = classification(config, data)
+        model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device)
+    except ValueError as error:
+        raise StudyError(f"--data, --model: {error}") from error
+    check_fit(config.model, model, data, config.device)
+    traces, failed = [], []
+    for method in config.methods:
+        show(f"{method}: {config.steps} steps of {config.batch_size} examples")
+        try:
+            traces.append(watch(task, method, every=config.every, span=config.span, seed=config.seed))
+        except Exception as error:  # the others' runs are not lost for it
+            failed.append(f"No landscape of {method}: {type(error).__name__}: {error}".splitlines()[0])
+            show(failed[-1])
+    if not traces:
+        raise StudyError(f"--methods: none could run; {failed[0]}")
+    title = f"{config.model} on {Path(config.data).name}: the landscape of {', '.join(config.methods)}"
+    notes = (*filter(None, [data.note]), *failed)
+    return LandscapeRecord(title, asdict(config), tuple(traces), command, environment(config.device), notes)
+
+
+STUDY_STEPS, STUDY_MEASUREMENTS = 200, 10
+
+
+def study_traces(
+    config: StudyConfig, data: Data, results: Iterable[TrialResult], complain: Callable[[str], None]
+) -> list[Trace]:
+    """One run per method of a study, at its largest batch size and with the learning rate of its final runs there.
+
+    Args:
+        config: The study.
+        data: Its data.
+        results: Its trials.
+        complain: Told of a method that cannot run; the others go on.
+
+    Returns:
+        One trace for every method that has had final runs and can run.
+    """
+    size = max(config.batch_sizes)
+    rates = {r.key.method: r.key.lr for r in results if r.key.phase == "final" and r.key.batch_size == size}
+    steps = min(STUDY_STEPS, max(1, config.budget // size))
+    traces = []
+    for method in config.methods:
+        if method in rates:
+            settings = LandscapeConfig(
+                model=config.model,
+                batch_size=size,
+                steps=steps,
+                lr=rates[method],
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+                device=config.device,
+            )
+            task = classification(settings, data, optimizer=config.optimizer)
+            every = max(1, steps // STUDY_MEASUREMENTS)
+            try:
+                traces.append(watch(task, method, every=every, span=settings.span))
+            except Exception as error:  # as in its trials, whose results must not be lost for it
+                complain(f"no landscape of {method}: {type(error).__name__}: {error}".splitlines()[0])
+    return traces

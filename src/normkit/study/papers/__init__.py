@@ -1,0 +1,1 @@
+"""Presets: the tables and figures of the papers."""

@@ -1,0 +1,1 @@
+"""From statistics to a verdict, tables and figures, and from these to HTML, Markdown and the terminal."""

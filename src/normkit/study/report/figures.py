@@ -1,0 +1,151 @@
+"""The three figures of a report: accuracy against batch size, training curves, accuracy against learning rate."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from markupsafe import Markup
+
+from normkit.study.records import StudyRecord, TrialResult
+from normkit.study.report.chart import Series, line_chart
+from normkit.study.report.scales import Axis, log_ticks, nice_ticks
+from normkit.study.report.statistics import finite, plan_axes, summarize
+from normkit.study.report.verdict import percent
+
+WIDE, NARROW, PANEL = (1000, 420), (370, 340), (360, 260)
+_LOSS_HEADROOM = 1.5  # losses above 1.5 times that of guessing are cut off, or one bad start hides everything else
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart of a row of small multiples."""
+
+    title: str
+    chart: Markup
+
+
+def series_index(record: StudyRecord) -> dict[str, int]:
+    """Colour and marker of each method; 0 is the reference's."""
+    methods, _ = plan_axes(record)
+    others = [method for method in methods if method != record.config["reference"]]
+    return {record.config["reference"]: 0, **{method: 1 + k for k, method in enumerate(others)}}
+
+
+def by_batch_size(record: StudyRecord) -> list[Markup]:
+    """Test accuracy against batch size, one line per method, for wide and for narrow screens.
+
+    Empty before final runs of two batch sizes have ended: the tables show a single one better.
+    """
+    summaries = [s for s in summarize(record) if s.accuracies or s.diverged]
+    if len({s.batch_size for s in summaries}) < 2:
+        return []
+    series, told = [], []
+    for method, index in series_index(record).items():
+        mine = sorted((s for s in summaries if s.method == method), key=lambda s: -s.batch_size)
+        if not mine:
+            continue
+        series.append(
+            Series(
+                method,
+                index,
+                points=tuple((s.batch_size, s.mean) for s in mine if s.mean is not None),
+                dots=tuple((s.batch_size, accuracy) for s in mine for accuracy in s.accuracies),
+                crosses=tuple(s.batch_size for s in mine if s.diverged),
+            )
+        )
+        words = [f"{percent(s.mean) if s.mean is not None else 'no accuracy'} at {s.batch_size}" for s in mine]
+        told.append(f"{method}: {', '.join(words)}")
+    sizes = sorted({s.batch_size for s in summaries}, reverse=True)
+    x = Axis("batch size (log scale, small to the right)", sizes[0], sizes[-1], tuple(sizes), scale=math.log2)
+    y = _accuracy_axis("test accuracy, %", [value for s in series for _, value in (*s.points, *s.dots)])
+    chance = 1 / (record.config["classes"] or math.inf)
+    if y.low < chance < y.high:
+        y = replace(y, mark=(chance, "chance"))
+    alt = f"Test accuracy against batch size. {'. '.join(told)}."
+    return [line_chart(series, x, y, size=size, alt=alt, css=css) for size, css in ((WIDE, "wide"), (NARROW, "narrow"))]
+
+
+def training_curves(record: StudyRecord) -> list[Panel]:
+    """Training loss of the final runs: mean over seeds, band from lowest to highest.
+
+    One panel per batch size, all with the same axes.
+    """
+    by_size = {size: lines for size in plan_axes(record)[1] if (lines := _loss_lines(record, size))}
+    if not by_size:
+        return []
+    chance_loss = math.log(record.config["classes"] or math.e)
+    everything = [line for lines in by_size.values() for line in lines]
+    losses = [loss for line in everything for _, low, high in line.band for loss in (low, high)] or [chance_loss]
+    shown_top = max([_LOSS_HEADROOM * chance_loss, *(line.points[-1][1] for line in everything if line.points)])
+    ticks = nice_ticks(min(0.0, *losses), min(max(losses), shown_top), 4)
+    y = Axis("training loss, nats", ticks[0], ticks[-1], ticks)
+    end = max([record.config["budget"], *(at for line in everything for at, _ in line.points)])
+    shown = tuple(tick for tick in nice_ticks(0, end, 4) if tick <= end)
+    x = Axis("training examples seen", 0, end, shown, "{:,.0f}".format)
+    panels = []
+    for size, lines in by_size.items():
+        ends = [f"{s.label} {f'ends at {s.points[-1][1]:.2f}' if s.points else 'diverged'}" for s in lines]
+        alt = f"Training loss against examples seen at batch size {size}. {', '.join(ends)}."
+        panels.append(Panel(f"Batch size {size}", line_chart(lines, x, y, size=PANEL, alt=alt)))
+    return panels
+
+
+def _loss_lines(record: StudyRecord, size: int) -> list[Series]:
+    lines = []
+    for method, index in series_index(record).items():
+        trials = _of(record, "final", method, size)
+        band = _band([t for t in trials if t.state == "finished"])
+        crosses = tuple(t.curve[-1].examples if t.curve else 0 for t in trials if t.state == "diverged")
+        if band or crosses:
+            points = tuple((at, mean) for at, mean, _, _ in band)
+            edges = tuple((at, low, high) for at, _, low, high in band)
+            lines.append(Series(method, index, points, edges, crosses=crosses, markers=False))
+    return lines
+
+
+def by_learning_rate(record: StudyRecord) -> list[Panel]:
+    """Validation accuracy of the search runs against learning rate, per batch size; the chosen rate is ringed."""
+    chosen = {(s.method, s.batch_size): s.lr for s in summarize(record)}
+    panels = []
+    for size in plan_axes(record)[1]:
+        series = []
+        for method, index in series_index(record).items():
+            trials = _of(record, "search", method, size)
+            rates = sorted({trial.key.lr for trial in trials})
+            scores = [(lr, finite(t.validation_accuracy for t in trials if t.key.lr == lr)) for lr in rates]
+            points = tuple((lr, float(np.mean(values))) for lr, values in scores if values)
+            crosses = tuple(lr for lr in rates if any(t.key.lr == lr and t.state == "diverged" for t in trials))
+            if points or crosses:
+                series.append(Series(method, index, points, crosses=crosses, ring=chosen.get((method, size))))
+        rates = [value for s in series for value in (*(lr for lr, _ in s.points), *s.crosses)]
+        if not rates:
+            continue
+        x = Axis(
+            "learning rate (log scale)", min(rates), max(rates), log_ticks(min(rates), max(rates)), scale=math.log10
+        )
+        y = _accuracy_axis("validation accuracy, %", [value for s in series for _, value in s.points])
+        tops = [(s.label, *max(s.points, key=lambda point: point[1])) for s in series if s.points]
+        told = [f"{method} is best at {lr:g} with {percent(accuracy)}" for method, lr, accuracy in tops]
+        alt = f"Validation accuracy against learning rate at batch size {size}. {', '.join(told)}."
+        panels.append(Panel(f"Batch size {size}", line_chart(series, x, y, size=PANEL, alt=alt)))
+    return panels
+
+
+def _of(record: StudyRecord, phase: str, method: str, size: int) -> list[TrialResult]:
+    wanted = (phase, method, size)
+    return [t for t in record.trials if (t.key.phase, t.key.method, t.key.batch_size) == wanted]
+
+
+def _band(trials: Sequence[TrialResult]) -> list[tuple[float, float, float, float]]:
+    """(examples, mean, lowest, highest loss) at each number of examples that every run has."""
+    losses = [{point.examples: point.train_loss for point in trial.curve} for trial in trials]
+    shared = sorted(set.intersection(*(set(loss) for loss in losses))) if losses else []
+    rows = [(at, finite(loss[at] for loss in losses)) for at in shared]
+    return [(at, float(np.mean(values)), min(values), max(values)) for at, values in rows if values]
+
+
+def _accuracy_axis(title: str, values: Sequence[float]) -> Axis:
+    ticks = nice_ticks(min(values, default=0.0), max(values, default=1.0))
+    ticks = tuple(tick for tick in ticks if tick <= 1.0 + 1e-9)
+    return Axis(title, ticks[0], max(ticks[-1], *values, ticks[0] + 0.01), ticks, lambda value: f"{100 * value:g}")

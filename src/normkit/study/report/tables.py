@@ -1,0 +1,238 @@
+"""The tables of a report: one per batch size, one row per method; page, Markdown and terminal set the same cells."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from markupsafe import Markup
+
+from normkit.study.records import Cost, StudyRecord
+from normkit.study.report.chart import interval, swatch
+from normkit.study.report.figures import series_index
+from normkit.study.report.statistics import Paired, Summary, plan_axes, summarize
+from normkit.study.report.verdict import percent, quoted
+
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: the value, what qualifies it, what went wrong, and a small drawing for the page."""
+
+    text: str
+    note: str = ""
+    alarm: str = ""
+    figure: Markup | None = None
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.text, self.note, self.alarm) if part)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one batch size."""
+
+    method: str
+    reference: bool
+    swatch: Markup
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The methods at one batch size; ``columns`` (title, unit) head the cells, the method's own column left out."""
+
+    batch_size: int
+    columns: tuple[tuple[str, str], ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Runs that went wrong in the same way."""
+
+    runs: int
+    phase: str
+    method: str
+    batch_size: int
+    what: str
+
+
+def tables(record: StudyRecord) -> list[Table]:
+    """One table per batch size; columns that no method has a value for are left out."""
+    summaries = summarize(record)
+    return [_table(record, size, [s for s in summaries if s.batch_size == size]) for size in plan_axes(record)[1]]
+
+
+def troubles(record: StudyRecord) -> list[Trouble]:
+    """Runs that diverged or failed and costs that could not be measured, those that ended alike counted together."""
+    alike = Counter(
+        (t.key.phase, t.key.method, t.key.batch_size, f"{t.state}: {t.error}" if t.error else t.state)
+        for t in record.trials
+        if t.state in {"diverged", "failed"}
+    )
+    alike.update(("cost", c.method, c.batch_size, f"not measured: {c.error}") for c in record.costs if c.error)
+    return [Trouble(runs, *what) for what, runs in alike.items()]
+
+
+def edges(record: StudyRecord) -> list[str]:
+    """Where the chosen learning rate is the lowest or highest of those searched, so that a better one may lie beyond.
+
+    Args:
+        record: A study, finished or not.
+    """
+    searched: dict[tuple[str, int], set[float]] = {}
+    for trial in record.trials:
+        if trial.key.phase == "search":
+            searched.setdefault((trial.key.method, trial.key.batch_size), set()).add(trial.key.lr)
+    found = []
+    for s in summarize(record):
+        rates = searched.get((s.method, s.batch_size), set())
+        if s.lr is not None and len(rates) > 1 and s.lr in {min(rates), max(rates)}:
+            found.append(f"{quoted(s.method)} at batch size {s.batch_size}")
+    return found
+
+
+def judging(record: StudyRecord) -> str:
+    """Which weights were judged, when they were taken, and what looking for them cost; empty where they are the last.
+
+    Args:
+        record: A study, finished or not.
+    """
+    if not record.config.get("best_weights"):
+        return ""
+    text = (
+        "Judged, on the test split too, are the weights with the best validation accuracy of each run, which was validated "
+        "after every epoch and at some points of its curve"
+    )
+    ran = [trial for trial in record.trials if trial.best_step is not None and trial.key.phase == "final"]
+    if not ran:
+        return text + "."
+    budget = record.config["budget"]
+    places = [100 * (trial.best_step or 0) / math.ceil(budget / trial.key.batch_size) for trial in ran]
+    share = 100 * sum(trial.validation_seconds for trial in ran) / max(sum(trial.seconds for trial in ran), 1e-9)
+    return (
+        f"{text}; in the final runs they were taken after {min(places):.0f} to {max(places):.0f} % of the steps (median "
+        f"{median(places):.0f} %). Validating took {share:.1f} % of the time of these runs."
+    )
+
+
+def points(fraction: float) -> str:
+    """A difference of accuracies in percentage points, with its sign.
+
+    >>> points(-0.0123), points(0.0)
+    ('−1.2', '0.0')
+    """
+    text = f"{100 * fraction:+.1f}"
+    return "0.0" if text in {"+0.0", "-0.0"} else text.replace("-", "−")
+
+
+def p_value(p: float) -> str:
+    """A p-value to two figures, small ones as a bound.
+
+    >>> p_value(0.0321), p_value(0.7182), p_value(1e-7)
+    ('0.032', '0.72', '< 0.001')
+    """
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def seconds(value: float) -> str:
+    """A duration with three figures.
+
+    >>> seconds(0.00213), seconds(1.5)
+    ('2.13 ms', '1.5 s')
+    """
+    return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def size(value: float) -> str:
+    """A number of bytes.
+
+    >>> size(1536), size(10 * 2**20)
+    ('1.5 KiB', '10 MiB')
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} GiB"
+
+
+def _table(record: StudyRecord, batch_size: int, here: Sequence[Summary]) -> Table:
+    costs = {cost.method: cost for cost in record.costs if cost.batch_size == batch_size}
+    reference, index = record.config["reference"], series_index(record)
+    paired = [s.paired for s in here if s.paired]
+    reach = max((abs(end) for pair in paired for end in (pair.low, pair.high, pair.difference) if end), default=0.0)
+    on_gpu = str(record.config.get("device")).startswith("cuda")
+    columns = {
+        ("test accuracy", "mean ± sd"): [_accuracy(s) for s in here],
+        (f"difference to {reference}", "points [95 % interval]"): [
+            Cell("reference" if len(here) > 1 else NOTHING)
+            if s.method == reference
+            else _difference(s.paired, index[s.method], reach)
+            for s in here
+        ],
+        ("p", "Holm"): [_p(s.paired) for s in here],
+        ("learning rate", "chosen"): [Cell(f"{s.lr:g}" if s.lr is not None else NOTHING) for s in here],
+        ("time", "per step [quartiles]"): [_time(costs.get(s.method), s.method == reference) for s in here],
+        ("memory", "peak" if on_gpu else "for backward"): [
+            _memory(costs.get(s.method), s.method == reference) for s in here
+        ],
+        ("train/eval gap", "nats"): [
+            Cell(f"{s.gap:+.3f}".replace("-", "−") if s.gap is not None else NOTHING) for s in here
+        ],
+    }
+    kept = {head: cells for head, cells in columns.items() if any(str(cell) != NOTHING for cell in cells)}
+    rows = [
+        Row(s.method, s.method == reference, swatch(index[s.method]), tuple(cells[k] for cells in kept.values()))
+        for k, s in enumerate(here)
+    ]
+    return Table(batch_size, tuple(kept), tuple(rows))
+
+
+def _accuracy(summary: Summary) -> Cell:
+    lost = [
+        f"{word} {n} of {summary.runs}" for word, n in (("diverged", summary.diverged), ("failed", summary.failed)) if n
+    ]
+    if not summary.runs:
+        return Cell(NOTHING, "not run yet")
+    text = percent(summary.mean) if summary.mean is not None else NOTHING
+    return Cell(text, f"± {100 * summary.sd:.1f}" if summary.sd is not None else "", ", ".join(lost))
+
+
+def _difference(paired: Paired | None, index: int, reach: float) -> Cell:
+    if paired is None:
+        return Cell(NOTHING)
+    if paired.low is None or paired.high is None:
+        return Cell(points(paired.difference), "(one pair)" if paired.pairs == 1 else "(every pair)")
+    ends = (paired.low, paired.difference, paired.high)
+    return Cell(
+        points(paired.difference), f"[{points(paired.low)}, {points(paired.high)}]", figure=interval(ends, index, reach)
+    )
+
+
+def _p(paired: Paired | None) -> Cell:
+    return Cell(p_value(paired.p_holm) if paired and paired.p_holm is not None else NOTHING)
+
+
+def _time(cost: Cost | None, reference: bool) -> Cell:
+    if cost is None or cost.step_seconds is None:
+        return Cell(NOTHING)
+    own = seconds(cost.step_seconds)
+    return Cell(own) if reference or cost.step_ratio is None else Cell(f"× {cost.step_ratio:.2f}", _spread(cost))
+
+
+def _spread(cost: Cost) -> str:
+    if cost.step_ratio_low is None or cost.step_ratio_high is None:
+        return ""
+    return f"[{cost.step_ratio_low:.2f}, {cost.step_ratio_high:.2f}]"
+
+
+def _memory(cost: Cost | None, reference: bool) -> Cell:
+    if cost is None or cost.memory_bytes is None:
+        return Cell(NOTHING)
+    return (
+        Cell(size(cost.memory_bytes)) if reference or cost.memory_ratio is None else Cell(f"× {cost.memory_ratio:.2f}")
+    )

@@ -1,0 +1,233 @@
+"""The verdict: one sentence a person would say about a study, and the caveats that belong to it.
+
+Method names stand in backticks, so that each kind of report can set them in its own way.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from normkit.study.records import StudyRecord
+from normkit.study.report.statistics import PAIRS_FOR_A_CLAIM, Summary, summarize, unfinished
+
+SIGNIFICANT = 0.05
+_NEAR_CHANCE = 1.5  # accuracy below 1.5 times chance level is told as such
+_FELL = 0.1  # lost against the reference's own best batch size, as a fraction
+_NAMED = 3  # longer lists of methods are counted, not read out
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a study says.
+
+    Attributes:
+        sentence: The finding, in one sentence.
+        caveats: Sentences that limit it: how many seeds, what diverged, failed or is missing.
+    """
+
+    sentence: str
+    caveats: tuple[str, ...] = ()
+
+
+def percent(fraction: float) -> str:
+    """A fraction as people write it.
+
+    >>> percent(0.9123)
+    '91.2 %'
+    """
+    return f"{100 * fraction:.1f} %"
+
+
+def listing(items: Sequence[object]) -> str:
+    """Items as an enumeration.
+
+    >>> listing([64, 8, 1])
+    '64, 8 and 1'
+    """
+    words = [str(item) for item in items]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> count(1, "seed"), count(3, "seed")
+    ('1 seed', '3 seeds')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def quoted(method: str) -> str:
+    """A method's name in backticks, which it cannot contain itself.
+
+    >>> quoted("batch")
+    '`batch`'
+    """
+    return f"`{method.replace('`', chr(39))}`"
+
+
+def direction(summary: Summary, *, tested: bool) -> int:
+    """1 where the method is ahead of the reference beyond noise, -1 where behind, 0 where neither can be said.
+
+    Args:
+        summary: A method at one batch size.
+        tested: Whether there are p-values at this batch size. Then they decide, and a method without one is not told;
+            otherwise the 95 % intervals decide, and what they say is told as a measurement, not claimed.
+    """
+    paired = summary.paired
+    if paired is None or paired.low is None or paired.high is None:
+        return 0
+    beyond = paired.p_holm is not None and paired.p_holm < SIGNIFICANT if tested else paired.low > 0 or paired.high < 0
+    return (1 if paired.difference > 0 else -1) if beyond else 0
+
+
+def judge(record: StudyRecord) -> Verdict:
+    """Say what the study found.
+
+    Args:
+        record: A study, finished or not.
+    """
+    summaries = summarize(record)
+    ran = [summary for summary in summaries if summary.runs]
+    if not ran:
+        return Verdict("No final run has ended yet, so there is nothing to compare.", _progress(record))
+    caveats = (*_strength(record, ran), *_lost(ran), *_progress(record))
+    if not any(summary.accuracies for summary in ran):
+        return Verdict("No final run finished: every one diverged or failed.", caveats)
+    sentence = _alone(ran) if len({s.method for s in ran}) == 1 else _compared(record, ran)
+    return Verdict(sentence[0].upper() + sentence[1:] + ".", caveats)
+
+
+def _name(summary: Summary, *, with_mean: bool = False) -> str:
+    return quoted(summary.method) + (f" ({percent(summary.mean)})" if with_mean and summary.mean is not None else "")
+
+
+def _cell(summary: Summary) -> str:
+    return f"{_name(summary)} at batch size {summary.batch_size}"
+
+
+def _alone(ran: Sequence[Summary]) -> str:
+    reached = [f"{percent(s.mean)} at batch size {s.batch_size}" for s in ran if s.mean is not None]
+    return f"{_name(ran[0])} reached {listing(reached)}, with no other method to compare it to"
+
+
+def _leaning(others: Sequence[Summary], sign: int) -> list[Summary]:
+    tested = any(s.paired and s.paired.p_holm is not None for s in others)
+    return [s for s in others if direction(s, tested=tested) == sign]
+
+
+def _compared(record: StudyRecord, ran: Sequence[Summary]) -> str:
+    """What stands out, first and in full; then, in brief, where else a method is ahead, none is, or all are level."""
+    reference, chance = record.config["reference"], 1 / (record.config["classes"] or math.inf)
+    best = max((s.mean for s in ran if s.method == reference and s.mean is not None), default=0.0)
+    one_sided = record.config.get("alternative") == "greater"
+    level = f"no method {'is shown to be better than' if one_sided else 'differs from'} `{reference}` beyond the noise"
+    ahead: list[tuple[float, int, str, str]] = []  # how much, batch size, in full, in brief
+    behind: list[tuple[float, int, str, str]] = []
+    rest: dict[str, list[int]] = {}
+    for size in dict.fromkeys(summary.batch_size for summary in ran):
+        here = sorted((s for s in ran if s.batch_size == size), key=lambda s: -(s.mean or 0.0))
+        base = next((s for s in here if s.method == reference), None)
+        others = [s for s in here if s is not base and s.mean is not None]
+        if base and others and (found := _ahead(others, base, best, chance)):
+            ahead.append((found[0], size, *found[1:]))
+        elif base and others and (found := _behind(others, base)):
+            behind.append((found[0], size, *found[1:]))
+        elif any(s.paired and s.paired.low is not None for s in here):
+            rest.setdefault(level, []).append(size)
+        else:
+            text = _unmeasured([s for s in here if s.mean is not None])
+            rest.setdefault(text, []).append(size)
+    clauses: list[tuple[list[int], str]] = []
+    for _, size, full, brief in sorted(ahead, reverse=True):
+        clauses.append(([size], brief if clauses else full))
+    for _, size, full, brief in sorted(behind, reverse=True):
+        if clauses:
+            rest.setdefault(brief, []).append(size)
+        else:
+            clauses.append(([size], full))
+    clauses += [(sizes, text) for text, sizes in rest.items()]
+    sizes, text = clauses[0]
+    first = f"at batch {'size' if len(sizes) == 1 else 'sizes'} {listing(sizes)} {text}"
+    return "; ".join([first, *(f"at {listing(sizes)} {text}" for sizes, text in clauses[1:])])
+
+
+def _unmeasured(seen: Sequence[Summary]) -> str:
+    """What methods, best first, reached where there is no measure of the noise."""
+    if len(seen) > _NAMED:
+        return f"accuracy ranges from {_name(seen[-1], with_mean=True)} to {_name(seen[0], with_mean=True)}"
+    words = [f"{_name(s)}{'' if k else ' reached'} {percent(s.mean or 0.0)}" for k, s in enumerate(seen)]
+    return listing(words) if words else "no run finished"
+
+
+def _ahead(others: Sequence[Summary], base: Summary, best: float, chance: float) -> tuple[float, str, str] | None:
+    """By how much the best method is ahead of the reference, in full and in brief; None where none is.
+
+    Args:
+        others: Methods with a mean, best first.
+        base: The reference.
+        best: The reference's best mean over all batch sizes.
+        chance: Accuracy of guessing.
+    """
+    if base.mean is None:
+        top = others[0].mean or 0.0
+        how = "diverged" if not base.failed else "failed" if not base.diverged else "diverged or failed"
+        told = f"{_name(others[0])} reached {percent(top)}, while every run of {_name(base)} {how}"
+        return top, told, told
+    ahead = _leaning(others, 1)
+    if not ahead:
+        return None
+    top, more = ahead[0].mean or 0.0, ahead[1:]
+    fate = f"against {percent(base.mean)} with {_name(base)}"
+    if base.mean < _NEAR_CHANCE * chance:
+        fate = f"where {_name(base)} stayed near chance at {percent(base.mean)}"
+    elif best - base.mean > _FELL:
+        fate = f"where {_name(base)} fell to {percent(base.mean)}"
+    reached = f"{_name(ahead[0])} reached {percent(top)}"
+    who = listing([_name(s) for s in more]) if 0 < len(more) <= _NAMED else f"{len(more)} other methods"
+    full = f"{reached}, {fate}{f' ({who} did better too)' if more else ''}"
+    return top - base.mean, full, f"{reached} against {percent(base.mean)}"
+
+
+def _behind(others: Sequence[Summary], base: Summary) -> tuple[float, str, str] | None:
+    """By how much the worst method is behind the reference, in full and in brief; None where none is."""
+    behind = _leaning(others, -1)[::-1]
+    if not behind or base.mean is None:
+        return None
+    who = listing([_name(s, with_mean=True) for s in behind])
+    if len(behind) > _NAMED:
+        who = f"{len(behind)} methods (lowest {_name(behind[0], with_mean=True)})"
+    full = f"no method did better than {_name(base, with_mean=True)} beyond the noise, and {who} did worse"
+    return base.mean - (behind[0].mean or 0.0), full, f"no method did better than {_name(base)} beyond the noise"
+
+
+def _strength(record: StudyRecord, ran: Sequence[Summary]) -> tuple[str, ...]:
+    compared = [s for s in ran if s.paired]
+    pairs = max((s.paired.pairs for s in compared if s.paired), default=0)
+    if not pairs or unfinished(record):
+        return ()
+    if pairs == 1:
+        return ("One seed gives no measure of the noise: nothing is claimed.",)
+    untested = [s for s in compared if s.paired and s.paired.p_holm is None]
+    if pairs < PAIRS_FOR_A_CLAIM:
+        return (f"Measured with {pairs} seeds, too few for a claim: there are 95 % intervals but no p-values.",)
+    limit = f"; not tested, and so not claimed: {listing([_cell(s) for s in untested])}" if untested else ""
+    level = f"{100 * SIGNIFICANT:.0f} % level, Holm-corrected over the methods at each batch size"
+    return (f"Differences are claimed at the {level}{limit}.",)
+
+
+def _lost(ran: Sequence[Summary]) -> tuple[str, ...]:
+    """Runs without an accuracy; they are named, since the means leave them out."""
+    lost = []
+    for verb, field in (("Diverged", "diverged"), ("Failed", "failed")):
+        cells = [f"{_cell(s)} in {getattr(s, field)} of {count(s.runs, 'run')}" for s in ran if getattr(s, field)]
+        if cells:
+            lost.append(f"{verb}, and left out of the means: {listing(cells)}.")
+    return tuple(lost)
+
+
+def _progress(record: StudyRecord) -> tuple[str, ...]:
+    if not unfinished(record):
+        return ()
+    done = f"{len(record.trials)} of {record.planned} trials"
+    return (f"The study is not finished ({done}): numbers will change and nothing is claimed.",)

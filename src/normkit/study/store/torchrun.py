@@ -1,0 +1,111 @@
+"""Data-parallel trials: under ``torchrun`` all ranks train each trial together, each on its share of every batch.
+
+Rank 0 claims and records; the others are told what to train. Every method gives the result of one process up to rounding:
+BNP and batchless reduce their statistics over ranks, and :mod:`normkit.study.train.gather_batch` does it for all others.
+"""
+
+import gc
+import os
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from normkit.study.data.load import Data
+from normkit.study.errors import StudyError
+from normkit.study.plan import Slot, StudyConfig, slots
+from normkit.study.records import CurvePoint, TrialKey, TrialResult
+from normkit.study.store.store import Claim, Store
+from normkit.study.store.worker import SHORTEST_REST, Place
+from normkit.study.train.loop import from_first
+from normkit.study.train.trial import load, run_trial
+
+_WAIT = timedelta(days=1)  # ranks wait while rank 0 waits for other workers of the study
+
+
+def launched_rank() -> int | None:
+    """This process's rank if ``torchrun`` started it, else None."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def rank_count() -> dict[str, str]:
+    """A line for the report: the number of ranks that share every batch, where there are several."""
+    return {} if launched_rank() is None else {"data-parallel ranks": os.environ["WORLD_SIZE"]}
+
+
+def lead(place: Place, config: StudyConfig, data: Data, watch: Callable[[list[TrialResult], list[Slot]], None]) -> None:
+    """Rank 0's part: claim, train together with the other ranks, and record, until the study has ended.
+
+    Args:
+        place: Where the study is kept.
+        config: The study.
+        data: Its data.
+        watch: Told about results and running slots.
+    """
+    store, planned = place.store(), len(slots(config))
+    store.open(config)
+    store.free_dead()
+    with _process_group(config):
+        while len(results := store.results()) < planned:
+            claim = store.claim()
+            watch(results, store.running())
+            if claim is None:
+                time.sleep(SHORTEST_REST)
+                store.free_dead()
+                continue
+            from_first(claim.key)
+            watching = partial(_agreed, store, claim) if config.prune else None
+            with store.heartbeat(claim):
+                result = run_trial(config, claim.key, data, folder=place.checkpoints, watch=watching)
+            store.record(claim, result)
+        from_first(None)
+        watch(store.results(), [])
+
+
+def follow(config: StudyConfig, checkpoints: Path | None) -> None:
+    """The other ranks' part: train what rank 0 says until it says that nothing is left.
+
+    Args:
+        config: The study.
+        checkpoints: Folder of checkpoints, as on rank 0, which alone reads and writes them.
+    """
+    data = load(config)
+    with _process_group(config):
+        while isinstance(key := from_first(None), TrialKey):
+            watching = (lambda _: bool(from_first(None))) if config.prune else None
+            run_trial(config, key, data, folder=checkpoints, watch=watching)
+
+
+def _agreed(store: Store, claim: Claim, point: CurvePoint) -> bool:
+    """Whether all ranks give the run up."""
+    return bool(from_first(store.below_median(claim, point)))
+
+
+@contextmanager
+def _process_group(config: StudyConfig) -> Generator[None, None, None]:
+    # The group of all ranks, while a study runs; its size is checked against every batch that ranks must share.
+    cuda = config.device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        torch.set_num_threads(1)
+    ranks = int(os.environ["WORLD_SIZE"])
+    for size in config.batch_sizes:
+        last = config.budget % size or size
+        if last < ranks:
+            raise StudyError(
+                f"--batch-sizes: {ranks} ranks cannot share a batch of {last} (batch size {size}, budget {config.budget}); "
+                "start fewer ranks, or give batch sizes that divide the budget and are not smaller"
+            )
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=_WAIT)
+    try:
+        yield
+        dist.barrier()  # a rank that leaves while gloo still serves another one aborts
+    finally:
+        gc.collect()  # models in reference cycles hold the group beyond its end
+        dist.destroy_process_group()

@@ -1,0 +1,164 @@
+"""Workers: processes that claim slots of a study, train, and record, until nothing is left.
+
+Trials run with one torch thread each, so that a result depends on its key alone and not on how many run side by side.
+"""
+
+import contextlib
+import multiprocessing as mp
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+from normkit.study.data.load import Data, DataError
+from normkit.study.errors import StudyError
+from normkit.study.plan import Slot, StudyConfig, slots
+from normkit.study.records import TrialResult
+from normkit.study.store.owners import owner
+from normkit.study.store.store import Store
+from normkit.study.train.trial import load, run_trial
+
+SHORTEST_REST, LONGEST_REST = 0.3, 10.0  # seconds
+MAX_IDLE_DEATHS = 3
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study's trials are kept: what a worker process needs to open it."""
+
+    url: str
+    name: str
+    lock: Path | None = None
+    checkpoints: Path | None = None
+
+    def store(self) -> Store:
+        """Open the storage."""
+        return Store(self.url, self.name, self.lock)
+
+
+def lock_file(url: str) -> Path | None:
+    """The lock that all processes on one SQLite file share: SQLite has no row locks. None for other storages.
+
+    Examples:
+        >>> str(lock_file("sqlite:///runs/study.db")), lock_file("postgresql://host/studies")
+        ('runs/study.db.lock', None)
+    """
+    with contextlib.suppress(ArgumentError):  # no URL, which opening it will tell
+        parsed = make_url(url)
+        if parsed.drivername.startswith("sqlite"):
+            return Path(f"{parsed.database}.lock")
+    return None
+
+
+def rest(took: float) -> None:
+    """Sleep fifty times as long as a look at the store ``took``, for a big study, or a far one, takes long to read."""
+    time.sleep(min(max(50 * took, SHORTEST_REST), LONGEST_REST))
+
+
+def work(store: Store, config: StudyConfig, data: Data, checkpoints: Path | None = None) -> None:
+    """Claim, train and record until every slot of the plan has ended."""
+    planned = len(slots(config))
+    while True:
+        claim = store.claim()
+        if claim is not None:
+            with store.heartbeat(claim):
+                watch = partial(store.below_median, claim) if config.prune else None
+                result = run_trial(config, claim.key, data, folder=checkpoints, watch=watch)
+            store.record(claim, result)
+        elif len(store.results()) >= planned:
+            return
+        else:  # what is left runs elsewhere, or waits for a search that does
+            time.sleep(SHORTEST_REST)
+            store.free_dead()
+
+
+def run_workers(
+    place: Place,
+    config: StudyConfig,
+    count: int,
+    watch: Callable[[list[TrialResult], list[Slot]], None],
+) -> None:
+    """Run ``count`` worker processes to the end of the study, telling ``watch`` about results and running slots.
+
+    A worker that dies (killed for memory, say) closes its trial as failed and is replaced.
+
+    Raises:
+        StudyError: Workers end before they begin a trial.
+    """
+    context = mp.get_context("spawn")
+    store = place.store()
+    store.open(config)
+    store.free_dead()
+    planned = len(slots(config))
+
+    def start() -> BaseProcess:
+        process = context.Process(target=_worker_main, args=(place, config), daemon=True)
+        process.start()
+        return process
+
+    workers: list[BaseProcess] = []
+    idle_deaths = 0
+    try:
+        while True:
+            looking = time.perf_counter()
+            results = store.results()
+            if len(results) >= planned:
+                break
+            watch(results, store.running())
+            took = time.perf_counter() - looking
+            gone = [w for w in workers if w.exitcode not in (None, 0)]
+            died = ""
+            for worker in gone:
+                holder = owner(worker.pid)
+                died = f"the worker process ended with exit code {worker.exitcode}"
+                if worker.exitcode == -signal.SIGKILL:
+                    died += " (killed: out of memory?)"
+                idle_deaths = 0 if store.free_dead([holder], error=died) else idle_deaths + 1
+            if idle_deaths > MAX_IDLE_DEATHS:
+                raise StudyError(f"workers end before their first trial; the last: {died}")
+            workers = [w for w in workers if w.exitcode is None]
+            waiting = planned - len(results)
+            while len(workers) < min(count, waiting):
+                workers.append(start())
+            rest(took)
+        watch(store.results(), [])
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join()
+
+
+def _worker_main(place: Place, config: StudyConfig) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    _end_with_parent()
+    torch.set_num_threads(1)
+    try:
+        store = place.store()
+        store.config = config
+        work(store, config, load(config), place.checkpoints)
+    except (StudyError, DataError) as error:  # a line, as the parent would say it
+        sys.exit(f"error: {error}")
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, however it went."""
+    parent = mp.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

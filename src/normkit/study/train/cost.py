@@ -1,0 +1,114 @@
+"""What a method costs: time per step and memory, relative to the reference, interleaved in one run.
+
+Machines drift (clocks, other processes); a ratio of two measurements taken one right after the other does not.
+"""
+
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import cross_entropy
+from torch.utils.benchmark import Timer
+
+from normkit.study.data.batches import batches
+from normkit.study.data.load import Data
+from normkit.study.plan import StudyConfig, learning_rates
+from normkit.study.records import Cost, TrialKey
+from normkit.study.train.loop import precision, prepare, training_step
+from normkit.study.train.trial import make
+
+ROUNDS = 9
+ROUND_SECONDS = 0.04
+
+
+def measure_costs(config: StudyConfig, data: Data) -> list[Cost]:
+    """Cost of every method at every batch size; a method that cannot run has the reason in ``error``."""
+    return [cost for size in sorted(config.batch_sizes, reverse=True) for cost in _costs(config, data, size)]
+
+
+def _costs(config: StudyConfig, data: Data, size: int) -> list[Cost]:
+    inputs, labels = next(batches(data, data.train, batch_size=size, budget=size, seed=0, device=config.device))
+    methods = [config.reference, *(m for m in config.methods if m != config.reference)]
+    timers: dict[str, Timer] = {}
+    memory: dict[str, int] = {}
+    failed: dict[str, str] = {}
+    for method in methods:
+        rate = min(learning_rates(config, method, size)) * 1e-3  # steps, without going anywhere
+        try:
+            model, optimizer = make(config, TrialKey("search", method, size, rate, 0), data)
+            model.train()
+            memory[method] = _memory(model, optimizer, inputs, labels, config)
+            timers[method] = Timer(
+                "step(network, optimizer, inputs, labels, config)",
+                globals={
+                    "step": training_step,
+                    "network": prepare(config, model),
+                    "optimizer": optimizer,
+                    "inputs": inputs,
+                    "labels": labels,
+                    "config": config,
+                },
+                num_threads=1,
+            )
+            timers[method].timeit(3)
+        except Exception as error:  # a method that cannot run at this size is reported, not raised
+            failed[method] = f"{type(error).__name__}: {error}".splitlines()[0]
+    seconds: dict[str, list[float]] = {method: [] for method in timers}
+    if timers:
+        number = max(1, int(ROUND_SECONDS / next(iter(timers.values())).timeit(1).mean))
+        for _ in range(ROUNDS):
+            for method, timer in timers.items():
+                seconds[method].append(timer.timeit(number).mean)
+    return [_cost(method, size, seconds, memory, config.reference, failed.get(method)) for method in config.methods]
+
+
+def _cost(
+    method: str, size: int, seconds: dict[str, list[float]], memory: dict[str, int], reference: str, error: str | None
+) -> Cost:
+    if error is not None:
+        return Cost(method, size, error=error)
+    cost = Cost(method, size, step_seconds=median(seconds[method]), memory_bytes=memory[method])
+    if reference not in seconds:
+        return cost
+    ratios = sorted(own / other for own, other in zip(seconds[method], seconds[reference], strict=True))
+    return Cost(
+        method,
+        size,
+        step_seconds=cost.step_seconds,
+        step_ratio=median(ratios),
+        step_ratio_low=ratios[len(ratios) // 4],
+        step_ratio_high=ratios[-1 - len(ratios) // 4],
+        memory_bytes=cost.memory_bytes,
+        memory_ratio=memory[method] / max(1, memory[reference]),
+    )
+
+
+def _memory(
+    model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor, config: StudyConfig
+) -> int:
+    """Peak bytes of a step on a GPU; on a CPU, bytes saved for backward (parameters and the batch not counted)."""
+    if inputs.is_cuda:
+        training_step(model, optimizer, inputs, labels, config)  # optimizer state is there from the first step on
+        torch.cuda.reset_peak_memory_stats(inputs.device)
+        training_step(model, optimizer, inputs, labels, config)
+        return torch.cuda.max_memory_allocated(inputs.device)
+    micro = config.micro_batch or len(labels)
+    with precision(config, inputs.device):
+        return saved_bytes(model, inputs[:micro], labels[:micro])
+
+
+def saved_bytes(model: nn.Module, inputs: Tensor, labels: Tensor) -> int:
+    """Bytes of distinct storages that a forward pass saves for backward, parameters and the batch itself not counted."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), inputs, labels)}
+    held: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = cross_entropy(model(inputs), labels)
+        size = sum(t.untyped_storage().nbytes() for pointer, t in held.items() if pointer not in own)
+        del loss
+    return size

@@ -1,0 +1,303 @@
+"""The training loop: one for all methods, interruptible anywhere, the same on one process and on several ranks."""
+
+import math
+import time
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from normkit.study.config import Training
+from normkit.study.data.batches import batches, evaluation_batches
+from normkit.study.data.load import Data, Split
+from normkit.study.plan import StudyConfig
+from normkit.study.records import CurvePoint, TrialKey
+from normkit.study.train.best import BestWeights
+from normkit.study.train.checkpoint import CheckpointFile
+from normkit.study.train.gather_batch import WholeBatch
+from normkit.study.train.schedules import lr_factor
+from normkit.study.train.weights import WeightAverage
+
+LOSS_POINTS = 24  # points of the training curve
+ACCURACY_POINTS = 8  # of them with validation accuracy
+CHECKPOINT_SECONDS = 60.0
+
+
+class Diverged(ArithmeticError):
+    """The training loss became non-finite."""
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of ranks of a data-parallel trial; (0, 1) without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value on every rank; without ranks the value itself."""
+    if ranks()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def precision(training: Training, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 where the study asks for it."""
+    return torch.autocast(device.type, torch.bfloat16) if training.amp else nullcontext()
+
+
+def prepare(training: Training, model: nn.Module) -> nn.Module:
+    """The module whose forward trains ``model``: its memory layout changed in place, compiled, data-parallel under ranks."""
+    if training.channels_last:
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    network = torch.compile(model) if training.compile else model
+    assert isinstance(network, nn.Module)
+    if ranks()[1] > 1:
+        network = DistributedDataParallel(network)
+        if not training.micro_batch:  # of which each has statistics of its own, on one process too
+            WholeBatch(network, model)
+    return network
+
+
+def training_step(
+    network: nn.Module,
+    optimizer: Optimizer,
+    inputs: Tensor,
+    labels: Tensor,
+    training: Training,
+    examples: int | None = None,
+) -> Tensor:
+    """One optimizer step on one batch, in micro-batches whose gradients accumulate.
+
+    Args:
+        network: What :func:`prepare` returned.
+        optimizer: The optimizer.
+        inputs: This rank's share of the batch.
+        labels: Its classes.
+        training: How to train.
+        examples: Size of the whole batch over all ranks, default that of ``labels``. Data parallelism averages gradients
+            over ranks, so the weight of an example is ranks / examples: shares may be of different sizes.
+
+    Returns:
+        The mean loss over this rank's share, no longer attached to the graph.
+    """
+    optimizer.zero_grad()
+    count = len(labels)
+    examples, (_, world) = examples or count, ranks()
+    size = training.micro_batch or count
+    if size >= count:
+        total = _backward(network, inputs, labels, training, count * world / examples)
+    else:
+        total = torch.zeros((), device=labels.device)
+        pieces = list(zip(inputs.split(size), labels.split(size), strict=True))
+        for number, (x, y) in enumerate(pieces, start=1):
+            with nullcontext() if number == len(pieces) else _unsynchronised(network):
+                loss = _backward(network, x, y, training, len(y) * world / examples)
+            total = total + loss * (len(y) / count)
+    optimizer.step()
+    return total
+
+
+def _backward(network: nn.Module, inputs: Tensor, labels: Tensor, training: Training, share: float) -> Tensor:
+    """Add ``share`` times the gradient of the mean loss; returns that loss, detached."""
+    if training.channels_last and inputs.dim() == 4:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    with precision(training, inputs.device):
+        loss = cross_entropy(network(inputs), labels, label_smoothing=training.label_smoothing)
+    (loss if share == 1 else loss * share).backward()
+    return loss.detach()
+
+
+def _unsynchronised(network: nn.Module) -> AbstractContextManager[Any]:
+    """Ranks exchange gradients once per step, with the last micro-batch: not within this block."""
+    return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, split: Split, training: Training | None = None) -> tuple[float, float]:
+    """Accuracy (fraction) and mean cross-entropy (nats) on a split, in eval mode; the mode is restored."""
+    was_training = model.training
+    model.eval()
+    correct, loss = 0, 0.0
+    device = next(model.parameters()).device
+    for inputs, labels in evaluation_batches(data, split, device=device):
+        with precision(training or Training(), device):
+            logits = model(inputs).float()
+        correct += int((logits.argmax(1) == labels).sum())
+        loss += float(cross_entropy(logits, labels, reduction="sum"))
+    model.train(was_training)
+    return correct / len(split), loss / len(split)
+
+
+class Loop:
+    """One training run. ``points()`` trains; between any two steps ``state_dict()`` is all that is needed to go on exactly.
+
+    Args:
+        config: The study.
+        key: Which run.
+        data: Its data, with a validation split.
+        model: The model, as the method left it.
+        optimizer: The method's optimizer.
+
+    Attributes:
+        curve: Points of the training curve so far.
+        seen: Examples seen so far.
+        seconds: Wall time spent so far, earlier sessions of an interrupted run included.
+        validation_seconds: Of them, spent on validating.
+        best: The weights with the best validation accuracy so far, where the study judges them.
+    """
+
+    def __init__(self, config: StudyConfig, key: TrialKey, data: Data, model: nn.Module, optimizer: Optimizer) -> None:
+        self.config, self.key, self.data, self.model, self.optimizer = config, key, data, model, optimizer
+        self.network = prepare(config, model)
+        self.average = WeightAverage(model, config.ema) if config.ema else None
+        self.best = BestWeights(model) if config.best_weights else None
+        self.steps = math.ceil(config.budget / key.batch_size)
+        self.schedule = LambdaLR(optimizer, lambda step: lr_factor(config.schedule, step, self.steps, config.warm_up))
+        self.curve: list[CurvePoint] = []
+        self.seen, self.seconds, self.validation_seconds = 0, 0.0, 0.0
+        self._total, self._count = torch.zeros((), device=config.device), 0
+        rank, _ = ranks()  # dropout and noise: alike for every method, however its model was built, other on every rank
+        torch.manual_seed(key.seed + (rank << 32))
+
+    def points(self, checkpoint: CheckpointFile | None = None) -> Iterator[CurvePoint]:
+        """Train to the end of the budget.
+
+        Args:
+            checkpoint: Where to keep the state, about once a minute, or None.
+
+        Yields:
+            The points of the training curve.
+
+        Raises:
+            Diverged: The loss became non-finite.
+        """
+        config, size = self.config, self.key.batch_size
+        rank, world = ranks()
+        stream = batches(
+            self.data,
+            self.data.train,
+            batch_size=size,
+            budget=config.budget,
+            seed=self.key.seed,
+            device=config.device,
+            augmentation=config.augmentation,
+            start=self.seen,
+            share=(rank, world),
+        )
+        loss_every = max(1, self.steps // LOSS_POINTS)
+        accuracy_every = loss_every * max(1, LOSS_POINTS // ACCURACY_POINTS)
+        self.network.train()
+        started = saved = time.perf_counter()
+        earlier = self.seconds
+        for step, (inputs, labels) in enumerate(stream, start=self.seen // size + 1):
+            examples = min(size, config.budget - self.seen)
+            loss = training_step(self.network, self.optimizer, inputs, labels, config, examples)
+            self._total.add_(loss, alpha=len(labels) * world / examples)
+            self.schedule.step()
+            if self.average is not None:
+                self.average.update()
+            self._count, self.seen = self._count + 1, self.seen + examples
+            at_point = step % loss_every == 0 or step == self.steps
+            accuracy = None
+            if step % accuracy_every == 0 or step == self.steps or self._ended_epoch(examples):
+                accuracy = self._validate(step)
+            now = time.perf_counter()
+            self.seconds = earlier + now - started
+            if at_point:
+                yield self._point(accuracy)
+            if checkpoint is not None and (world == 1 or at_point) and from_first(now - saved >= CHECKPOINT_SECONDS):
+                checkpoint.save(self.state_dict())
+                saved = time.perf_counter()
+
+    def _ended_epoch(self, examples: int) -> bool:
+        """Whether the last ``examples`` ended an epoch, after which the best weights are looked for."""
+        return self.best is not None and self.seen % len(self.data.train) < examples
+
+    def _validate(self, step: int) -> float | None:
+        if self.data.validation is None:
+            return None
+        started = time.perf_counter()
+        with self.evaluated():
+            accuracy, _ = evaluate(self.model, self.data, self.data.validation, self.config)
+            if self.best is not None:
+                self.best.offer(from_first(accuracy), step)  # rank 0's, whose result is recorded
+        self.validation_seconds += time.perf_counter() - started
+        return accuracy
+
+    def _point(self, accuracy: float | None) -> CurvePoint:
+        if ranks()[1] > 1:
+            dist.all_reduce(self._total)
+            self._total /= ranks()[1]
+        mean = float(self._total) / self._count
+        self._total, self._count = torch.zeros_like(self._total), 0
+        if not math.isfinite(mean):
+            raise Diverged(f"the training loss was not finite after {self.seen} examples")
+        self.curve.append(CurvePoint(self.seen, mean, accuracy))
+        return self.curve[-1]
+
+    @contextmanager
+    def evaluated(self) -> Generator[None, None, None]:
+        """Within the block the model has the weights that are evaluated: the average, where there is one."""
+        with self.average.in_place() if self.average is not None else nullcontext():
+            yield
+
+    def judged(self) -> AbstractContextManager[None]:
+        """After the run: within the block the model has the weights that are judged, best, averaged or last.
+
+        The best ones stay in the model afterwards.
+        """
+        if self.best is None:
+            return self.evaluated()
+        self.best.restore()
+        return nullcontext()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, random number generators included."""
+        cuda = torch.cuda.get_rng_state() if self.config.device.startswith("cuda") else None
+        random: list[Any] = [(torch.get_rng_state(), cuda)]
+        rank, world = ranks()
+        if world > 1:
+            random *= world
+            dist.all_gather_object(random, random[rank])
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "best": self.best.state_dict() if self.best is not None else None,
+            "random": random,
+            "progress": (self.seen, self.seconds, self.validation_seconds, self._total, self._count),
+            "curve": [asdict(point) for point in self.curve],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        if self.best is not None:
+            self.best.load_state_dict(state["best"])
+        rank, world = ranks()
+        if len(state["random"]) == world:  # on another number of ranks the run goes on with other random numbers
+            self._set_random(*state["random"][rank])
+        self.seen, self.seconds, self.validation_seconds, total, self._count = state["progress"]
+        self._total = total.to(self.config.device)
+        self.curve = [CurvePoint(**point) for point in state["curve"]]
+
+    def _set_random(self, cpu: Tensor, cuda: Tensor | None) -> None:
+        torch.set_rng_state(cpu.cpu())
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda.cpu())

@@ -1,0 +1,271 @@
+"""Replace normalization layers in any model, and put them back.
+
+Every replacement is planned first and carried out last, so that a model is as it was when something raises. A replaced
+layer lends its parameters, hooks and buffers to the layer that stands in for it: tied parameters stay tied, an
+optimizer goes on, handles still remove their hooks, and state dicts of the one form load into the other where that
+has a meaning.
+"""
+
+import difflib
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from normkit.inspection.conformance import computes_as_its_type, honours_bias
+from normkit.inspection.graph import PRODUCERS, is_norm, outputs, producers
+from normkit.methods.catalog import TARGETS, Removed, spatial_dims
+from normkit.optim.regroup import check_optimizer, regroup
+from normkit.surgery.conversion_state import Origin, Producer, default_bias, lend, origin_of, restored, translate
+
+Where = Callable[[str, nn.Module], bool] | Iterable[str] | None
+
+
+@dataclass(frozen=True)
+class _Swap:
+    """One replacement: ``old`` by ``new``; what ``old`` was converted from takes the tensors of ``restored`` first."""
+
+    old: nn.Module
+    new: nn.Module
+    restored: nn.Module | None = None
+
+
+def convert(
+    model: nn.Module, to: str, *, where: Where = None, optimizer: Optimizer | None = None, **settings: Any
+) -> nn.Module:
+    """Replace the normalization layers of ``model`` by those of another method.
+
+    Targets: ``group`` (GroupNorm, see :func:`normkit.methods.catalog.group_count`), ``layer`` (GroupNorm with one group:
+    LayerNorm over channels and space), ``none`` (removed; the layer before gets its bias back, or a
+    :class:`normkit.methods.catalog.Removed` with one stands in), ``batch``, ``batch-renorm``, ``batchless``,
+    ``batchless-projected``, ``l1``, ``l2``, ``linf``, ``noisy-batch``. A layer that was converted before is treated
+    as if it were reverted first. LayerNorm and RMSNorm, which normalise the last dimensions, are left as they are
+    unless the target can do so too.
+
+    Args:
+        model: Any module, changed in place.
+        to: The target.
+        where: Which layers: a predicate ``(path, layer) -> bool``, or paths of layers or of modules that hold them.
+        optimizer: An optimizer over the model's parameters, repaired when parameters come or go.
+        settings: Arguments of the new layers, where the target is one of this package's.
+
+    Returns:
+        The model; the returned one counts when the model itself is a normalization layer.
+
+    Raises:
+        ValueError: The target, or a path in ``where``, is unknown; the target has no settings; the model is wrapped
+            in DistributedDataParallel, sharded or scripted; a layer is lazy and not yet initialised, or of a subclass that
+            computes something else; the optimizer holds no parameter of the model.
+
+    Examples:
+        >>> convert(nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16)), "none")
+        Sequential(
+          (0): Conv2d(3, 16, kernel_size=(3, 3), stride=(1, 1))
+          (1): Removed()
+        )
+    """
+    if to not in TARGETS:
+        raise ValueError(f"convert: unknown target {to!r}; choose one of {', '.join(TARGETS)}")
+    if settings and not TARGETS[to].configurable:
+        raise ValueError(f"convert: target {to!r} has no settings, got {', '.join(settings)}")
+    _check(model, optimizer)
+    layers = _select(model, where)
+    if not layers:
+        if to != "none":  # a model without normalization layers is what that asks for
+            warnings.warn(f"convert: no normalization layer to convert to {to!r}; the model is unchanged", stacklevel=2)
+        return model
+    fed_by = feeding(model)
+    plans = [_plan(model, path, layer, fed_by.get(layer), to, settings) for path, layer in layers.items()]
+    swaps = [swap for swap in plans if swap is not None]
+    if not swaps and not any(origin_of(layer) or TARGETS[to].is_native(layer) for layer in layers.values()):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers.values()}))
+        warnings.warn(f"convert: {kinds} cannot become {to!r}; the model is unchanged", stacklevel=2)
+    return _carry_out(model, swaps, optimizer)
+
+
+def revert(model: nn.Module, *, where: Where = None, optimizer: Optimizer | None = None) -> nn.Module:
+    """Put back every layer that :func:`convert` replaced, with the parameters and statistics it has by now.
+
+    Right after a conversion that is the identity. Statistics of layers that keep other ones than batch
+    normalization are translated so that eval stays the same function; a bias given in exchange for a removed layer
+    goes into the running mean. Where the stand-in kept no statistics the old ones return:
+    :func:`normkit.recalibrate` brings them up to date.
+
+    Args:
+        model: A converted model, changed in place.
+        where: Which layers, as in :func:`convert`.
+        optimizer: As in :func:`convert`.
+
+    Returns:
+        The model; the returned one counts when the model itself is a normalization layer.
+
+    Raises:
+        ValueError: As in :func:`convert`.
+    """
+    _check(model, optimizer)
+    converted = [(layer, origin) for layer in _select(model, where).values() if (origin := origin_of(layer))]
+    return _carry_out(model, [_Swap(layer, o.module, restored(layer, o)) for layer, o in converted], optimizer)
+
+
+def feeding(model: nn.Module) -> dict[nn.Module, Producer]:
+    """:func:`normkit.inspection.graph.producers` as modules."""
+    modules = dict(model.named_modules())
+    pairs = ((modules[norm], modules[source]) for norm, source in producers(model).items())
+    return {norm: source for norm, source in pairs if isinstance(source, PRODUCERS)}
+
+
+def _check(model: nn.Module, optimizer: Optimizer | None) -> None:
+    for path, module in model.named_modules():
+        where = path or "the model"
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                f"{where} is wrapped in DistributedDataParallel, which has registered the parameters of the layers to "
+                "replace; convert the bare model first, then wrap it (wrapped.module is the bare model)"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{where} is a scripted module, whose layers are fixed; convert the model before scripting it"
+            )
+        if any(hasattr(parameter, "placements") for parameter in module._parameters.values()):
+            raise ValueError(
+                f"{where} is sharded (fully_shard), which has noted the layers to replace; convert the model before "
+                "sharding it"
+            )
+    if optimizer is not None:
+        check_optimizer(optimizer, model)
+
+
+def _select(model: nn.Module, where: Where) -> dict[str, nn.Module]:
+    """The normalization layers, and what stands in for one, that ``where`` chooses; each once, by its first path.
+
+    Raises:
+        ValueError: The model has no module at a path.
+    """
+    layers = {path: m for path, m in model.named_modules() if is_norm(m) or origin_of(m) is not None}
+    if where is None:
+        return layers
+    if callable(where):
+        return {path: layer for path, layer in layers.items() if where(path, layer)}
+    everywhere = dict(model.named_modules(remove_duplicate=False))
+    chosen: set[nn.Module] = set()
+    for path in [where] if isinstance(where, str) else where:
+        if path not in everywhere:
+            near = difflib.get_close_matches(path, list(everywhere), n=1)
+            raise ValueError(
+                f"where: the model has no module {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        chosen.update(everywhere[path].modules())
+    return {path: layer for path, layer in layers.items() if layer in chosen}
+
+
+def _plan(
+    model: nn.Module, path: str, layer: nn.Module, producer: Producer | None, to: str, settings: dict[str, Any]
+) -> _Swap | None:
+    """The swap that turns ``layer`` into the target, or None where it is one already or cannot be.
+
+    Raises:
+        ValueError: The layer computes something else than its type; or it, or the one before it whose bias is changed,
+            is lazy and not yet initialised.
+    """
+    origin, target = origin_of(layer), TARGETS[to]
+    if origin is not None and (origin.to, origin.settings) == (to, settings):
+        return None
+    if origin is None and target.is_native(layer) and not settings:
+        return None
+    was = None if origin is None else restored(layer, origin)
+    if origin is not None and target.is_native(origin.module) and not settings:
+        return _Swap(layer, origin.module, was)
+    source = layer if was is None else was
+    if any(is_lazy(tensor) for tensor in (*source.parameters(), *source.buffers())):
+        raise ValueError(
+            f"{path}: {type(source).__name__} does not know its features yet; run one batch through the model first"
+        )
+    if isinstance(source, (nn.LayerNorm, nn.RMSNorm)) and not target.takes_tokens:
+        return None
+    several = isinstance(source, nn.LayerNorm) and len(source.normalized_shape) > 1
+    if (several or isinstance(source, nn.RMSNorm)) and to != "none":
+        return None
+    if not computes_as_its_type(source):
+        raise ValueError(
+            f"{path}: {type(source).__name__} computes something else than torch's layer that it derives from (an activation "
+            "after it, other dimensions, more arguments), which would be lost; leave it out with `where`, or make that a "
+            "module of its own"
+        )
+    biased = frozen = None
+    if to == "none" and producer is not None and honours_bias(producer):
+        new, biased = Removed(), producer if producer.bias is None else None
+    else:
+        new = target.build(source, lambda: spatial_dims(path, source, producer, model), **settings)
+    if target.freezes_bias and producer is not None and producer.bias is not None:
+        trained = producer.bias.requires_grad or (origin is not None and origin.frozen is producer)
+        frozen = producer if trained else None
+    changed = biased if frozen is None else frozen
+    if changed is not None and any(is_lazy(p) for p in changed.parameters()):
+        raise ValueError(
+            f"{path}: the {type(changed).__name__} before it does not know its features yet; run one batch through the "
+            "model first"
+        )
+    lend(source, new)
+    module = layer if origin is None else origin.module
+    vars(new)["normkit_origin"] = Origin(module, to, settings, biased, frozen)
+    new.register_load_state_dict_pre_hook(translate)
+    return _Swap(layer, new, was)
+
+
+def _carry_out(model: nn.Module, swaps: list[_Swap], optimizer: Optimizer | None) -> nn.Module:
+    before = dict(model.named_parameters())
+    for swap in swaps:
+        _settle(swap)
+    replaced = {swap.old: swap.new for swap in swaps}
+    for parent in list(model.modules()):
+        for name, value in list(vars(parent).items()):
+            vars(parent)[name] = _exchanged(value, replaced)
+    model = replaced.get(model, model)
+    if optimizer is not None:
+        regroup(optimizer, before, dict(model.named_parameters()))
+    return model
+
+
+def _exchanged(value: Any, replaced: dict[nn.Module, nn.Module]) -> Any:
+    """``value`` with the replaced layers exchanged: a layer, or a dictionary, list or tuple that may hold some."""
+    if isinstance(value, nn.Module):
+        return replaced.get(value, value)
+    if isinstance(value, dict):
+        value.update({
+            key: replaced[item] for key, item in value.items() if isinstance(item, nn.Module) and item in replaced
+        })
+    elif isinstance(value, list):
+        value[:] = [replaced.get(item, item) if isinstance(item, nn.Module) else item for item in value]
+    elif type(value) is tuple:
+        return tuple(replaced.get(item, item) if isinstance(item, nn.Module) else item for item in value)
+    return value
+
+
+def _settle(swap: _Swap) -> None:
+    """Bring the replaced layer up to date, and take and give the biases of the layers before."""
+    origin, future = origin_of(swap.old), origin_of(swap.new)
+    if origin is not None and swap.restored is not None:
+        vars(origin.module).update(vars(swap.restored))
+        like = next(iter((*swap.old.parameters(), *swap.old.buffers())), None)
+        if like is not None:
+            origin.module.to(device=like.device)
+        if origin.biased is not None:
+            origin.biased.register_parameter("bias", None)
+        if origin.frozen is not None and origin.frozen.bias is not None:
+            origin.frozen.bias.requires_grad_(True)
+        if origin._bias_hook is not None:
+            origin._bias_hook.remove()
+    if future is not None and future.frozen is not None and future.frozen.bias is not None:
+        future.frozen.bias.requires_grad_(False)
+    if future is not None and future.biased is not None:
+        layer, beta = future.biased, getattr(future.module, "bias", None)
+        features = outputs(layer)
+        trainable = layer.weight.requires_grad if beta is None else beta.requires_grad
+        layer.bias = nn.Parameter(layer.weight.new_zeros(features), requires_grad=trainable)
+        future._bias_hook = layer.register_load_state_dict_pre_hook(default_bias)

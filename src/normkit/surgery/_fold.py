@@ -1,0 +1,195 @@
+"""Fold normalization layers that are affine maps into the layers around them, for deployment.
+
+In eval mode batch normalization is ``s x + t`` per channel. Behind a layer ``W x + b`` that is ``(s W) x + (s b + t)``,
+before one it is ``(W s) x + (W t + b)``: the same function with one layer less.
+"""
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from normkit.inspection.conformance import honours_bias
+from normkit.inspection.forward import Forward, evaluating, run_batch
+from normkit.inspection.graph import PRODUCERS, dataflow, is_frozen_norm, is_norm, sole_consumer, source_of
+from normkit.inspection.record import record, tensors_in
+from normkit.methods.catalog import Removed
+from normkit.methods.revisited.input_norm import InputNorm
+from normkit.methods.revisited.revisit import FeatureScale
+from normkit.surgery.affine import affine_of, fold_before, fold_behind
+
+
+def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch) -> nn.Module:
+    """A copy of ``model`` in eval mode without the normalization layers that a neighbour can take over.
+
+    Batch normalization (also Sync, frozen, Renorm, noisy), batchless, l_p, input and tracking instance normalization
+    are folded into the linear, convolutional or transposed layer whose output they alone take, or else into the linear
+    or unpadded convolutional layer that alone takes theirs; :class:`torch.nn.Identity` stands in their place. Before a
+    zero-padded convolution an input normalization becomes padding with the mean, so that the border is exact too. What
+    stays is named in a warning, with the reason. Hooks of this package are not in the copy.
+
+    Args:
+        model: Any module; not changed. Of one wrapped in DistributedDataParallel, the module inside is folded.
+        example: One batch. With it the model is run instead of traced, so that nothing about its data flow stays
+            unknown, and the copy is checked against it.
+        forward: How to run the model on ``example``; by default a mapping goes in as keyword arguments, of a tuple or
+            list the first entry, anything else as it is.
+
+    Returns:
+        The copy.
+
+    Raises:
+        RuntimeError: On ``example``, the copy computes something else.
+
+    Examples:
+        >>> fold(nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()))
+        Sequential(
+          (0): Conv2d(3, 4, kernel_size=(1, 1), stride=(1, 1))
+          (1): Identity()
+          (2): ReLU()
+        )
+    """
+    folded = _bare_copy(model.module if isinstance(model, DistributedDataParallel) else model).eval()
+    flow = dataflow(folded) if example is None else record(folded, example, forward=forward)[0]
+    modules = dict(folded.named_modules())
+    reasons = {path: "" for path, module in modules.items() if _is_candidate(module)}
+    progress = True
+    while progress:  # a folded layer makes neighbours of the layers around it
+        progress = False
+        for path in list(reasons):
+            source, consumer = source_of(flow, modules, path), sole_consumer(flow, modules, path)
+            if consumer is not None and source_of(flow, modules, consumer) != path:
+                consumer = None
+            outcome = _try(modules[path], modules.get(source or ""), modules.get(consumer or ""))
+            if isinstance(outcome, str):
+                reasons[path] = outcome
+                continue
+            del reasons[path]
+            folded = _replace(folded, modules[path], outcome)
+            modules[path], progress = outcome, True
+    if reasons:
+        warnings.warn(f"fold: {len(reasons)} layers stay. {_grouped(reasons, modules)}", stacklevel=2)
+    if example is not None:
+        with evaluating(model), evaluating(folded):
+            _check_same(forward(model, example), forward(folded, example))
+    return folded
+
+
+def _grouped(reasons: dict[str, str], modules: dict[str, nn.Module]) -> str:
+    """One sentence per reason, with the layers it holds for."""
+    layers: dict[str, list[str]] = {}
+    for path, reason in reasons.items():
+        layers.setdefault(reason, []).append(f"{path or 'the model'} ({type(modules[path]).__name__})")
+    return " ".join(f"{', '.join(names)}: {reason}." for reason, names in layers.items())
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    return is_norm(module) or is_frozen_norm(module) or isinstance(module, (InputNorm, Removed))
+
+
+def _try(norm: nn.Module, source: nn.Module | None, consumer: nn.Module | None) -> nn.Module | str:
+    """Fold ``norm`` into one of its neighbours; what stands in its place, or why that cannot be."""
+    if isinstance(norm, Removed) and norm.bias is None:
+        return nn.Identity()
+    affine = affine_of(norm)
+    if isinstance(affine, str):
+        return affine
+    if _has_hooks(norm):
+        return "it has hooks"
+    reasons = []
+    for layer, merge, side in ((source, fold_behind, "before"), (consumer, fold_before, "behind")):
+        if not isinstance(layer, PRODUCERS):
+            continue
+        outcome = _obstacle(layer, side) or merge(_plain(layer), affine)
+        if isinstance(outcome, nn.Module):
+            return outcome
+        reasons.append(outcome)
+    return ", and ".join(reasons) or "no linear or convolutional layer is its only neighbour on either side"
+
+
+def _obstacle(layer: nn.Module, side: str) -> str:
+    name = f"the {type(layer).__name__} {side} it"
+    if _has_hooks(layer):
+        return f"{name} has hooks"
+    if not honours_bias(layer):
+        return f"{name} has a forward of its own"
+    if any(is_lazy(parameter) for parameter in layer.parameters()):
+        return f"{name} has not seen its first batch"
+    return ""
+
+
+def _plain(layer: Any) -> Any:
+    """``layer`` with its tensors as they come out of its parametrizations.
+
+    torch's own removal would take the parametrized properties off the class that the copy shares with the model.
+    """
+    if parametrize.is_parametrized(layer):
+        tensors = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}
+        layer.__class__ = parametrize.type_before_parametrizations(layer)
+        del layer._modules["parametrizations"]
+        for name, tensor in tensors.items():
+            layer.register_parameter(name, nn.Parameter(tensor))
+    return layer
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    for parent in list(root.modules()):
+        parent._modules.update({name: new for name, child in parent._modules.items() if child is old})
+    return new if root is old else root
+
+
+def _bare_copy(model: nn.Module) -> nn.Module:
+    """A copy without what this package has attached to the model: observers, and memories of replaced layers."""
+    tables = [table for m in model.modules() for name, table in vars(m).items() if name.endswith("_hooks") and table]
+    saved = [(table, dict(table)) for table in tables if isinstance(table, dict)]
+    try:
+        for table, hooks in saved:
+            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+                del table[key]
+        bare = copy.deepcopy(model)
+    finally:
+        for table, hooks in saved:
+            table.clear()
+            table.update(hooks)
+    for module in bare.modules():
+        vars(module).pop("normkit_origin", None)
+        _take_feature_scale(module)
+    return bare
+
+
+@torch.no_grad()
+def _take_feature_scale(layer: nn.Module) -> None:
+    """Let a linear layer's weight carry the factor that a revisited model multiplies the layer's input by."""
+    scales = {key: hook for key, hook in layer._forward_pre_hooks.items() if isinstance(hook, FeatureScale)}
+    if scales and isinstance(layer, nn.Linear) and honours_bias(layer):
+        _plain(layer)
+        for key, scale in scales.items():
+            layer.weight.mul_(scale.factor)
+            del layer._forward_pre_hooks[key]
+
+
+def _is_ours(hook: Any) -> bool:
+    """Whether the hook is this package's and only observes."""
+    hook = getattr(hook, "hook", hook)  # torch wraps the hooks of state dicts
+    return not isinstance(hook, FeatureScale) and str(getattr(hook, "__module__", "")).startswith("normkit.")
+
+
+def _check_same(expected: Any, actual: Any) -> None:
+    for a, b in zip(tensors_in(expected), tensors_in(actual), strict=True):
+        if not a.is_floating_point():
+            continue
+        error = (a - b).abs().max().item() / max(1.0, a.abs().max().item())
+        if not error < max(1e-4, 50 * torch.finfo(a.dtype).eps):
+            raise RuntimeError(
+                f"fold: the folded model differs from the model by {error:.1e} on the example; a layer normalises another "
+                "dimension than it seems, or its forward depends on more than its input"
+            )

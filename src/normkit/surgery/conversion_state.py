@@ -1,0 +1,116 @@
+"""What a converted layer remembers, and what it can give back: tensors on revert, and the loading of state dicts."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
+
+from normkit.methods.catalog import TARGETS, Removed, running_tensors, spatial_dims
+from normkit.methods.revisited.revisit import mark, revision_of
+
+Producer = nn.Linear | _ConvNd
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+
+
+@dataclass
+class Origin:
+    """What stood where a converted layer stands now.
+
+    Attributes:
+        module: The replaced layer.
+        to: The target it was converted to.
+        settings: Settings of the layer that stands in for it.
+        biased: The layer before it that got a bias in exchange, if one did.
+        frozen: The layer before it whose bias is not trained any more, if one's was.
+    """
+
+    module: nn.Module
+    to: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    biased: Producer | None = None
+    frozen: Producer | None = None
+    _bias_hook: RemovableHandle | None = None
+
+
+def origin_of(module: nn.Module) -> Origin | None:
+    """What ``module`` was converted from, or None."""
+    return vars(module).get("normkit_origin")
+
+
+def lend(source: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` what ``source`` has beside its function: hooks, training flag, buffers (so the keys stay), marks."""
+    mark(new, revision_of(source))
+    for name in _HOOKS:
+        vars(new)[name] = vars(source)[name]
+    new.train(source.training)
+    if isinstance(new, nn.GroupNorm):
+        for name, buffer in source._buffers.items():
+            new.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
+
+
+def restored(layer: nn.Module, origin: Origin) -> nn.Module:
+    """A copy of the layer that ``layer`` replaced, holding the tensors it would have now."""
+    module = _twin(origin.module)
+    parameters, buffers = module._parameters, module._buffers
+    if not isinstance(layer, Removed):
+        parameters.update({name: p for name, p in layer._parameters.items() if name in ("weight", "bias")})
+    now = {**layer._buffers, **running_tensors(layer)}
+    buffers.update({name: now[name] for name, buffer in buffers.items() if buffer is not None and name in now})
+    bias = (layer if origin.biased is None else origin.biased).bias if isinstance(layer, Removed) else None
+    mean = buffers.get("running_mean")
+    if mean is not None and bias is not None:
+        buffers["running_mean"] = mean.to(bias.device) - bias.detach().to(mean.dtype)
+    return module.train(layer.training)
+
+
+def _rebuilt(source: nn.Module, layer: nn.Module, origin: Origin) -> nn.Module:
+    """What the conversion that made ``layer`` makes of ``source``."""
+    new = TARGETS[origin.to].build(source, lambda: spatial_dims("", layer, None, layer), **origin.settings)
+    lend(source, new)
+    return new
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A shallow copy whose tensors can be exchanged without changing ``module``."""
+    twin = copy.copy(module)
+    vars(twin).update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
+    return twin
+
+
+def translate(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a converted layer load a state dict of the layer it replaced, or of one that was its kind from the start."""
+    origin = origin_of(layer)
+    if origin is None:
+        return
+    given = {key[len(prefix) :] for key in state if key.startswith(prefix)}
+    own, old = layer.state_dict(), set(origin.module.state_dict())
+    if given == old and given != set(own):
+        twin = _twin(origin.module)
+        for tensors in (twin._parameters, twin._buffers):
+            tensors.update({name: nn.Parameter(state[prefix + name], False) for name in tensors.keys() & old})
+        for name in old:
+            del state[prefix + name]
+        fresh = _rebuilt(twin, layer, origin).state_dict()
+        state.update({prefix + name: fresh[name] for name in own})
+    elif given and given < set(own):
+        state.update({prefix + name: own[name] for name in dict(layer.named_buffers()).keys() & own.keys() - given})
+
+
+def default_bias(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state dict from before a normalization was removed has no bias for the layer before it: it is 0."""
+    if prefix + "weight" in state and layer.bias is not None:
+        state.setdefault(prefix + "bias", torch.zeros_like(layer.bias))  # pyright: ignore[reportArgumentType]
