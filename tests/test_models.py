@@ -70,6 +70,7 @@ def test_the_networks_of_the_batchless_paper_are_as_its_experiments_name_them():
 
 SMALL = {
     "digits-cnn": (1, 8, 8),
+    "cnn4": IMAGE,
     "cnn5": IMAGE,
     "batchless-cnn": IMAGE,
     "vgg13": IMAGE,

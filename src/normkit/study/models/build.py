@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from normkit.study.factory import is_factory, load_factory
-from normkit.study.models.cnn import batchless_cnn, cnn5, digits_cnn
+from normkit.study.models.cnn import batchless_cnn, cnn4, cnn5, digits_cnn
 from normkit.study.models.huggingface import hugging_face
 from normkit.study.models.layers import image_channels
 from normkit.study.models.mlp import deep_linear, mlp, spiral_mlp
@@ -24,6 +24,7 @@ def _image_models() -> dict[str, tuple[int, Callable[..., nn.Module]]]:
     """Name -> smallest height and width, and builder from (channels, height, width, classes)."""
     table: dict[str, tuple[int, Callable[..., nn.Module]]] = {
         "digits-cnn": (1, lambda c, h, w, k: digits_cnn(c, k)),
+        "cnn4": (8, lambda c, h, w, k: cnn4(c, k)),
         "cnn5": (1, lambda c, h, w, k: cnn5(c, k)),
         "batchless-cnn": (8, lambda c, h, w, k: batchless_cnn(c, k, h, w)),
     }
@@ -40,7 +41,7 @@ def model_names() -> list[str]:
 
     Examples:
         >>> model_names()[:3]
-        ['digits-cnn', 'cnn5', 'batchless-cnn']
+        ['digits-cnn', 'cnn4', 'cnn5']
     """
     return [*_image_models(), *_FLAT, "wrn-D-K", "hf:NAME", "package.module:factory"]
 

@@ -1,4 +1,4 @@
-"""Small convolutional networks: the digits CNN, the 5-layer CNN, the CIFAR-10 network of the batchless paper."""
+"""Small convolutional networks: for digits, for CIFAR-10 on a CPU, and the CIFAR-10 network of the batchless paper."""
 
 from torch import nn
 
@@ -14,6 +14,16 @@ def digits_cnn(channels: int, classes: int) -> nn.Module:
         *conv_norm_relu(64, 64, stride=2),
         *pooled_classifier(64, classes),
     )
+    he_initialize(model)
+    return model
+
+
+def cnn4(channels: int, classes: int) -> nn.Module:
+    """Four 3x3 convolutions of 24, 48, 96, 96 channels for maps of about 32x32; 2x2 max pooling after the first three."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((channels, 24), (24, 48), (48, 96)):
+        layers += [*conv_norm_relu(inputs, outputs), nn.MaxPool2d(2)]
+    model = nn.Sequential(*layers, *conv_norm_relu(96, 96), *pooled_classifier(96, classes))
     he_initialize(model)
     return model
 
