@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 import normkit
 from common import save
-from normkit.study.data.load import Data, load_data
+from normkit.study.data.dataset import Data
+from normkit.study.data.load import load_data
 from normkit.study.models import build_model
 
 

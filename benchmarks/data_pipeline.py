@@ -12,8 +12,9 @@ from torch import Tensor
 import normkit
 from common import interleaved, ratio, save
 from normkit.study.config import Training
-from normkit.study.data.batches import Augmentation, batches
-from normkit.study.data.load import Split, make_data
+from normkit.study.data.augmentation import Augmentation
+from normkit.study.data.batches import batches
+from normkit.study.data.dataset import Split, make_data
 from normkit.study.models import build_model
 from normkit.study.train.loop import training_step
 

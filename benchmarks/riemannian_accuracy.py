@@ -22,7 +22,7 @@ from torch.optim import SGD, Optimizer
 
 from common import save
 from normkit import SGDG, AdamG, param_groups
-from normkit.study.data.load import Data
+from normkit.study.data.dataset import Data
 from normkit.study.models import build_model
 from normkit.study.plan import StudyConfig
 from normkit.study.records import TrialKey

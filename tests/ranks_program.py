@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import normkit
-from normkit.study.data.load import Data
+from normkit.study.data.dataset import Data
 from normkit.study.plan import StudyConfig
 from normkit.study.records import TrialKey
 from normkit.study.train import loop as loop_module

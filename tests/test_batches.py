@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from normkit.study.data.batches import Augmentation, augment, batches, evaluation_batches, stratified, stream
+from normkit.study.data.augmentation import Augmentation, augment
+from normkit.study.data.batches import batches, evaluation_batches
 from normkit.study.data.load import load_data
+from normkit.study.data.sampling import stratified, stream
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 25])

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from normkit.study.data.load import Data, DataError, Split, load_data, make_data
+from normkit.study.data.dataset import Data, Split, make_data
+from normkit.study.data.load import load_data
+from normkit.study.errors import DataError
 
 pytest.importorskip("datasets", reason="needs normkit[study]")
 import pyarrow as pa
@@ -361,7 +363,7 @@ def test_a_factory_of_tensors_datasets_or_arrays_works(factory, where, name):
         ("none", "train is None"),
         ("empty", "test: inputs .* N > 0"),
         ("odd", "test: could not be read as .input, label. pairs"),
-        ("number", "no callable 'number'; it has .*tensors"),
+        ("number", "no callable 'number'; it has for example .*arrays"),
         ("missing", "no callable 'missing'"),
     ],
 )
@@ -445,7 +447,7 @@ def test_data_larger_than_the_memory_is_split_checked_and_read(tmp_path, monkeyp
     (tmp_path / "huge").mkdir()
     monkeypatch.setattr(images, "_decode", lambda *arguments: sparse_cache(arguments[-1], count))
     monkeypatch.setattr(images, "load_source", lambda _: None)
-    monkeypatch.setattr("normkit.study.data.load.SAMPLE", 50)
+    monkeypatch.setattr("normkit.study.data.dataset.SAMPLE", 50)
     monkeypatch.setattr(Split, "inputs", property(lambda _: pytest.fail("the whole split was read")))
     data = check(StudyConfig(data=str(tmp_path / "huge"), model="cnn5", batch_sizes=(4,), budget=8))
     assert (len(data.train) + len(data.validation), data.train.stored.shape[0]) == (count, count)

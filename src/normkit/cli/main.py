@@ -84,7 +84,7 @@ def _parse(arguments: list[str]) -> Any:
         print(f"normkit {__version__}")
         sys.exit(0)
     if name not in COMMANDS:
-        from normkit.study.errors import nearest
+        from normkit._errors import nearest
 
         raise ValueError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
     default: dict[str, Any] = {"default": THOROUGH} if name == "compare" and "--thorough" in rest else {}

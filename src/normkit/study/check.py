@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from normkit.study.alike import same_networks
-from normkit.study.data.load import Data
+from normkit.study.data.dataset import Data
 from normkit.study.environment import check_device
 from normkit.study.errors import StudyError
 from normkit.study.factory import is_factory

@@ -13,7 +13,7 @@ from sqlalchemy.engine import URL
 from normkit._apply import recipes
 from normkit.instruments.result import plain
 from normkit.study.check import check
-from normkit.study.data.load import Data
+from normkit.study.data.dataset import Data
 from normkit.study.environment import command_line, environment, together
 from normkit.study.errors import StudyError
 from normkit.study.landscape.run import study_traces

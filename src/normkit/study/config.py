@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from normkit.study.data.batches import Augmentation
+from normkit.study.data.augmentation import Augmentation
 from normkit.study.errors import StudyError
 from normkit.study.train.schedules import Schedule
 

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import normkit
+from normkit._errors import nearest
 from normkit.instruments import Diagnosis
 from normkit.study.check import check_fit
 from normkit.study.data.batches import batches
 from normkit.study.data.load import load_data
 from normkit.study.environment import check_device
-from normkit.study.errors import StudyError, nearest
+from normkit.study.errors import StudyError
 from normkit.study.models import build_model
 
 BATCHES = 8

@@ -1,16 +1,14 @@
 """Factories of the user: ``package.module:name`` or ``path/to/file.py:name``."""
 
-import difflib
-import importlib
-import importlib.util
+import pkgutil
 import sys
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-
-class FactoryError(ValueError):
-    """A factory cannot be found; the message says why and what to do."""
+from normkit._errors import closest
+from normkit.study.errors import FactoryError
 
 
 def is_factory(spec: str) -> bool:
@@ -29,7 +27,7 @@ def is_factory(spec: str) -> bool:
 
 
 def load_factory(spec: str, argument: str) -> Callable[..., Any]:
-    """The callable behind ``spec``; modules are looked for in the working directory too.
+    """Import the callable that ``spec`` names; modules are looked for in the working directory too.
 
     Args:
         spec: ``package.module:name`` or ``path/to/file.py:name``.
@@ -51,10 +49,10 @@ def load_factory(spec: str, argument: str) -> Callable[..., Any]:
         ) from error
     factory = getattr(module, name, None)
     if not callable(factory):
-        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or sorted(names)[:3]
+        names = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
+        example = closest(name, names) or ", ".join(names[:5]) or "none"
         raise FactoryError(
-            f"{argument} {spec!r}: {module_name!r} has no callable {name!r}; it has for example {', '.join(near) or 'none'}"
+            f"{argument} {spec!r}: {module_name!r} has no callable {name!r}; it has for example {example}"
         )
     return factory
 
@@ -65,17 +63,17 @@ def _import(name: str) -> Any:
     if added:
         sys.path.insert(0, here)
     try:
-        return importlib.import_module(name)
+        return pkgutil.resolve_name(name)
     finally:
         if added:
             sys.path.remove(here)
 
 
 def _load_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    module = importlib.util.module_from_spec(spec)
+    module = module_from_spec(spec)
     before = sys.modules.get(spec.name)
     sys.modules[spec.name] = module  # dataclasses and pickling look a module up while it is being executed
     try:

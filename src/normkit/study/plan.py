@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from normkit._apply import recipes
+from normkit._errors import nearest
 from normkit.study.config import Training
-from normkit.study.errors import StudyError, nearest
+from normkit.study.errors import StudyError
 from normkit.study.records import Phase, TrialKey, TrialResult
 
 SEARCH_SEED = 1_000_000  # search seeds count from here, final seeds from 0: they never meet

@@ -6,7 +6,6 @@ optimizer goes on, handles still remove their hooks, and state dicts of the one 
 has a meaning.
 """
 
-import difflib
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from normkit._errors import closest
 from normkit.inspection.conformance import computes_as_its_type, honours_bias
 from normkit.inspection.graph import PRODUCERS, is_norm, outputs, producers
 from normkit.methods.catalog import TARGETS, Removed, spatial_dims
@@ -156,10 +156,8 @@ def _select(model: nn.Module, where: Where) -> dict[str, nn.Module]:
     chosen: set[nn.Module] = set()
     for path in [where] if isinstance(where, str) else where:
         if path not in everywhere:
-            near = difflib.get_close_matches(path, list(everywhere), n=1)
-            raise ValueError(
-                f"where: the model has no module {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+            near = closest(path, everywhere)
+            raise ValueError(f"where: the model has no module {path!r}" + (f"; did you mean {near!r}?" if near else ""))
         chosen.update(everywhere[path].modules())
     return {path: layer for path, layer in layers.items() if layer in chosen}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from normkit.study.data.load import DataError
+from normkit.study.errors import DataError
 
 
 def decode_split(where: str, split: Any, column: str, size: int | None, target: Path) -> set[str]:

@@ -10,7 +10,7 @@ from urllib.request import getproxies
 
 import numpy as np
 
-from normkit.study.data.load import DataError
+from normkit.study.errors import DataError
 
 _VALIDATION = ("validation", "valid", "val", "dev")
 

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from normkit.study.data.batches import stratified
+from normkit.study.data.dataset import Data, Split, make_data
 from normkit.study.data.decode import decode_split
 from normkit.study.data.hub import class_numbers, columns, load_source, roles_of
-from normkit.study.data.load import Data, DataError, Split, make_data
+from normkit.study.data.sampling import stratified
+from normkit.study.errors import DataError
 
 _FORMAT = 1  # of the cache: a change makes old entries unused
 _MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on

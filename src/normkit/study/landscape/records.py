@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import normkit
+from normkit._errors import nearest
 from normkit.study.config import Training
 from normkit.study.environment import check_device
-from normkit.study.errors import StudyError, nearest
+from normkit.study.errors import StudyError
 
 NOISE_ALONE = "none+noise"  # not a recipe: the noise of noisy-batch on a net without normalization
 

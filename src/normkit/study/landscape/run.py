@@ -24,7 +24,8 @@ from normkit.instruments import Monitor, activations, covariate_shift, snapshot
 from normkit.methods.noisy_norm import MomentNoise
 from normkit.study.check import check_fit
 from normkit.study.data.batches import batches
-from normkit.study.data.load import Data, load_data
+from normkit.study.data.dataset import Data
+from normkit.study.data.load import load_data
 from normkit.study.environment import environment
 from normkit.study.errors import StudyError
 from normkit.study.landscape.records import NOISE_ALONE, LandscapeConfig, LandscapeRecord, Trace

@@ -1,12 +1,12 @@
 """From a name to a network."""
 
-import difflib
 import math
 import re
 from collections.abc import Callable
 
 from torch import nn
 
+from normkit._errors import closest
 from normkit.study.factory import is_factory, load_factory
 from normkit.study.models.cnn import batchless_cnn, cnn4, cnn5, digits_cnn
 from normkit.study.models.huggingface import hugging_face
@@ -83,8 +83,8 @@ def build_model(name: str, *, input_shape: tuple[int, ...], classes: int) -> nn.
         return hugging_face(name.removeprefix("hf:"), input_shape, classes)
     if is_factory(name):
         return _from_factory(name, input_shape, classes)
-    near = difflib.get_close_matches(name, [*table, *_FLAT, "wrn-28-10", "wrn-16-4"], n=1, cutoff=0.0)
-    raise ValueError(f"unknown model {name!r}; did you mean {near[0]!r}? Choose one of {', '.join(model_names())}")
+    near = closest(name, [*table, *_FLAT, "wrn-28-10", "wrn-16-4"], cutoff=0.0)
+    raise ValueError(f"unknown model {name!r}; did you mean {near!r}? Choose one of {', '.join(model_names())}")
 
 
 def _from_factory(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:

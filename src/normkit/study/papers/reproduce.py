@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from normkit._errors import nearest
 from normkit.study.compare import compare
-from normkit.study.errors import StudyError, nearest
+from normkit.study.errors import StudyError
 from normkit.study.papers.how_bn_helps import DEEP_LINEAR_STEPS, VGG_STEPS
 from normkit.study.papers.presets import PRESETS, SANTURKAR
 from normkit.study.papers.scaling import Preset, Row, scaled

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from normkit.study.errors import StudyError, nearest
+from normkit._errors import nearest
+from normkit.study.errors import StudyError
 from normkit.study.records import TrialResult
 
 Send = Callable[[str, dict[str, Any], list[tuple[int, dict[str, float]]], dict[str, float]], None]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkit.study.data.load import Data, Split
+from normkit.study.data.dataset import Data, Split
 from normkit.study.errors import StudyError
 from normkit.study.models import build_model
 from normkit.study.plan import StudyConfig

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import optuna
 
-from normkit.study.data.load import Data
+from normkit._errors import nearest
+from normkit.study.data.dataset import Data
 from normkit.study.environment import environment, together
-from normkit.study.errors import StudyError, nearest
+from normkit.study.errors import StudyError
 from normkit.study.plan import Slot, StudyConfig, slots
 from normkit.study.records import TrialResult
 from normkit.study.store.connection import redact

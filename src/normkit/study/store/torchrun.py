@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from normkit.study.data.load import Data
+from normkit.study.data.dataset import Data
 from normkit.study.errors import StudyError
 from normkit.study.plan import Slot, StudyConfig, slots
 from normkit.study.records import CurvePoint, TrialKey, TrialResult

@@ -20,8 +20,8 @@ import torch
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from normkit.study.data.load import Data, DataError
-from normkit.study.errors import StudyError
+from normkit.study.data.dataset import Data
+from normkit.study.errors import DataError, StudyError
 from normkit.study.plan import Slot, StudyConfig, slots
 from normkit.study.records import TrialResult
 from normkit.study.store.owners import owner

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.benchmark import Timer
 
 from normkit.study.data.batches import batches
-from normkit.study.data.load import Data
+from normkit.study.data.dataset import Data
 from normkit.study.plan import StudyConfig, learning_rates
 from normkit.study.records import Cost, TrialKey
 from normkit.study.train.loop import precision, prepare, training_step

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from normkit.study.config import Training
 from normkit.study.data.batches import batches, evaluation_batches
-from normkit.study.data.load import Data, Split
+from normkit.study.data.dataset import Data, Split
 from normkit.study.plan import StudyConfig
 from normkit.study.records import CurvePoint, TrialKey
 from normkit.study.train.best import BestWeights

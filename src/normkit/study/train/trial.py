@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 
 import normkit
 from normkit.study.data.batches import batches
-from normkit.study.data.load import Data, DataError, load_data
-from normkit.study.errors import StudyError
+from normkit.study.data.dataset import Data
+from normkit.study.data.load import load_data
+from normkit.study.errors import DataError, StudyError
 from normkit.study.factory import is_factory
 from normkit.study.models import build_model
 from normkit.study.plan import StudyConfig
