@@ -21,9 +21,8 @@ from normkit.study.plan import StudyConfig
 from normkit.study.store.store import Store
 from normkit.study.store.worker import lock_file
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import idle_worker
-import postgres
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.study.store import idle_worker, postgres
 
 
 def measure(url: str, workers: int, trials: int, kills: int) -> dict[str, object]:

@@ -1,0 +1,152 @@
+import dataclasses
+import io
+
+import pytest
+from rich.console import Console
+
+from normkit.study.plan import Slot
+from normkit.study.report.progress import Display, best, duration, outcome
+from normkit.study.report.terminal import render_terminal
+from tests.study.report.fake_study import realistic, record, result
+
+
+def slot(trial):
+    return Slot(**dataclasses.asdict(trial.key))
+
+
+def console(terminal, width=100):
+    return Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system=None, legacy_windows=False)
+
+
+@pytest.fixture
+def trials():
+    return realistic().trials[:6]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_no_terminal_gets_one_plain_line_per_trial(trials):
+    out = console(terminal=False)
+    with Display(out) as display:
+        display.plan([slot(t) for t in trials])
+        display.update([], [])
+        display.update(trials[:1], [slot(trials[1])])
+        display.update(trials[:1], [slot(trials[1])])
+        display.update(trials[:3], [])
+    lines = out.file.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("[1/6] batch, batch size 64, search at lr 0.01: ")
+    assert "\x1b" not in out.file.getvalue()
+
+
+def test_terminal_shows_a_bar_per_method_the_best_so_far_and_what_runs():
+    study = realistic()
+    out = console(terminal=True, width=140)
+    clock = Clock()
+    with Display(out, clock=clock) as display:
+        display.plan([slot(t) for t in study.trials])
+        display.update([], [])
+        clock.now = 20.0
+        display.update(study.trials[:30], [slot(t) for t in study.trials[30:36]])
+        with out.capture() as capture:
+            out.print(display._table())
+    text = capture.get()
+    assert "batch" in text
+    assert "21/21" in text
+    assert "9/21" in text
+    assert "at batch size" in text
+    assert "20 s so far" in text
+    assert "and 2 more" in text
+
+
+def test_quiet_shows_nothing(trials):
+    for terminal in (True, False):
+        out = console(terminal)
+        with Display(out, quiet=True) as display:
+            display.plan([slot(t) for t in trials])
+            display.update([], [])
+            display.update(trials, [])
+            display.message("hello")
+        assert out.file.getvalue() == ""
+
+
+def test_trials_of_an_earlier_start_are_told_once_and_do_not_speed_up_the_estimate(trials):
+    out, clock = console(terminal=False), Clock()
+    with Display(out, clock=clock) as display:
+        display.plan([slot(t) for t in trials])
+        display.update(trials[:4], [])
+        clock.now = 5.0
+        assert display.seconds_left() == pytest.approx(2 * 1.25)
+    assert out.file.getvalue() == "going on: 4 of 6 trials are done\n"
+
+
+def test_time_left_scales_from_the_nearest_batch_size_until_one_is_known():
+    planned = [result(size=size, seed=seed) for size in (64, 1) for seed in range(4)]
+    clock = Clock()
+    display = Display(console(terminal=False), clock=clock, quiet=True)
+    display.plan([slot(t) for t in planned])
+    with display:
+        display.update([], [])
+        assert display.seconds_left() is None
+        clock.now = 1.0
+        display.update(planned[:4], [])
+        assert display.seconds_left() == pytest.approx(4 * 1.25 * (64 / 1) ** 0.5 / 5.0)
+        slow = dataclasses.replace(planned[4], seconds=10.0)
+        clock.now = 7.5  # 15 s of work in 7.5 s: two side by side
+        display.update([*planned[:4], slow], [])
+        assert display.seconds_left() == pytest.approx(3 * 10.0 / 2)
+
+
+def test_markup_in_names_is_text():
+    trial = result(method="[red]x[/red]", error="[bold]boom[/nonsense]", state="failed")
+    for terminal in (True, False):
+        out = console(terminal)
+        with Display(out) as display:
+            display.plan([slot(trial)])
+            display.update([], [])
+            display.update([trial], [slot(trial)])
+            display.message("[/x]")
+            out.print(display._table())
+        assert "[red]x[/red]" in out.file.getvalue()
+
+
+def test_an_error_in_the_study_stops_the_display_and_goes_on():
+    display = Display(console(terminal=True))
+    with pytest.raises(KeyboardInterrupt), display:
+        raise KeyboardInterrupt
+    assert display._live is None
+
+
+def test_lost_trials_are_told_with_their_error():
+    assert outcome(result(state="failed", error="out of memory")) == "failed (out of memory)"
+    assert best([result(state="diverged")]) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.6, "1 min 00 s"), (3599.7, "1 h 00 min"), (86400, "24 h 00 min")]
+)
+def test_durations_round_to_the_next_unit(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_terminal_report_has_verdict_and_every_method(width):
+    out = console(terminal=False, width=width)
+    out.print(render_terminal(realistic(seeds=5)))
+    text = out.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "At batch size 1 group reached" in " ".join(text.split())
+    for method in ("batch", "group", "layer", "batch-renorm", "none"):
+        assert text.count(f" {method} ") >= 3
+
+
+def test_terminal_report_of_an_empty_study_says_so():
+    out = console(terminal=False)
+    out.print(render_terminal(record([], planned=9)))
+    assert "No final run has ended yet" in out.file.getvalue()
+    assert "0 of 9 trials" in out.file.getvalue()

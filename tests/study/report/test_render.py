@@ -1,0 +1,229 @@
+import csv
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from normkit.study.records import CurvePoint
+from normkit.study.report.render import CSV_COLUMNS, read_results, render_html, render_markdown, write_report
+from tests.study.report.fake_study import METHODS, realistic, record, result
+
+HOSTILE = "<script>alert(1)</script>\"'`|&{{ 7 * 7 }}"
+
+
+class Tags(HTMLParser):
+    """Collects tags, attributes and text, and fails on tags that are not closed in order."""
+
+    void = frozenset({"meta", "link", "br", "hr", "img"})
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(page)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open, f"closes {tag} that is not open"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def only(phase, trials):
+    return tuple(t for t in trials if t.key.phase == phase)
+
+
+def all_diverged():
+    return record([
+        result(method=m, size=s, seed=k, state="diverged") for m in METHODS for s in (8, 1) for k in range(2)
+    ])
+
+
+def hostile():
+    whole = realistic(
+        methods=("batch", HOSTILE),
+        sizes=(8, 1),
+        data=HOSTILE,
+        model=HOSTILE,
+        data_summary=HOSTILE,
+    )
+    failed = result("final", HOSTILE, 8, 0.02, 99, state="failed", error=f"boom {HOSTILE}")
+    return dataclasses.replace(
+        whole,
+        trials=(*whole.trials, failed),
+        command=f"normkit compare --model {HOSTILE}",
+        environment={HOSTILE: HOSTILE},
+        recipes={HOSTILE: {"summary": HOSTILE, "paper": HOSTILE}},
+        planned=len(whole.trials) + 1,
+    )
+
+
+PARTIAL = {
+    "whole": realistic,
+    "five seeds": lambda: realistic(seeds=5),
+    "one-sided": lambda: realistic(seeds=5, alternative="greater"),
+    "no trials": lambda: record([], planned=60),
+    "search only": lambda: dataclasses.replace(realistic(), trials=only("search", realistic().trials)),
+    "finals only": lambda: dataclasses.replace(realistic(), trials=only("final", realistic().trials)),
+    "half way": lambda: dataclasses.replace(realistic(), trials=realistic().trials[:40]),
+    "no costs": lambda: dataclasses.replace(realistic(), costs=()),
+    "one method": lambda: realistic(methods=("group",)),
+    "one batch size": lambda: realistic(sizes=(1,)),
+    "one seed": lambda: realistic(seeds=1),
+    "one trial": lambda: record([result()], ["batch"], [64], seeds=1),
+    "all diverged": all_diverged,
+    "all failed": lambda: record([result(state="failed", error="out of memory")], ["batch"], [64]),
+    "reference diverged": lambda: record(
+        [result(method="batch", state="diverged"), result(method="group", accuracy=0.9)], ["batch", "group"], [64]
+    ),
+    "twenty methods": lambda: realistic(methods=("batch", *(f"method-{k}" for k in range(19)))),
+    "non-finite loss": lambda: record([result(curve=(CurvePoint(10, float("nan")), CurvePoint(20, float("inf"))))]),
+    "all pruned": lambda: record([result("search", state="pruned", error="below the median")], planned=9),
+    "hostile": hostile,
+}
+
+
+@pytest.mark.parametrize("study", PARTIAL.values(), ids=PARTIAL.keys())
+def test_every_stage_of_a_study_makes_a_well_formed_report(study, tmp_path):
+    files = write_report(study(), tmp_path / "new" / "folder")
+    assert [path.name for path in files] == ["report.html", "report.md", "results.json", "trials.csv"]
+    page = Tags(files[0].read_text(encoding="utf-8"))
+    assert page.tags.count("h1") == 1
+    assert "script" not in page.tags
+    assert "nan" not in " ".join(value or "" for name, value in page.attributes if name in {"d", "transform"})
+    json.loads(files[2].read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+def test_same_record_gives_the_same_bytes(tmp_path):
+    first, second = write_report(realistic(), tmp_path / "a"), write_report(realistic(), tmp_path / "b")
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+
+def test_page_refers_to_nothing_outside():
+    page = Tags(render_html(realistic()))
+    links = [value for name, value in page.attributes if name in {"href", "src", "srcset", "xlink:href", "action"}]
+    assert links == ["data:,"]
+    assert "url(" not in render_html(realistic())
+    assert "@import" not in render_html(realistic())
+
+
+def test_figures_have_a_text_that_tells_their_numbers():
+    labels = [value for name, value in Tags(render_html(realistic())).attributes if name == "aria-label"]
+    assert any("Test accuracy against batch size" in label and "batch: 95.8 % at 64" in label for label in labels)
+    assert any("Training loss" in label for label in labels)
+    assert any("Validation accuracy against learning rate" in label for label in labels)
+
+
+def test_hostile_names_are_text_everywhere():
+    page = Tags(render_html(hostile()))
+    text = "".join(page.text)
+    assert "script" not in page.tags
+    assert text.count("<script>alert(1)</script>") >= 10
+    assert "{{ 7 * 7 }}" in text
+
+
+def test_hostile_names_keep_markdown_tables_whole():
+    lines = [line for line in render_markdown(hostile()).splitlines() if line.startswith("| `<script>")]
+    header = next(line for line in render_markdown(hostile()).splitlines() if line.startswith("| method"))
+    assert lines
+    assert {line.replace("\\|", "").count("|") for line in lines} == {header.replace("\\|", "").count("|")}
+
+
+def test_results_give_the_record_back(tmp_path):
+    for name in ("whole", "hostile", "all diverged"):
+        study = PARTIAL[name]()
+        assert read_results(write_report(study, tmp_path)[2]) == study
+
+
+def test_csv_has_one_line_per_trial_with_these_columns(tmp_path):
+    study = hostile()
+    path = write_report(study, tmp_path)[3]
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == CSV_COLUMNS
+    assert len(rows) == len(study.trials)
+    for row, trial in zip(rows, study.trials, strict=True):
+        assert row["method"] == trial.key.method
+        assert float(row["lr"]) == pytest.approx(trial.key.lr)
+        assert row["test_accuracy"] == ("" if trial.test_accuracy is None else str(trial.test_accuracy))
+
+
+def test_p_column_appears_from_five_seeds_up():
+    assert "Holm" not in render_markdown(realistic(seeds=4))
+    assert "p, Holm" in render_markdown(realistic(seeds=5))
+
+
+def test_columns_without_a_value_are_left_out():
+    assert "memory" in render_markdown(realistic())
+    assert "memory" not in render_markdown(dataclasses.replace(realistic(), costs=()))
+    assert "difference to" not in render_markdown(realistic(methods=("bnp",)))
+
+
+def test_diverged_runs_are_told_in_verdict_table_figure_and_list():
+    page = render_html(realistic())
+    assert "Diverged, and left out of the means: <code>batch-renorm</code> at batch size 1 in 1 of 3 runs." in page
+    assert "diverged 1 of 3" in page
+    assert 'class="cross' in page
+    assert "loss became non-finite at example 512" in page
+
+
+def test_data_is_told_in_a_line_or_by_its_name():
+    assert "269 validation" in render_html(realistic())
+    assert "269 validation" in render_markdown(realistic())
+    assert "- Data `digits`" in render_markdown(realistic(data_summary=None))
+
+
+def test_a_study_of_best_weights_says_so_with_place_and_cost():
+    trials = [
+        dataclasses.replace(result(seed=seed), best_step=step, seconds=10.0, validation_seconds=0.5)
+        for seed, step in enumerate((12, 18, 24))
+    ]
+    study = record(trials, methods=("batch",), sizes=(64,), best_weights=True)  # 24 steps of 64 make 1,500 examples
+    for page in (render_html(study).replace("\N{NO-BREAK SPACE}", " "), render_markdown(study)):
+        assert "best validation accuracy of each run" in page
+        assert "after 50 to 100 % of the steps (median 75 %)" in page
+        assert "Validating took 5.0 % of the time" in page
+        assert "best validation accuracy" not in render_markdown(dataclasses.replace(study, config=realistic().config))
+
+
+def test_rates_given_for_each_method_are_told():
+    rates = {"batch": 0.1, "group": 0.2}
+    assert "&#39;group&#39;: 0.2" in render_html(realistic(lr=rates))
+
+
+def test_the_time_that_all_runs_took_is_told():
+    study = record([result(seed=seed) for seed in range(60)], methods=("batch",), sizes=(64,))  # of 1.25 s each
+    for page in (render_html(study), render_markdown(study)):
+        assert "60 runs, which took 1 min 15 s one after the other." in page
+    assert "one after the other" not in render_markdown(record([], planned=3))
+
+
+def test_the_thread_that_steps_are_timed_on_is_told_for_a_cpu():
+    for render in (render_html, render_markdown):
+        assert "in turns" in render(realistic(device="cuda"))
+        assert "on one thread" in render(realistic(device="cpu"))
+        assert "on one thread" not in render(realistic(device="cuda"))
+
+
+def test_crosses_and_markers_of_the_first_point_stay_clear_of_the_labels_of_the_axis():
+    trials = [result(method=m, size=s, state="diverged") for m in ("batch", "group", "none") for s in (8, 1)]
+    page = render_html(record([*trials, result(method="layer", size=8)], sizes=(8, 1)))
+    chart = re.search(r'<svg class="chart wide".*?</svg>.*?</svg>', page, re.DOTALL)
+    assert chart is not None
+    places = re.findall(r'class="(?:cross|mark) c\d" transform="translate\(([0-9.]+) ', chart[0])
+    assert len(places) == 7
+    assert min(map(float, places)) >= 46  # where the axis begins, left of which its labels stand

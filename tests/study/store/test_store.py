@@ -1,0 +1,238 @@
+"""The store: slots are claimed once, nothing is lost, a dead worker's slot is run again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from optuna.trial import TrialState
+
+from normkit.study.compare import StudyFolder
+from normkit.study.errors import StudyError
+from normkit.study.plan import StudyConfig, slots
+from normkit.study.records import CurvePoint, TrialResult
+from normkit.study.store.connection import redact
+from normkit.study.store.owners import alive, owner
+from normkit.study.store.store import Store, _slot
+from normkit.study.store.worker import lock_file
+from tests.study.store import idle_worker
+
+CONFIG = StudyConfig(methods=("batch",), batch_sizes=(8,), seeds=3, lr_points=2)
+
+
+def make(folder, config=CONFIG):
+    store = Store(f"sqlite:///{folder / 'study.db'}", "test", folder / "lock")
+    store.open(config)
+    return store
+
+
+def finish(store, claim, accuracy=0.5):
+    store.record(claim, TrialResult(claim.key, "finished", validation_accuracy=accuracy, validation_loss=1.0))
+
+
+def run_scripts(folder, *scripts):
+    """Run scripts side by side, each in a process of its own with this module's helpers."""
+    head = "import os, pathlib, signal, time\n"
+    head += f"from tests.study.store.test_store import finish, make; folder = pathlib.Path({str(folder)!r})\n"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", head + script], stdout=subprocess.PIPE, text=True, env=environment)
+        for script in scripts
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in started]
+    return [
+        subprocess.CompletedProcess(p.args, p.returncode, output) for p, output in zip(started, outputs, strict=True)
+    ]
+
+
+def test_each_slot_is_claimed_once_and_finals_wait_for_the_search(tmp_path):
+    store = make(tmp_path)
+    searches = [store.claim(), store.claim()]
+    assert {c.slot.phase for c in searches} == {"search"}
+    assert store.claim() is None  # the finals' learning rate is not known yet
+    assert len(store.running()) == 2
+    for claim, accuracy in zip(searches, (0.2, 0.9), strict=True):
+        finish(store, claim, accuracy)
+    finals = [store.claim() for _ in range(3)]
+    assert {c.key.lr for c in finals} == {searches[1].key.lr}
+    assert {c.key.seed for c in finals} == {0, 1, 2}
+    assert store.claim() is None
+
+
+def test_a_result_comes_back_equal(tmp_path):
+    store = make(tmp_path)
+    claim = store.claim()
+    result = TrialResult(claim.key, "diverged", error="non-finite", seconds=1.5, curve=(CurvePoint(8, 2.0, 0.1),))
+    store.record(claim, result)
+    assert make(tmp_path).results() == [result]
+
+
+def test_opening_again_adds_nothing(tmp_path):
+    store = make(tmp_path)
+    finish(store, store.claim())
+    again = make(tmp_path)
+    assert len(again.storage.get_all_trials(again.study_id)) == len(slots(CONFIG))
+    assert len(again.results()) == 1
+
+
+def test_another_configuration_is_refused_with_the_difference(tmp_path):
+    make(tmp_path)
+    with pytest.raises(StudyError, match="seeds: kept 3, given 4"):
+        make(tmp_path, StudyConfig(methods=("batch",), batch_sizes=(8,), seeds=4, lr_points=2))
+
+
+def test_the_slot_of_a_killed_process_is_run_again_and_counted_once(tmp_path):
+    make(tmp_path)
+    (killed,) = run_scripts(tmp_path, "make(folder).claim(); os.kill(os.getpid(), signal.SIGKILL)")
+    assert killed.returncode == -signal.SIGKILL
+    store = make(tmp_path)
+    (lost,) = store.running()
+    assert store.free_dead() == 1
+    again = [store.claim(), store.claim()]
+    assert lost in [c.slot for c in again]
+    for claim in again:
+        finish(store, claim)
+    for claim in (store.claim() for _ in range(3)):
+        finish(store, claim)
+    assert len(store.results()) == len(slots(CONFIG)) == len({r.key for r in store.results()})
+
+
+def test_a_result_that_comes_after_a_takeover_is_not_counted(tmp_path):
+    store = make(tmp_path)
+    slow = store.claim()
+    store.storage.set_trial_user_attr(slow.trial_id, "owner", owner(2**22 + 1))  # no such process
+    assert store.free_dead() == 1
+    quick = next(c for c in (store.claim(), store.claim()) if c.slot == slow.slot)
+    finish(store, quick, 0.9)
+    finish(store, slow, 0.1)
+    assert [r.validation_accuracy for r in store.results()] == [0.9]
+
+
+def test_a_trial_whose_workers_died_three_times_is_closed_as_failed(tmp_path):
+    store = make(tmp_path)
+    slot = store.claim().slot
+    for _ in range(2):
+        assert store.free_dead([owner()], error="killed") == 1
+        assert store.results() == []
+        claim = next(c for c in iter(store.claim, None) if c.slot == slot)
+        others = [t for s, t in store._trials().items() if s != slot and t.state == TrialState.RUNNING]
+        for trial in others:  # give the other slot back
+            store.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+    assert store.free_dead([owner()], error="killed") == 1
+    assert [(r.key, r.state, r.error) for r in store.results()] == [(claim.key, "failed", "killed (3 times)")]
+
+
+def test_a_slot_whose_freeing_was_interrupted_is_freed_by_the_next(tmp_path):
+    store = make(tmp_path)
+    claim = store.claim()
+    store.storage.set_trial_state_values(claim.trial_id, TrialState.FAIL)  # buried, and then the process was killed
+    assert store.free_dead() == 1
+    assert {store.claim().slot, store.claim().slot} >= {claim.slot}
+
+
+def curve_point(examples, accuracy):
+    return CurvePoint(examples, 1.0, accuracy)
+
+
+def test_only_search_runs_below_the_median_of_their_peers_are_pruned(tmp_path):
+    config = StudyConfig(methods=("batch", "group"), batch_sizes=(8,), seeds=1, lr_points=4, budget=300, prune=True)
+    store = make(tmp_path, config)
+    claims = {(c.slot.method, c.slot.lr): c for c in iter(store.claim, None)}
+    batch = [c for (method, _), c in sorted(claims.items()) if method == "batch"]
+    group = next(c for (method, _), c in claims.items() if method == "group")
+    for claim, accuracy in zip(batch[:2], (0.5, 0.7), strict=True):
+        assert not store.below_median(claim, curve_point(150, accuracy))
+    assert not store.below_median(group, curve_point(150, 0.1))  # another method has no peers yet
+    assert not store.below_median(batch[2], curve_point(90, 0.0))  # too early
+    assert not store.below_median(batch[2], curve_point(150, 0.6))  # the median itself
+    assert store.below_median(batch[3], curve_point(150, 0.59))
+    assert not store.below_median(batch[3], curve_point(160, None))
+
+
+def test_final_runs_are_never_pruned(tmp_path):
+    config = StudyConfig(methods=("batch",), batch_sizes=(8,), seeds=4, lr=0.1, budget=300, prune=True)
+    store = make(tmp_path, config)
+    claims = [store.claim() for _ in range(4)]
+    assert not any(
+        store.below_median(c, curve_point(200, a)) for c, a in zip(claims, (0.9, 0.8, 0.7, 0.1), strict=True)
+    )
+
+
+def test_when_nothing_works_the_finals_are_closed_with_the_reason(tmp_path):
+    store = make(tmp_path)
+    for claim in (store.claim(), store.claim()):
+        store.record(claim, TrialResult(claim.key, "failed", error="one value per channel"))
+    assert store.claim() is None
+    finals = [r for r in store.results() if r.key.phase == "final"]
+    assert [(r.state, r.error) for r in finals] == [("failed", "one value per channel")] * 3
+
+
+_WORKER = """
+store = make(folder)
+while len(store.results()) < 5:
+    claim = store.claim()
+    if claim is None:
+        time.sleep(0.02)
+    else:
+        finish(store, claim)
+        print(claim.key.phase, claim.key.lr, claim.key.seed)
+"""
+
+
+def test_two_processes_share_one_study_and_no_slot_is_done_twice(tmp_path):
+    lines = [line for process in run_scripts(tmp_path, _WORKER, _WORKER) for line in process.stdout.splitlines()]
+    assert len(lines) == len(set(lines)) == len(slots(CONFIG))
+    store = make(tmp_path)
+    assert len(store.results()) == len(slots(CONFIG))
+    assert all(t.state == TrialState.COMPLETE for t in store.storage.get_all_trials(store.study_id))
+
+
+def test_workers_killed_at_random_moments_lose_and_double_nothing(tmp_path):
+    url, config = f"sqlite:///{tmp_path / 'study.db'}", StudyConfig(batch_sizes=(32,), seeds=10, lr=0.1)
+    killed = idle_worker.run(idle_worker.starter(url, config, 0.02), workers=3, kills=6, every=0.4)
+    assert killed > 0
+    store = Store(url, "idle", lock_file(url))
+    recorded = [_slot(t) for t in store.storage.get_all_trials(store.study_id) if "result" in t.user_attrs]
+    assert len(recorded) == len(set(recorded)) == len(slots(config)) == len(store.results())
+
+
+def test_claims_of_this_process_are_alive_and_of_a_dead_one_are_not():
+    assert alive(owner())
+    assert not alive(owner(2**22 + 1))
+    assert alive("another-host:1")  # judged by its heartbeat
+
+
+def test_heartbeat_is_recorded_while_a_claim_is_worked_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("normkit.study.store.connection.HEARTBEAT_SECONDS", 0.02)
+    store, beats = make(tmp_path), []
+    claim = store.claim()
+    monkeypatch.setattr(store.storage, "record_heartbeat", beats.append)
+    with store.heartbeat(claim):
+        time.sleep(0.3)
+    assert len(beats) > 2
+    assert set(beats) == {claim.trial_id}
+
+
+def test_a_password_appears_in_no_message(tmp_path):
+    url = "postgresql+psycopg2://me:hunter2@127.0.0.1:1/none"
+    with pytest.raises(StudyError) as caught:
+        Store(url, "test")
+    assert "hunter2" not in str(caught.value)
+    assert redact(f"cannot reach {url}", url) == "cannot reach postgresql+psycopg2://me:***@127.0.0.1:1/none"
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_a_storage_in_memory_is_refused_since_no_worker_would_see_it(url):
+    with pytest.raises(StudyError, match="in the memory of one process, give a file"):
+        Store(url, "test")
+
+
+@pytest.mark.parametrize("name", ["a b", "q?x=1", "h#1", "p%41", "ä"])
+def test_trials_stay_in_the_output_folder_whatever_its_name(name, tmp_path):
+    folder = StudyFolder(tmp_path / name, CONFIG, "", None)
+    folder.prepare()
+    folder.place(None).store().open(CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {path.name for path in folder.path.iterdir()} == {"study.db", "study.db.lock"}
