@@ -113,11 +113,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if "weights" in args.without:
-        batchless_training.weight_producers = lambda model: []
+        batchless_training.feeding_layers = lambda model: []
     if "slopes" in args.without:
         batchless_step.gain = torch.zeros_like
     if "restraint" in args.without:
-        batchless_training.restrain = lambda *_: None
+        batchless_training.clip_by_trust_ratio = lambda *_: None
     data = load_data(args.data)
     parts = {
         "train": (data.train, 0, 20_000),

@@ -6,8 +6,7 @@ from normkit import functional, moments
 from normkit._apply import apply, recipes
 from normkit.methods.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
-from normkit.methods.batchless.start import initialize
-from normkit.methods.batchless.training import attach
+from normkit.methods.batchless.training import attach, initialize
 from normkit.methods.bnp.bnp import BNP
 from normkit.methods.bnp.langevin import LangevinBNP
 from normkit.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d

@@ -12,8 +12,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from normkit.methods.batchless.layer import batchless_layers
-from normkit.methods.batchless.start import initialize
-from normkit.methods.batchless.training import attach
+from normkit.methods.batchless.training import attach, initialize
 from normkit.methods.bnp.bnp import BNP
 from normkit.methods.revisited.input_norm import with_input_norm
 from normkit.methods.revisited.revisit import Arm, revisit

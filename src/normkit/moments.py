@@ -8,8 +8,7 @@ Merging follows Chan, Golub, LeVeque (1979): two groups of rows merge to exactly
 that micro-batches and ranks are invisible in the result.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,15 +40,15 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def at_least_single(new: Tensor, old: Tensor) -> Tensor:
-    """What ``module.half()`` may make of a statistic: nothing narrower than fp32, where small steps would round away.
+def keep_fp32(new: Tensor, old: Tensor) -> Tensor:
+    """Undo a cast of a statistic (``module.half()``) to less than fp32, in which small steps would round away.
 
     Args:
-        new: What it made of it.
-        old: What it was.
+        new: The statistic after the cast.
+        old: The statistic before it.
 
     Returns:
-        ``new``, or ``old`` on the device of ``new`` where that is narrower.
+        ``new``, or ``old`` on the device of ``new`` where ``new`` is narrower than fp32.
     """
     return old.to(new.device) if new.dtype.itemsize < 4 else new
 
@@ -67,7 +66,7 @@ _SMALL = 1 << 16
 """Elements up to which a launch costs more than a pass."""
 
 
-def totals(x: Tensor, feature_dim: int = -1, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def sum_and_square_sum(x: Tensor, feature_dim: int = -1, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Sum and sum of squares over every dimension but ``feature_dim``, in one pass each, in fp32 or wider.
 
     The layout decides how: reductions along the contiguous dimension run at the speed of memory, others are slower.
@@ -81,7 +80,7 @@ def totals(x: Tensor, feature_dim: int = -1, dtype: torch.dtype | None = None) -
         Two tensors of shape ``(features,)``.
 
     Examples:
-        >>> [t.tolist() for t in totals(torch.tensor([[1.0, 10.0], [3.0, 10.0]]))]
+        >>> [t.tolist() for t in sum_and_square_sum(torch.tensor([[1.0, 10.0], [3.0, 10.0]]))]
         [[4.0, 20.0], [10.0, 200.0]]
     """
     x, dtype = x.detach(), dtype or statistics_dtype(x.dtype)
@@ -147,11 +146,11 @@ def observe_unchecked(x: Tensor, feature_dim: int = -1, mask: Tensor | None = No
         count = kept.sum(dtype=dtype)
         kept = kept.unsqueeze(-1).movedim(-1, feature_dim)
         x = torch.where(kept, x, 0)
-    mean = totals(x, feature_dim)[0] / count.clamp(min=1)
+    mean = sum_and_square_sum(x, feature_dim)[0] / count.clamp(min=1)
     deviation = x - mean.reshape(broadcast)
     if kept is not None:
         deviation = torch.where(kept, deviation, 0)
-    return Moments(count, mean, totals(deviation, feature_dim)[1])
+    return Moments(count, mean, sum_and_square_sum(deviation, feature_dim)[1])
 
 
 def finite(moments: Moments) -> Moments:
@@ -229,45 +228,6 @@ def reduce_together(
         m2 = (square - count * mean.square()).clamp(min=0)
         merged.append(Moments(count.to(m.count.dtype), mean.to(m.mean.dtype), m2.to(m.m2.dtype)))
     return merged, [piece.view_as(tensor).to(tensor.dtype) for piece, tensor in zip(pieces, sums, strict=True)]
-
-
-_pauses = 0  # of the whole process, not of a thread: checkpointed forwards are recomputed on autograd's own threads
-
-
-@contextmanager
-def paused() -> Iterator[None]:
-    """Let nothing inside be observed: for forward and backward passes that measure and do not train."""
-    global _pauses  # noqa: PLW0603
-    _pauses += 1
-    try:
-        yield
-    finally:
-        _pauses -= 1
-
-
-def observing() -> bool:
-    """Whether forward passes count at present; a layer spares itself the statistics when they do not."""
-    return _pauses == 0
-
-
-def once_reached(output: Tensor, count: Callable[[], None]) -> None:
-    """Call ``count`` when, and only when, a gradient reaches ``output``; once, however many backward passes run.
-
-    So evaluation and probing forwards never count, and a forward recomputed by activation checkpointing counts exactly
-    once in both of its modes: reentrant (first pass without grad: nothing to flow back) and not (recomputed graph:
-    never run backward).
-
-    Args:
-        output: Of a forward pass with gradients.
-        count: What to call.
-    """
-    waiting = [count]
-
-    def arrived(_: Tensor) -> None:
-        if waiting:
-            waiting.pop()()
-
-    output.register_hook(arrived)
 
 
 class Tally:

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from normkit.moments import Moments, Tally, observe, paused
+from normkit.inspection.counting import no_counting
+from normkit.moments import Moments, Tally, observe
 
 Forward = Callable[[nn.Module, Any], Any]
 _Layer = TypeVar("_Layer", bound=nn.Module)
@@ -40,7 +41,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), paused():
+        with torch.no_grad(), no_counting():
             yield
     finally:
         for module, mode in modes:

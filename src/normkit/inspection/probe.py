@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from normkit import moments
+from normkit.inspection.counting import no_counting
 
 Objective = Callable[[nn.Module, Any], Tensor]
 
@@ -79,7 +79,7 @@ class Probe:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             self._save(stack)
-            stack.enter_context(moments.paused())
+            stack.enter_context(no_counting())
             if "torch._dynamo" in sys.modules:  # compiled code passes over new hooks
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.callback(torch.clear_autocast_cache)

@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 
-def lasting_rate(optimizer: Optimizer, group: dict[str, Any]) -> Any:
+def effective_lr(optimizer: Optimizer, group: dict[str, Any]) -> Any:
     """How far the optimizer carries a parameter of ``group`` along a lasting gradient: learning rate over 1 - momentum.
 
     Where a fused optimizer under AMP unscales the gradients itself, they are still scaled here. A momentum of 1, which

@@ -13,7 +13,7 @@ from normkit.methods.batchless import weights as batchless_weights
 from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
 from normkit.methods.batchless.projected import regression
 from normkit.methods.batchless.training import collect
-from normkit.moments import observe, totals
+from normkit.moments import observe, sum_and_square_sum
 
 CASES = [
     (BatchlessNorm1d, nn.BatchNorm1d, (7, 3)),
@@ -232,7 +232,7 @@ def test_statistics_that_are_not_finite_take_nothing_out_along_the_mean():
     layer.weight.grad = grad.clone()
     overflowed, none = torch.full((6,), torch.inf), torch.zeros(6)
     sums = torch.tensor(10.0), overflowed, overflowed
-    batchless_weights.project_weights([batchless_weights.Producer(norm, layer)], [sums])
+    batchless_weights.project_weights([batchless_weights.FeedingLayer(norm, layer)], [sums])
     expected = projected_weight_gradient(grad, layer.weight.detach(), none, none)
     torch.testing.assert_close(layer.weight.grad, expected, rtol=0, atol=0)
     assert (expected - grad).abs().max() > 0.01  # what scales the filters is gone
@@ -306,7 +306,9 @@ def test_in_a_copy_that_is_attached_the_originals_observer_is_idle(monkeypatch):
     normkit.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
     copied, calls = copy.deepcopy(model), []
     normkit.attach(copied, torch.optim.SGD(copied.parameters(), lr=0.01))
-    monkeypatch.setattr(batchless_weights, "totals", lambda *args: calls.append(args) or totals(*args))
+    monkeypatch.setattr(
+        batchless_weights, "sum_and_square_sum", lambda *args: calls.append(args) or sum_and_square_sum(*args)
+    )
     copied(torch.randn(5, 4)).sum().backward()
     assert len(calls) == 1
 

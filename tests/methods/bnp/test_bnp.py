@@ -11,7 +11,7 @@ from torch.optim import SGD, Adam
 from torch.utils.checkpoint import checkpoint
 
 from normkit import BNP
-from normkit.moments import paused
+from normkit.inspection.counting import no_counting
 from tests.methods.bnp.models import cnn, mlp, reference, same, train, twin
 
 
@@ -140,7 +140,7 @@ def test_forwards_that_do_not_train_do_not_count(setting):
         F.cross_entropy(probed(x * 7), y).backward()
         probed.zero_grad()
         probed.train()
-        with paused():
+        with no_counting():
             F.cross_entropy(probed(x * 6), y).backward()
         probed.zero_grad()
         loss = F.cross_entropy(probed(x), y)

@@ -18,7 +18,7 @@ from normkit.functional import (
 )
 from normkit.methods.bnp.observer import geometry, row_count
 from normkit.methods.bnp.preconditioning import Layout, into_z_
-from normkit.moments import observe, totals
+from normkit.moments import observe, sum_and_square_sum
 
 CASES = {
     "linear": (lambda bias: nn.Linear(5, 4, bias=bias), (7, 5)),
@@ -234,7 +234,7 @@ def test_zero_padding_and_inserted_zeros_count_as_rows(case):
     else:
         whole = F.pad(x, layer._reversed_padding_repeated_twice).movedim(1, -1).reshape(-1, x.shape[1])
     count = row_count(layer, x.shape)
-    total, square = totals(x, geometry(layer).feature_dim)
+    total, square = sum_and_square_sum(x, geometry(layer).feature_dim)
     assert count == len(whole)
     assert torch.allclose(total / count, whole.mean(0), rtol=1e-12)
     assert torch.allclose(square / count, whole.square().mean(0), rtol=1e-12)
@@ -359,7 +359,7 @@ def test_totals_and_moments_agree_in_every_layout(monkeypatch, shape, dim, chann
         x = x.contiguous(memory_format=torch.channels_last)
     rows_ = x.movedim(dim, -1).reshape(-1, x.shape[dim]).double()
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    total, square = totals(x, dim)
+    total, square = sum_and_square_sum(x, dim)
     moments = observe(x, dim)
     assert total.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.allclose(total.double(), rows_.sum(0), rtol=tolerance)

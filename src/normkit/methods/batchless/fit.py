@@ -44,7 +44,9 @@ class Fit:
         self.valid = (self.rows > 0) & torch.isfinite(self.about.sum())
         scale = (self.variance + layers[0].eps).rsqrt()
         self.m1, self.m2 = deviation * scale, self.about * scale.square()
-        self.misfit = torch.stack([part.mean() for part in torch.where(self.valid, self.m2, 1).split(self.sizes)])
+        self.variance_ratio = torch.stack([
+            part.mean() for part in torch.where(self.valid, self.m2, 1).split(self.sizes)
+        ])
         """E n^2 of each layer, mean over its channels; 1 where nothing is known."""
 
     @property
@@ -52,12 +54,12 @@ class Fit:
         """Whether the layers before these receive the projected gradient."""
         return self.layers[0].projected
 
-    def note_mismatch(self) -> None:
+    def write_mismatch(self) -> None:
         """Write every layer's ``mismatch``."""
-        for layer, mismatch in zip(self.layers, (self.misfit - 1) / 2, strict=True):
+        for layer, mismatch in zip(self.layers, (self.variance_ratio - 1) / 2, strict=True):
             layer.mismatch = mismatch
 
-    def follow(self, rate: float) -> None:
+    def natural_gradient_step(self, rate: float) -> None:
         """Step mu and sigma along the natural gradient, at ``eta = rate N / (N + 6)`` for N instances.
 
         ``mu += eta (E x - mu)``, ``sigma^2 += eta (E (x - mu)^2 + eps - sigma^2)``: for sigma the gradient's step to
@@ -94,7 +96,7 @@ class Fit:
         torch._foreach_copy_(targets, list(values.split(self.sizes)))
 
 
-class Plain:
+class LikelihoodParameters:
     """What the model's optimizer trains of a layer with the plain gradient: mu, and log sigma or sigma.
 
     Args:

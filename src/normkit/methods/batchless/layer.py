@@ -20,19 +20,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from normkit.inspection.counting import eager
+from normkit.inspection.counting import disable_dynamo, is_counting, on_first_backward
 from normkit.methods.batchless.functions import Gradient, affine_map, moments_about
 from normkit.methods.batchless.projected import GradientControl
-from normkit.moments import (
-    Moments,
-    Tally,
-    at_least_single,
-    empty,
-    observe_unchecked,
-    observing,
-    once_reached,
-    statistics_dtype,
-)
+from normkit.moments import Moments, Tally, empty, keep_fp32, observe_unchecked, statistics_dtype
 
 Scale = Literal["log", "abs"]
 _Self = TypeVar("_Self", bound="BatchlessNorm")
@@ -169,11 +160,11 @@ class BatchlessNorm(nn.Module):
         statistics = self.running_mean.detach(), self.running_var.detach()
         y = affine(rows, *statistics, self.weight, self.bias, self.eps)
         y = y.view_as(x) if last else y
-        if learns and observing():
+        if learns and is_counting():
             self._count(rows if mask is None else x, y, mask)
         return y
 
-    @eager
+    @disable_dynamo
     def _count(self, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
         if mask is None:
             moments = moments_about(x, self.running_mean.detach(), self.running_var.detach(), self.eps)
@@ -188,7 +179,7 @@ class BatchlessNorm(nn.Module):
 
         self.follows_gradients = y.requires_grad
         if y.requires_grad:
-            once_reached(y, add)
+            on_first_backward(y, add)
         else:  # raw inputs without affine: no gradient will ever come by, and none is dropped
             add()
         if self.is_collected:
@@ -263,7 +254,7 @@ class BatchlessNorm(nn.Module):
         before = self.running_mean.data, self.running_var.data
         super()._apply(fn, recurse)
         for statistic, old in zip((self.running_mean, self.running_var), before, strict=True):
-            statistic.data = at_least_single(statistic.data, old)
+            statistic.data = keep_fp32(statistic.data, old)
         return self
 
     def extra_repr(self) -> str:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit.inspection.counting import eager
+from normkit.inspection.counting import disable_dynamo, is_counting
 from normkit.methods.batchless.functions import affine_map
-from normkit.moments import at_least_single, observing
+from normkit.moments import keep_fp32
 
 GAIN, INSTANCES = 0.1, 4.0  # the share of the newest step: 0.1 from many instances, 0.02 from one
 
@@ -101,7 +101,7 @@ class GradientControl(nn.Module):
         self, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
         """:func:`affine_map` with the projected gradient."""
-        add = self._add if observing() else None
+        add = self._add if is_counting() else None
         learned = torch.stack([self.shift, self.slope]), self.rows.max()
         return _projected_affine(x, weight, bias, mean, variance, *learned, eps, add)
 
@@ -110,7 +110,7 @@ class GradientControl(nn.Module):
         super()._apply(fn, recurse)
         for name, old in before.items():
             if old is not None:
-                self._buffers[name] = at_least_single(self.get_buffer(name), old)
+                self._buffers[name] = keep_fp32(self.get_buffer(name), old)
         return self
 
     def _add(self, sums: Tensor) -> None:
@@ -170,6 +170,6 @@ class _ProjectedAffine(torch.autograd.Function):
         return dx, d_gamma, d_beta, None, None, None, None, None, None
 
 
-@eager
+@disable_dynamo
 def _projected_affine(*args: Any) -> Tensor:
     return _ProjectedAffine.apply(*args)  # its backward pass adds to sums outside of it

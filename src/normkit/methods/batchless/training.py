@@ -1,4 +1,4 @@
-"""Training batchless layers: collect their statistics before each optimizer step.
+"""Start batchless layers from data, and fit them before each optimizer step.
 
 Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729.
 """
@@ -6,7 +6,7 @@ Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729.
 # pyright: reportPrivateImportUsage=false
 # (torch's optimizers are written with the same _foreach functions)
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,14 +15,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normkit.methods.batchless.fit import RATE, Fit, Plain
+from normkit.inspection.forward import check_batches, evaluating, layerwise, run_batch
+from normkit.methods.batchless.fit import RATE, Fit, LikelihoodParameters
 from normkit.methods.batchless.layer import BatchlessNorm, batchless_layers
-from normkit.methods.batchless.weights import Producer, project_weights, weight_producers
+from normkit.methods.batchless.weights import FeedingLayer, feeding_layers, project_weights
 from normkit.moments import Moments, reduce_together
 from normkit.optim.regroup import check_optimizer
-from normkit.optim.step_hooks import StepHandle, before_step, lasting_rate
+from normkit.optim.step_hooks import StepHandle, before_step, effective_lr
 
-MISFIT = 1.5  # mean square of n from which the gradients of a step shrink, for projected layers
+LARGEST_VARIANCE_RATIO = 1.5  # mean square of n from which the gradients of a step shrink, for projected layers
 
 
 def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> StepHandle:
@@ -70,21 +71,21 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
         )
     for layer in layers:
         layer.set_collected(True)
-    plain = {layer: Plain(layer) for layer in layers if layer.gradient == "plain"}
+    plain = {layer: LikelihoodParameters(layer) for layer in layers if layer.gradient == "plain"}
     fitted: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
         if isinstance(module, BatchlessNorm) and module in plain:
             fitted[f"{path}.running_mean"], fitted[f"{path}.rho"] = plain[module].parameters()
     _move_to_own_group(optimizer, fitted)
-    feeding = weight_producers(model)
+    feeding = feeding_layers(model)
 
     @torch.no_grad()
     def prepare() -> None:
         fits = collect(layers, feeding)
-        restrain(optimizer, fits, feeding)
+        clip_by_trust_ratio(optimizer, fits, feeding)
         for fit in fits:
             if fit.layers[0].gradient == "natural":
-                fit.follow(rate)
+                fit.natural_gradient_step(rate)
             else:
                 for layer, moments in zip(fit.layers, fit.moments, strict=True):
                     plain[layer].before(moments)
@@ -113,7 +114,7 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
 
 
 @torch.no_grad()
-def collect(layers: list[BatchlessNorm], feeding: Sequence[Producer] = ()) -> list[Fit]:
+def collect(layers: list[BatchlessNorm], feeding: Sequence[FeedingLayer] = ()) -> list[Fit]:
     """Take what every layer counted, over all ranks; write the mismatch, project the weights' gradients, update A and B.
 
     Args:
@@ -139,7 +140,7 @@ def collect(layers: list[BatchlessNorm], feeding: Sequence[Producer] = ()) -> li
     for group in groups.values():
         alike, rows, counts, products = (list(column) for column in zip(*group, strict=True))
         fit = Fit(alike, rows, counts)
-        fit.note_mismatch()
+        fit.write_mismatch()
         if fit.projected:
             fit.project(products, ranks)
         fits.append(fit)
@@ -147,7 +148,7 @@ def collect(layers: list[BatchlessNorm], feeding: Sequence[Producer] = ()) -> li
 
 
 @torch.no_grad()
-def restrain(optimizer: Optimizer, fits: list[Fit], feeding: Sequence[Producer] = ()) -> None:
+def clip_by_trust_ratio(optimizer: Optimizer, fits: list[Fit], feeding: Sequence[FeedingLayer] = ()) -> None:
     """Multiply all gradients by ``1 / max(1, m2 / 1.5, c)``: a step counts for less where the next ones could not follow it.
 
     - m2 = E n^2 of the projected layer that is fitted worst. Batch normalization divides an inflated activation by its own
@@ -163,7 +164,7 @@ def restrain(optimizer: Optimizer, fits: list[Fit], feeding: Sequence[Producer] 
     """
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     grads = [p.grad for p in params if p.grad is not None]
-    excess = [fit.misfit.max() / MISFIT for fit in fits if fit.projected]
+    excess = [fit.variance_ratio.max() / LARGEST_VARIANCE_RATIO for fit in fits if fit.projected]
     if not (excess and grads):
         return
     weights = {id(producer.layer._parameters.get("weight")) for producer in feeding}
@@ -174,7 +175,7 @@ def restrain(optimizer: Optimizer, fits: list[Fit], feeding: Sequence[Producer] 
                 torch.stack([norm.to(excess[0].device) for norm in torch._foreach_norm(tensors)])
                 for tensors in ([p.grad for p in moved], moved)
             )
-            excess.append((lasting_rate(optimizer, group) * torch.where(length > 0, step / length, 0)).max())
+            excess.append((effective_lr(optimizer, group) * torch.where(length > 0, step / length, 0)).max())
     factor = 1 / torch.stack([e.to(excess[0].device) for e in excess]).max().clamp(min=1)
     for device in {grad.device for grad in grads}:
         torch._foreach_mul_([grad for grad in grads if grad.device == device], factor.to(device))
@@ -224,3 +225,63 @@ def _keep_projections(model: nn.Module, optimizer: Optimizer) -> list[Callable[[
 
 def _controls(model: nn.Module) -> dict[str, nn.Module]:
     return {path: m.control for path, m in model.named_modules() if isinstance(m, BatchlessNorm) and m.control}
+
+
+def initialize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    samples: int = 512,
+) -> nn.Module:
+    """Set mu and sigma of every batchless layer from data, layer after layer as they run (arXiv 2212.14729).
+
+    Layer by layer, so that each is fitted to what the already fitted layers before it really produce; the function of
+    the model changes. Runs in eval mode without gradients and restores the modes.
+
+    Args:
+        model: A model with batchless layers; changed in place.
+        batches: Batches the model understands; read until ``samples`` instances have been seen, a few hundred are
+            enough.
+        forward: How to run the model on a batch; by default a mapping goes in as keyword arguments, of a tuple or list
+            the first entry, anything else as it is.
+        samples: Number of instances to read, counted along the first dimension of a batch's first tensor.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The model has no batchless layer, or there is no batch, or one tensor instead of batches.
+    """
+    forward = forward or run_batch
+    layers = batchless_layers(model)
+    if not layers:
+        raise ValueError(
+            "initialize: the model has no batchless layer; convert it first, e.g. normkit.convert(model, 'batchless')"
+        )
+    check_batches(batches, "initialize")
+    few = _take(batches, samples)
+    if not few:
+        raise ValueError("initialize: batches is empty; give at least one batch of training data")
+    with evaluating(model):
+        for layer, moments in layerwise(model, layers, few, forward):
+            layer.set_statistics(moments.mean, moments.variance)
+    return model
+
+
+def _take(batches: Iterable[Any], samples: int) -> list[Any]:
+    few: list[Any] = []
+    for batch in batches:
+        few.append(batch)
+        tensor = _first_tensor(batch)
+        samples -= 1 if tensor is None else tensor.shape[0]
+        if samples <= 0:
+            break
+    return few
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch if batch.dim() else None
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return next((t for t in map(_first_tensor, parts) if t is not None), None)

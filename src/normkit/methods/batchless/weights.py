@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from normkit.inspection.counting import eager
+from normkit.inspection.counting import disable_dynamo, is_counting, on_first_backward
 from normkit.inspection.graph import producers
 from normkit.methods.batchless.functions import per_feature
 from normkit.methods.batchless.layer import BatchlessNorm
-from normkit.moments import observing, once_reached, totals
+from normkit.moments import sum_and_square_sum
 
 
 def projected_weight_gradient(
@@ -68,7 +68,7 @@ def projected_weight_gradient(
     return g.to(grad.dtype).view_as(grad)
 
 
-class Producer:
+class FeedingLayer:
     """The layer that feeds a batchless layer, and the sums over the rows of its inputs in this step.
 
     Args:
@@ -91,12 +91,12 @@ class Producer:
         """Forget what was seen since the last step."""
         self._seen: tuple[int, Tensor, Tensor] | None = None
 
-    @eager
+    @disable_dynamo
     def _see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if not (self.norm.training and output.requires_grad and observing() and self._own == id(self)):
+        if not (self.norm.training and output.requires_grad and is_counting() and self._own == id(self)):
             return
         x = args[0] if args else kwargs["input"]
-        total, square = totals(x, 1 if isinstance(layer, _ConvNd) else -1)
+        total, square = sum_and_square_sum(x, 1 if isinstance(layer, _ConvNd) else -1)
         rows = x.numel() // self.features
 
         def add() -> None:
@@ -105,7 +105,7 @@ class Producer:
                 (rows, total, square) if before is None else (before[0] + rows, before[1] + total, before[2] + square)
             )
 
-        once_reached(output, add)
+        on_first_backward(output, add)
 
     def take(self) -> tuple[Tensor, Tensor, Tensor]:
         """Number of rows ``()``, sum and sum of squares ``(in,)`` of the layer's inputs since the last call."""
@@ -127,14 +127,14 @@ class Producer:
             weight.grad.copy_(projected_weight_gradient(weight.grad, weight.detach(), mean, variance, groups=groups))
 
 
-def project_weights(producers: Sequence[Producer], sums: Sequence[tuple[Tensor, ...]]) -> None:
+def project_weights(producers: Sequence[FeedingLayer], sums: Sequence[tuple[Tensor, ...]]) -> None:
     """Project the gradients of all producers' weights.
 
     Args:
         producers: The layers.
-        sums: What :meth:`Producer.take` gave for each, over all ranks. Statistics that are not finite count as zero.
+        sums: What :meth:`FeedingLayer.take` gave for each, over all ranks. Statistics that are not finite count as zero.
     """
-    groups: dict[Any, list[tuple[Producer, tuple[Tensor, ...]]]] = {}
+    groups: dict[Any, list[tuple[FeedingLayer, tuple[Tensor, ...]]]] = {}
     for producer, own in zip(producers, sums, strict=True):
         groups.setdefault((own[1].device, own[1].dtype), []).append((producer, own))
     for group in groups.values():
@@ -147,7 +147,7 @@ def project_weights(producers: Sequence[Producer], sums: Sequence[tuple[Tensor, 
             producer.project(m, v)
 
 
-def weight_producers(model: nn.Module) -> list[Producer]:
+def feeding_layers(model: nn.Module) -> list[FeedingLayer]:
     """One for each projected layer of ``model`` that a linear or convolution layer alone feeds.
 
     The weight must be a parameter of that layer alone: what another layer does with it may depend on its scale, and what it is
@@ -157,7 +157,7 @@ def weight_producers(model: nn.Module) -> list[Producer]:
     holders = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
     pairs = ((modules[norm], modules[source]) for norm, source in producers(model).items())
     return [
-        Producer(norm, layer)
+        FeedingLayer(norm, layer)
         for norm, layer in pairs
         if isinstance(norm, BatchlessNorm)
         and norm.projected

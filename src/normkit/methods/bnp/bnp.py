@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 
 from normkit.methods.bnp.layers import choose, removed_means
 from normkit.methods.bnp.observer import Observed
-from normkit.methods.bnp.statistics import Metric, Metrics, RowStatistics, restored
+from normkit.methods.bnp.statistics import Preconditioner, Preconditioners, RowStatistics, restored
 from normkit.methods.bnp.transform import LayerStep, Rate, Transform
-from normkit.optim.step_hooks import StepHandle, before_step, lasting_rate
+from normkit.optim.step_hooks import StepHandle, before_step, effective_lr
 
 
 class BNP:
@@ -83,7 +83,7 @@ class BNP:
         self._statistics = RowStatistics(decay, eps_relative, eps, process_group)
         self._optimizers: dict[Optimizer, StepHandle] = {}
         self._mask: Tensor | None = None
-        self._metrics: Metrics | None = None
+        self._preconditioners: Preconditioners | None = None
         self._transform = Transform()
         chosen, self.skipped = choose(model, layers)
         norms = removed_means(model, chosen)
@@ -125,7 +125,7 @@ class BNP:
                 "use DistributedDataParallel"
             )
         for seen in attached:
-            seen.place()
+            seen.allocate()
 
         def prepare() -> None:
             rates = _rates(optimizer)
@@ -184,9 +184,9 @@ class BNP:
         for seen in self._layers:
             seen.discard()
 
-    def metrics(self) -> list[tuple[Observed, Metric]]:
+    def metrics(self) -> list[tuple[Observed, Preconditioner]]:
         """The layers of the latest step, each with what its gradient was preconditioned by."""
-        return [] if self._metrics is None else self._metrics.of_each()
+        return [] if self._preconditioners is None else self._preconditioners.of_each()
 
     def remove(self) -> None:
         """Take all hooks off the model and off attached optimizers, which then step on plain gradients."""
@@ -199,7 +199,7 @@ class BNP:
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Running statistics per layer that has seen rows: ``{path: {"mean", "variance", "steps"}}``."""
         names = ("mean", "variance", "steps")
-        self._statistics.hand_back()
+        self._statistics.write_back()
         return {
             seen.path: dict(zip(names, (t.clone() for t in seen.running), strict=True))
             for seen in self._layers
@@ -224,7 +224,7 @@ class BNP:
                 raise ValueError(
                     f"{path}: the state has {entry['mean'].numel()} features, the layer {seen.geometry.features}"
                 )
-        self._statistics.hand_back()
+        self._statistics.write_back()
         for seen in self._layers:
             entry = state.get(seen.path)
             device = seen.layer.weight.device
@@ -257,7 +257,7 @@ class BNP:
             return
         if self.max_change is not None and rates is None:
             raise ValueError("max_change bounds a step, so it needs the learning rate: attach the optimizer first")
-        self._metrics = self._statistics.advance(layers)
+        self._preconditioners = self._statistics.advance(layers)
         steps = []
         for place, seen in enumerate(layers):
             weight, bias = seen.weight, seen.layer._parameters["bias"]
@@ -265,12 +265,12 @@ class BNP:
                 bias_grad = None if bias is None or (rates is not None and id(bias) not in rates) else bias.grad
                 rate = None if rates is None else rates.get(id(weight))
                 steps.append(LayerStep(place, weight, weight.grad, bias_grad, rate))
-        self._transform(steps, self._metrics, self.max_change)
+        self._transform(steps, self._preconditioners, self.max_change)
 
 
 def _rates(optimizer: Optimizer) -> dict[int, Rate]:
-    """For each parameter, its :func:`normkit.optim.step_hooks.lasting_rate`."""
-    groups = ((lasting_rate(optimizer, group), group["params"]) for group in optimizer.param_groups)
+    """For each parameter, its :func:`normkit.optim.step_hooks.effective_lr`."""
+    groups = ((effective_lr(optimizer, group), group["params"]) for group in optimizer.param_groups)
     return {id(p): rate for rate, params in groups for p in params}
 
 
@@ -283,7 +283,7 @@ def _rule(seen: Observed) -> str:
     layer = seen.layer
     if not layer.weight.requires_grad:
         return f"{layer}, frozen: nothing to do"
-    if seen.strange:
+    if seen.unsupported:
         return f"{layer}, left alone: what its forward takes or gives is no rows of its weight"
     if layer.bias is not None and layer.bias.requires_grad:
         return f"{layer}, centred and scaled"

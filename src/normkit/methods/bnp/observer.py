@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-from normkit.inspection.counting import eager
-from normkit.moments import observing, once_reached, totals
+from normkit.inspection.counting import disable_dynamo, is_counting, on_first_backward
+from normkit.moments import sum_and_square_sum
 
 Layer: TypeAlias = nn.Linear | _ConvNd
 
@@ -91,7 +91,7 @@ class Observed:
         layer: The layer; others may share its weight and bias (see :meth:`share`).
         running: Running mean, variance and number of steps seen (fp64 where the device has it), or None before the
         first. prepared: Whether the present gradients are preconditioned already.
-        strange: Whether a forward took or gave something that is no rows of the layer, which is then left alone.
+        unsupported: Whether a forward took or gave something that is no rows of the layer, which is then left alone.
         norm: The batch or instance normalization that alone takes the layer's output, or None.
     """
 
@@ -100,13 +100,13 @@ class Observed:
         self.layer = layer
         self.running: tuple[Tensor, Tensor, Tensor] | None = None
         self.prepared = False
-        self.strange = False
+        self.unsupported = False
         self.norm: nn.Module | None = None
         self._mask = masks
         self._seen: list[Sums] = []
         self._accumulator: Tensor | None = None  # what compiled forwards add to: rows, positions, sums, squares
         self._compiled = False
-        self.place()
+        self.allocate()
         self._handles = [layer.register_forward_hook(Hook(self), with_kwargs=True)]
 
     def share(self, layer: Layer) -> None:
@@ -132,7 +132,7 @@ class Observed:
         """Whether the layer has its shape by now (a lazy layer gets it in its first forward)."""
         return not isinstance(self.weight, UninitializedParameter)
 
-    def place(self) -> None:
+    def allocate(self) -> None:
         """Make what compiled forwards add to, where the layer is by now: a graph can only change what exists."""
         device = self.layer.weight.device
         if self.materialized() and (self._accumulator is None or self._accumulator.device != device):
@@ -164,15 +164,15 @@ class Observed:
         """Gather the rows of one forward; they count once a gradient reaches ``output``."""
         weight = layer._parameters.get("weight")
         if not (isinstance(x, Tensor) and isinstance(output, Tensor) and self._fits(x)):
-            self.strange = True  # a subclass with a forward of its own
+            self.unsupported = True  # a subclass with a forward of its own
             return None
-        if weight is None or not (layer.training and output.requires_grad and weight.requires_grad and observing()):
+        if weight is None or not (layer.training and output.requires_grad and weight.requires_grad and is_counting()):
             return None
         if not x.numel():
             return None
         sums = self._sums(layer, x, output)
         if not torch.compiler.is_compiling():
-            once_reached(output, lambda: self._seen.append(sums))
+            on_first_backward(output, lambda: self._seen.append(sums))
             return None
         if self._accumulator is None or self._accumulator.device != x.device:
             self._accumulator = _zeros(sums.total.numel(), x.device)
@@ -194,9 +194,9 @@ class Observed:
         if mask is not None:
             share = mask.mean(dtype=wide_dtype(x.device))
             x = torch.where(mask.unsqueeze(-1).movedim(-1, dim), x, 0)
-            return Sums(rows * share, positions * share, *totals(x, dim))
+            return Sums(rows * share, positions * share, *sum_and_square_sum(x, dim))
         # data may lie far from zero (pixels, years), where sums of squares lose their digits in fp32
-        return Sums(rows, positions, *totals(x, dim, None if x.requires_grad else wide_dtype(x.device)))
+        return Sums(rows, positions, *sum_and_square_sum(x, dim, None if x.requires_grad else wide_dtype(x.device)))
 
     def _matching_mask(self, x: Tensor, dim: int) -> Tensor | None:
         mask = self._mask()
@@ -212,7 +212,7 @@ def _make_zeros(features: int, device: torch.device) -> Tensor:
     return torch.zeros(2 + 2 * features, dtype=wide_dtype(device), device=device)
 
 
-_zeros = eager(_make_zeros)
+_zeros = disable_dynamo(_make_zeros)
 
 
 class Hook:

@@ -17,7 +17,7 @@ from normkit.methods.bnp.observer import Observed, Sums, wide_dtype
 from normkit.methods.bnp.preconditioning import guarded_variance, step_divisor, update_running
 
 
-class Metric(NamedTuple):
+class Preconditioner(NamedTuple):
     """What preconditions one layer: mean and guarded variance of its input, and ``q^2``."""
 
     mean: Tensor
@@ -25,7 +25,7 @@ class Metric(NamedTuple):
     divisor: Tensor
 
 
-class Roster:
+class LayerIndex:
     """Layers that step together, and where their features lie in vectors over all of them.
 
     Attributes:
@@ -54,28 +54,28 @@ class Roster:
         """The sum of each layer."""
         return values.new_zeros(len(self.layers)).scatter_add_(0, self.owner, values)
 
-    def spread(self, *of_layers: Tensor) -> Tensor:
+    def per_feature(self, *of_layers: Tensor) -> Tensor:
         """Numbers of the layers as numbers of their features, a row for each argument."""
         return torch.stack(of_layers).index_select(1, self.owner)
 
 
-class Metrics(NamedTuple):
+class Preconditioners(NamedTuple):
     """What preconditions the layers of a step, side by side; ``known`` is 1 for layers that have seen rows, else 0."""
 
-    roster: Roster
+    index: LayerIndex
     mean: Tensor
     variance: Tensor
     divisor: Tensor
     known: Tensor
 
-    def of_each(self) -> list[tuple[Observed, Metric]]:
+    def of_each(self) -> list[tuple[Observed, Preconditioner]]:
         """Each layer with its metric, in the dtype and on the device of its weight."""
-        sizes = self.roster.sizes
-        parts = zip(self.roster.layers, self.mean.split(sizes), self.variance.split(sizes), self.divisor, strict=True)
+        sizes = self.index.sizes
+        parts = zip(self.index.layers, self.mean.split(sizes), self.variance.split(sizes), self.divisor, strict=True)
         each = []
         for seen, *metric in parts:
             weight = seen.layer.weight
-            each.append((seen, Metric(*(t.to(weight.device, compute_dtype(weight)) for t in metric))))
+            each.append((seen, Preconditioner(*(t.to(weight.device, compute_dtype(weight)) for t in metric))))
         return each
 
 
@@ -91,58 +91,57 @@ class RowStatistics:
 
     def __init__(self, decay: float, eps_relative: float, eps: float, group: dist.ProcessGroup | None) -> None:
         self.decay, self.eps_relative, self.eps, self.group = decay, eps_relative, eps, group
-        self._roster: Roster | None = None
+        self._index: LayerIndex | None = None
         self._numbers: tuple[object, Tensor] | None = None
-        self._held: tuple[Roster, Tensor, Tensor, Tensor] | None = None
+        self._running: tuple[LayerIndex, Tensor, Tensor, Tensor] | None = None
 
-    def advance(self, layers: Sequence[Observed]) -> Metrics:
+    def advance(self, layers: Sequence[Observed]) -> Preconditioners:
         """Take this step's rows into the running statistics; what preconditions the layers now."""
-        roster = self._roster_of(layers)
-        rows, positions, sums = self._reduced(roster)
-        mean, variance, steps = self._running(roster)
+        index = self._index_of(layers)
+        rows, positions, sums = self._reduced(index)
+        mean, variance, steps = self._running_of(index)
 
         # a layer's sum of squares is finite only if each of its rows is
-        usable = (rows > 0) & (roster.summed(sums[1]) < inf)
+        usable = (rows > 0) & (index.summed(sums[1]) < inf)
         steps = steps + usable
         weight = steps.clamp(min=1).reciprocal_().clamp_(min=1 - self.decay) * usable
-        count, weight = roster.spread(rows.clamp(min=1), weight)
+        count, weight = index.per_feature(rows.clamp(min=1), weight)
         batch_mean, batch_square = sums.masked_fill_(weight == 0, 0).div_(count)
         batch_variance = (batch_square - batch_mean.square()).clamp_(min=0)
         mean, variance = update_running(mean, variance, batch_mean, batch_variance, weight)
-        self._held = roster, mean, variance, steps
+        self._running = index, mean, variance, steps
 
-        largest, known = roster.spread(roster.largest(variance), steps)
+        largest, known = index.per_feature(index.largest(variance), steps)
         guarded = guarded_variance(variance, self.eps_relative, self.eps, largest=largest)
         # a layer that never saw a usable row (its weight is used without calling it, say) steps as it is
         guarded.masked_fill_(known == 0, 1)
-        divisor = step_divisor(roster.fan_in, positions).masked_fill_(positions == 0, 1)
-        return Metrics(roster, mean, guarded, divisor, steps.clamp(max=1))
+        divisor = step_divisor(index.fan_in, positions).masked_fill_(positions == 0, 1)
+        return Preconditioners(index, mean, guarded, divisor, steps.clamp(max=1))
 
-    def hand_back(self) -> None:
+    def write_back(self) -> None:
         """Give each layer its own running statistics, which lie in one vector while the same layers step together."""
-        if self._held is not None:
-            roster, mean, variance, steps = self._held
-            parts = zip(mean.split(roster.sizes), variance.split(roster.sizes), steps, strict=True)
-            for seen, running in zip(roster.layers, parts, strict=True):
+        if self._running is not None:
+            index, mean, variance, steps = self._running
+            parts = zip(mean.split(index.sizes), variance.split(index.sizes), steps, strict=True)
+            for seen, running in zip(index.layers, parts, strict=True):
                 seen.running = running
-            self._held = None
+            self._running = None
 
-    def _running(self, roster: Roster) -> tuple[Tensor, Tensor, Tensor]:
+    def _running_of(self, index: LayerIndex) -> tuple[Tensor, Tensor, Tensor]:
         """Running mean and variance per feature and steps per layer."""
-        if self._held is not None and self._held[0] is roster:
-            return self._held[1:]
-        self.hand_back()
-        like = roster.fan_in
-        known = [seen.running or _nothing(n, like) for seen, n in zip(roster.layers, roster.sizes, strict=True)]
-        mean, variance = (torch.cat([_at(entry[i], roster.device) for entry in known]) for i in (0, 1))
-        return mean, variance, torch.stack([_at(entry[2], roster.device) for entry in known])
+        if self._running is not None and self._running[0] is index:
+            return self._running[1:]
+        self.write_back()
+        like = index.fan_in
+        known = [seen.running or _nothing(n, like) for seen, n in zip(index.layers, index.sizes, strict=True)]
+        mean, variance = (torch.cat([_at(entry[i], index.device) for entry in known]) for i in (0, 1))
+        return mean, variance, torch.stack([_at(entry[2], index.device) for entry in known])
 
-    def _reduced(self, roster: Roster) -> tuple[Tensor, Tensor, Tensor]:
+    def _reduced(self, index: LayerIndex) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and positions per layer, and sums and squares per feature in two rows, over all ranks in one all-reduce."""
-        device, wide = roster.device, wide_dtype(roster.device)
+        device, wide = index.device, wide_dtype(index.device)
         sums = [
-            _summed(seen.take()) or _no_rows(n, roster.fan_in)
-            for seen, n in zip(roster.layers, roster.sizes, strict=True)
+            _summed(seen.take()) or _no_rows(n, index.fan_in) for seen, n in zip(index.layers, index.sizes, strict=True)
         ]
         counts = self._on_device([s.rows for s in sums] + [s.positions for s in sums], wide, device)
         # tensors of different dtypes are joined one by one, slowly
@@ -150,7 +149,7 @@ class RowStatistics:
         flat = torch.cat([counts, *(torch.cat(list(run)).to(device, wide) for _, run in runs)])
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1:
             dist.all_reduce(flat, group=self.group)
-        rows, positions, both = flat.split([len(sums), len(sums), 2 * sum(roster.sizes)])
+        rows, positions, both = flat.split([len(sums), len(sums), 2 * sum(index.sizes)])
         return rows, positions, both.view(2, -1)
 
     def _on_device(self, values: Sequence[Tensor | float], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -167,12 +166,12 @@ class RowStatistics:
             for i, value in enumerate(values)
         ])
 
-    def _roster_of(self, layers: Sequence[Observed]) -> Roster:
-        """The roster of these layers, made once, as copying makes hosts wait."""
+    def _index_of(self, layers: Sequence[Observed]) -> LayerIndex:
+        """The index of these layers, made once, as copying makes hosts wait."""
         device = layers[0].layer.weight.device
-        if self._roster is None or self._roster.device != device or self._roster.layers != layers:
-            self._roster = Roster(layers, device)
-        return self._roster
+        if self._index is None or self._index.device != device or self._index.layers != layers:
+            self._index = LayerIndex(layers, device)
+        return self._index
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from normkit.methods.bnp.preconditioning import Layout, bounding_factors, into_z_, out_of_z_, unit_changes
-from normkit.methods.bnp.statistics import Metrics, Roster, compute_dtype
+from normkit.methods.bnp.statistics import LayerIndex, Preconditioners, compute_dtype
 
 Rate: TypeAlias = Tensor | float
 
@@ -24,7 +24,7 @@ LARGEST_BATCH = 1 << 22
 
 
 class LayerStep(NamedTuple):
-    """One layer at one step: its place in the roster, its gradients, how far the optimizer carries it along lasting ones."""
+    """One layer at one step: its place in the index, its gradients, how far the optimizer carries it along lasting ones."""
 
     place: int
     weight: Tensor
@@ -40,29 +40,30 @@ class Transform:
         self._key: object = None
         self._batches: list[_Batch] = []
 
-    def __call__(self, steps: Sequence[LayerStep], metrics: Metrics, max_change: float | None) -> None:
+    def __call__(self, steps: Sequence[LayerStep], preconditioners: Preconditioners, max_change: float | None) -> None:
         """Transform the gradients of ``steps``, bounded by ``max_change`` where that is given."""
-        kinds = _kinds(steps, metrics.roster)
-        if self._key != (metrics.roster, kinds):
-            self._key = metrics.roster, kinds
-            self._batches = [_Batch(alike, steps, metrics.roster) for alike in _together(steps, kinds, metrics.roster)]
+        kinds = _kinds(steps, preconditioners.index)
+        if self._key != (preconditioners.index, kinds):
+            self._key = preconditioners.index, kinds
+            groups = _together(steps, kinds, preconditioners.index)
+            self._batches = [_Batch(same_shape, steps, preconditioners.index) for same_shape in groups]
         for batch in self._batches:
-            batch.transform_([steps[i] for i in batch.positions], metrics, max_change)
+            batch.transform_([steps[i] for i in batch.positions], preconditioners, max_change)
 
 
-def _kinds(steps: Sequence[LayerStep], roster: Roster) -> list[tuple[object, ...]]:
+def _kinds(steps: Sequence[LayerStep], index: LayerIndex) -> list[tuple[object, ...]]:
     """Of each step the layer, and what must be the same in layers that are transformed together."""
     numbers: dict[object, int] = {}
     kinds = []
     for place, _, grad, bias_grad, rate in steps:
         no_bias = bias_grad is None
         number = numbers.setdefault(rate if isinstance(rate, float) else id(rate), len(numbers))
-        kinds.append((place, grad.dtype, grad.device, no_bias, no_bias and roster.layers[place].mean_removed, number))
+        kinds.append((place, grad.dtype, grad.device, no_bias, no_bias and index.layers[place].mean_removed, number))
     return kinds
 
 
 def _together(
-    steps: Sequence[LayerStep], kinds: Sequence[tuple[object, ...]], roster: Roster
+    steps: Sequence[LayerStep], kinds: Sequence[tuple[object, ...]], index: LayerIndex
 ) -> Iterator[list[list[int]]]:
     """What is transformed together.
 
@@ -71,14 +72,14 @@ def _together(
     """
     shapes: dict[object, dict[object, list[int]]] = {}
     for i, (step, kind) in enumerate(zip(steps, kinds, strict=True)):
-        shape = step.weight_grad.shape, roster.layers[step.place].geometry
+        shape = step.weight_grad.shape, index.layers[step.place].geometry
         shapes.setdefault(kind[1:], {}).setdefault(shape, []).append(i)
     for of_a_kind in shapes.values():
         batch, total = [], 0
-        for alike in of_a_kind.values():
-            size = max(1, steps[alike[0]].weight_grad.numel())
+        for same_shape in of_a_kind.values():
+            size = max(1, steps[same_shape[0]].weight_grad.numel())
             most = max(1, LARGEST_BATCH // size)
-            for part in (alike[start : start + most] for start in range(0, len(alike), most)):
+            for part in (same_shape[start : start + most] for start in range(0, len(same_shape), most)):
                 if batch and total + size * len(part) > LARGEST_BATCH:
                     yield batch
                     batch, total = [], 0
@@ -88,14 +89,14 @@ def _together(
 
 
 class _Part:
-    """Layers of one shape as one layer with more groups, and where its rows and units lie in the roster's vectors."""
+    """Layers of one shape as one layer with more groups, and where its rows and units lie in the index's vectors."""
 
-    def __init__(self, steps: Sequence[LayerStep], roster: Roster) -> None:
-        shape, geometry, self.count = steps[0].weight_grad.shape, roster.layers[steps[0].place].geometry, len(steps)
+    def __init__(self, steps: Sequence[LayerStep], index: LayerIndex) -> None:
+        shape, geometry, self.count = steps[0].weight_grad.shape, index.layers[steps[0].place].geometry, len(steps)
         self.layout = Layout((self.count * shape[0], *shape[1:]), self.count * geometry.groups, geometry.transposed)
-        self.features = self.layout.along_in(torch.cat([roster.indices[step.place] for step in steps])).flatten()
+        self.features = self.layout.along_in(torch.cat([index.indices[step.place] for step in steps])).flatten()
         units = self.layout.groups * self.layout.outs // self.count
-        self.owner = torch.cat([torch.full((units,), step.place, device=roster.device) for step in steps])
+        self.owner = torch.cat([torch.full((units,), step.place, device=index.device) for step in steps])
 
     def rows(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
         """Tensors shaped as the weights of the layers, as rows of the one."""
@@ -107,23 +108,25 @@ class _Batch:
     """Layers that are transformed together, in parts of one shape.
 
     Args:
-        alike: Positions in ``steps``, those of layers of one shape in one list.
+        same_shape: Positions in ``steps``, those of layers of one shape in one list.
         steps: A step of all layers.
-        roster: The layers.
+        index: The layers.
     """
 
-    def __init__(self, alike: Sequence[Sequence[int]], steps: Sequence[LayerStep], roster: Roster) -> None:
-        self.positions = [i for part in alike for i in part]
+    def __init__(self, same_shape: Sequence[Sequence[int]], steps: Sequence[LayerStep], index: LayerIndex) -> None:
+        self.positions = [i for part in same_shape for i in part]
         first = steps[self.positions[0]]
         self.dtype, self.device = compute_dtype(first.weight_grad), first.weight_grad.device
-        self.mean_removed = first.bias_grad is None and roster.layers[first.place].mean_removed
-        self.parts = [_Part([steps[i] for i in part], roster) for part in alike]
+        self.mean_removed = first.bias_grad is None and index.layers[first.place].mean_removed
+        self.parts = [_Part([steps[i] for i in part], index) for part in same_shape]
         self.features = torch.cat([part.features for part in self.parts])
         self.owner = torch.cat([part.owner for part in self.parts])
         self.widths = [len(part.features) for part in self.parts]
         self.units = [len(part.owner) for part in self.parts]
 
-    def transform_(self, steps: Sequence[LayerStep], metrics: Metrics, max_change: float | None) -> None:
+    def transform_(
+        self, steps: Sequence[LayerStep], preconditioners: Preconditioners, max_change: float | None
+    ) -> None:
         """Precondition the gradients, bound them where ``max_change`` and the rate are given, and write them back."""
         grads, biases = [s.weight_grad for s in steps], [s.bias_grad for s in steps if s.bias_grad is not None]
         bias_rows = torch.cat(biases).to(self.dtype).split(self.units) if biases else [None] * len(self.parts)
@@ -131,7 +134,7 @@ class _Batch:
         bounded = max_change is not None and rate is not None
         weights = [s.weight for s in steps]
         done, changes, spreads, start = [], [], [], 0
-        for part, bias, mean, sigma in zip(self.parts, bias_rows, *self._features(metrics), strict=True):
+        for part, bias, mean, sigma in zip(self.parts, bias_rows, *self._features(preconditioners), strict=True):
             layout, stop = part.layout, start + part.count
             mean, sigma = (
                 None if self.mean_removed else mean.view(layout.groups, 1, -1),
@@ -145,9 +148,9 @@ class _Batch:
                 spreads.append(spread.reshape(-1))
             done.append(out_of_z_(z, bias, mean, sigma))
             start = stop
-        factors = metrics.divisor.index_select(0, self.owner).reciprocal_().to(self.device, self.dtype)
+        factors = preconditioners.divisor.index_select(0, self.owner).reciprocal_().to(self.device, self.dtype)
         if max_change is not None and rate is not None:
-            known = metrics.known.index_select(0, self.owner).to(self.device, self.dtype)
+            known = preconditioners.known.index_select(0, self.owner).to(self.device, self.dtype)
             changes = torch.cat(changes) * factors * known * rate
             factors = factors * bounding_factors(changes, torch.cat(spreads), max_change)
         new = []
@@ -160,7 +163,12 @@ class _Batch:
         if elsewhere:
             torch._foreach_copy_([old[i] for i in elsewhere], [new[i] for i in elsewhere])
 
-    def _features(self, metrics: Metrics) -> Iterator[Sequence[Tensor]]:
+    def _features(self, preconditioners: Preconditioners) -> Iterator[Sequence[Tensor]]:
         """Mean and standard deviation of the inputs of each part, for every column of its rows."""
-        table = torch.stack((metrics.mean, metrics.variance.sqrt())).to(self.dtype).index_select(1, self.features)
+        table = (
+            torch
+            .stack((preconditioners.mean, preconditioners.variance.sqrt()))
+            .to(self.dtype)
+            .index_select(1, self.features)
+        )
         return (row.split(self.widths) for row in table.to(self.device).unbind())

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from normkit.inspection.graph import PRODUCERS, dataflow
-from normkit.moments import Moments, at_least_single, merge, observe, statistics_dtype
+from normkit.moments import Moments, keep_fp32, merge, observe, statistics_dtype
 
 INPUT_SCALE = 0.58
 """About the standard deviation of ReLU(N(0, 1)), ``sqrt(1/2 - 1/(2 pi)) = 0.5838``: inputs scaled like activations."""
@@ -102,7 +102,7 @@ class InputNorm(nn.Module):
         before = self.running_mean, self.running_var
         super()._apply(fn, recurse)
         self.running_mean, self.running_var = (
-            at_least_single(new, old) for new, old in zip((self.running_mean, self.running_var), before, strict=True)
+            keep_fp32(new, old) for new, old in zip((self.running_mean, self.running_var), before, strict=True)
         )
         return self
 

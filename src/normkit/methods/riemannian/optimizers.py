@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from normkit.methods.riemannian.base import Rate, RowOptimizer
+from normkit.methods.riemannian.base import Rate, SphereOptimizer
 from normkit.methods.riemannian.filters import Filters, rows
 from normkit.methods.riemannian.sphere import dot, exponential_map, parallel_transport
 
@@ -72,7 +72,7 @@ def adamg(
     return exponential_map(y, d), parallel_transport(y, d, m), v
 
 
-class SGDG(RowOptimizer):
+class SGDG(SphereOptimizer):
     """SGD-G (arXiv 1709.09603) for the filters of manifold groups, SGD with Nesterov momentum for all other groups.
 
     Manifold groups, per filter ``y``, with the projected and clipped gradient ``h``: ``d = momentum tau - lr h``,
@@ -136,7 +136,7 @@ class SGDG(RowOptimizer):
         return *sgdg(y, h, rows(one.tau), lr=group["lr"], momentum=group["momentum"]), None
 
 
-class AdamG(RowOptimizer):
+class AdamG(SphereOptimizer):
     """Adam-G (arXiv 1709.09603) for the filters of manifold groups, SGD with Nesterov momentum or Adam for all others.
 
     Manifold groups, per filter ``y``, with the projected and clipped gradient ``h``: ``m = b1 tau + (1 - b1) h``,

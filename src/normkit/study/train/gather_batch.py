@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from normkit.inspection.counting import eager
+from normkit.inspection.counting import disable_dynamo
 from normkit.inspection.norms import uses_batch_statistics
 from normkit.methods.revisited.input_norm import InputNorm
 
@@ -34,7 +34,7 @@ class WholeBatch:
                 module.register_forward_pre_hook(self._gather, with_kwargs=True)
                 module.register_forward_hook(self._own)
 
-    @eager
+    @disable_dynamo
     def _begin(self, network: nn.Module, args: tuple[Tensor, ...]) -> None:
         if network.training:
             sizes = torch.zeros(dist.get_world_size(), dtype=torch.long, device=args[0].device)
@@ -45,7 +45,7 @@ class WholeBatch:
     def _end(self, *_: Any) -> None:
         self._sizes = None
 
-    @eager
+    @disable_dynamo
     def _gather(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -56,7 +56,7 @@ class WholeBatch:
         rows = _AllRows.apply(x, start, stop, total)
         return ((rows, *rest), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): rows})
 
-    @eager
+    @disable_dynamo
     def _own(self, layer: nn.Module, _: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
         if self._sizes is None or not layer.training:
             return None
