@@ -1,23 +1,19 @@
-"""Residual blocks that start as the identity: the last normalization of each block begins with scale zero.
+"""Residual blocks that start as the identity: the last scale or the last weight of each block begins at zero.
 
 Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour, Priya Goyal, Piotr Dollár, Ross Girshick and others,
-arXiv 1706.02677.
+arXiv 1706.02677. Without a normalization, as the last weight: Fixup Initialization, Hongyi Zhang, Yann Dauphin, Tengyu Ma,
+arXiv 1901.09321.
 """
 
 import torch
 from torch import Tensor, nn
 
-from normkit.inspection.graph import PRODUCERS, Dataflow, dataflow, is_norm
-
-_PASSES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+from normkit.inspection.branches import branch_ends
+from normkit.inspection.graph import PRODUCERS, Dataflow, is_norm
 
 
 def last_norms(model: nn.Module, flow: Dataflow | None = None) -> list[str]:
-    """Paths of the normalization layers whose output ends the residual branch of a block.
-
-    Of the tensors that an addition joins, the branch is the one with most linear and convolutional layers since they
-    parted; where two have equally many, the sum is no residual block. So the normalization in a projection shortcut is
-    not meant.
+    """Paths of the normalization layers whose output ends a residual branch, see :func:`branch_ends`.
 
     Args:
         model: Any module.
@@ -26,27 +22,7 @@ def last_norms(model: nn.Module, flow: Dataflow | None = None) -> list[str]:
     Returns:
         Paths in the order of execution.
     """
-    flow = dataflow(model) if flow is None else flow
-    modules = dict(model.named_modules())
-    before = flow.ancestors
-    found: list[str] = []
-    for step in flow.steps:
-        if step.name != "add" or len(step.inputs) != 2:
-            continue
-        ends = [_skip(flow, modules, index) for index in step.inputs]
-        own = [(before[a] | {a}) - (before[b] | {b}) for a, b in (step.inputs, step.inputs[::-1])]
-        weights = [sum(isinstance(modules.get(flow.steps[i].path or ""), PRODUCERS) for i in s) for s in own]
-        path = flow.steps[ends[weights.index(max(weights))]].path
-        if weights[0] != weights[1] and path in modules and is_norm(modules[path]) and path not in found:
-            found.append(path)
-    return found
-
-
-def _skip(flow: Dataflow, modules: dict[str, nn.Module], index: int) -> int:
-    """The step whose output reaches step ``index`` through identities and dropout alone."""
-    while isinstance(modules.get(flow.steps[index].path or ""), _PASSES) and flow.steps[index].inputs:
-        index = flow.steps[index].inputs[0]
-    return index
+    return [path for path in branch_ends(model, flow) if is_norm(model.get_submodule(path))]
 
 
 @torch.no_grad()
@@ -72,4 +48,32 @@ def zero_gamma(model: nn.Module) -> nn.Module:
         )
     for scale in scales:
         scale.zero_()
+    return model
+
+
+@torch.no_grad()
+def zero_last_weights(model: nn.Module) -> nn.Module:
+    """Set weight and bias of the last layer of every residual branch to zero: each block starts as its shortcut.
+
+    For networks whose branches end in a linear or convolution layer: normalization layers removed, or pre-activation.
+
+    Args:
+        model: A model with such branches; changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: No residual branch ends in a linear or convolution layer.
+    """
+    ends = [layer for path in branch_ends(model) if isinstance(layer := model.get_submodule(path), PRODUCERS)]
+    if not ends:
+        raise ValueError(
+            "zero_last_weights: no residual branch of the model ends in a linear or convolution layer; plain networks have "
+            "no such branch, and in networks that torch.fx does not trace none is found: leave out zero_residual"
+        )
+    for layer in ends:
+        layer.weight.zero_()
+        if layer.bias is not None:
+            layer.bias.zero_()
     return model

@@ -1,0 +1,86 @@
+"""Batch normalization with frozen statistics and trained scale and shift: the usual choice when fine-tuning detectors.
+
+Faster R-CNN and its successors fine-tune a pretrained backbone on one or two images per device, where statistics of a batch
+are useless (Ren, He, Girshick, Sun, arXiv 1506.01497; He, Zhang, Ren, Sun, arXiv 1512.03385, appendix on detection). The
+running statistics of the pretraining become constants:
+
+    y = gamma (x - running_mean) / sqrt(running_var + eps) + beta     in training and in evaluation
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+_logger = logging.getLogger("normkit")
+
+
+class FrozenBatchNorm(_BatchNorm):
+    """Batch normalization that uses its running statistics in train mode, too, and never changes them.
+
+    Arguments and state-dict keys are those of :class:`torch.nn.BatchNorm2d`. Scale and shift are trained.
+    """
+
+    @classmethod
+    def from_batchnorm(cls, norm: _BatchNorm) -> "FrozenBatchNorm":
+        """A layer with the parameter objects, the statistics and the eps of ``norm``; evaluation is the same.
+
+        Args:
+            norm: Any batch normalization that tracks statistics.
+
+        Returns:
+            The new layer.
+
+        Raises:
+            ValueError: ``norm`` keeps no running statistics, so there is nothing to freeze.
+        """
+        if norm.running_mean is None:
+            raise ValueError(
+                f"{type(norm).__name__} keeps no running statistics (track_running_stats=False), so there is nothing to "
+                "freeze; leave it out with `where`"
+            )
+        layer = cls(norm.num_features, norm.eps, norm.momentum, affine=False)
+        layer.weight, layer.bias, layer.affine = norm.weight, norm.bias, norm.affine
+        for name, buffer in norm.named_buffers(recurse=False):
+            setattr(layer, name, buffer.clone())
+        return layer.train(norm.training)  # pyright: ignore[reportReturnType]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input`` of shape ``(N, C, ...)`` with the running statistics."""
+        self._check_input_dim(input)
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+class FrozenBatchNorm1d(FrozenBatchNorm, nn.BatchNorm1d):
+    """Batch normalization (arXiv 1502.03167) of ``(N, C)`` or ``(N, C, L)`` with frozen statistics."""
+
+
+class FrozenBatchNorm2d(FrozenBatchNorm, nn.BatchNorm2d):
+    """Batch normalization (arXiv 1502.03167) of ``(N, C, H, W)`` with frozen statistics."""
+
+
+class FrozenBatchNorm3d(FrozenBatchNorm, nn.BatchNorm3d):
+    """Batch normalization (arXiv 1502.03167) of ``(N, C, D, H, W)`` with frozen statistics."""
+
+
+@torch.no_grad()
+def warn_if_untrained(model: nn.Module) -> None:
+    """Log a warning that names the frozen layers whose statistics are still (0, 1): they normalize nothing."""
+    untrained = [
+        path or "the model"
+        for path, layer in model.named_modules()
+        if isinstance(layer, FrozenBatchNorm)
+        and layer.running_mean is not None
+        and layer.running_var is not None
+        and bool((layer.running_mean == 0).all() & (layer.running_var == 1).all())
+    ]
+    if untrained:
+        shown = ", ".join(untrained[:5]) + (f" and {len(untrained) - 5} more" if len(untrained) > 5 else "")
+        _logger.warning(
+            "frozen: %d layers normalize with mean 0 and variance 1, as they have seen no data: %s; load trained weights "
+            "before freezing, or normkit.recalibrate(model, batches) after it",
+            len(untrained),
+            shown,
+        )
