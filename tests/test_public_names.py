@@ -1,0 +1,26 @@
+"""The public names: what exists keeps its spelling, and nothing becomes public unnoticed."""
+
+import subprocess
+import sys
+
+import normkit
+
+NAMES = """
+    BNP LangevinBNP SGDG AdamG
+    BatchRenorm1d BatchRenorm2d BatchRenorm3d BatchlessNorm1d BatchlessNorm2d BatchlessNorm3d InputNorm
+    LpNorm1d LpNorm2d LpNorm3d NoisyBatchNorm1d NoisyBatchNorm2d NoisyBatchNorm3d
+    apply recipes attach initialize revisit param_groups scale_invariance
+    convert revert describe fold recalibrate
+    doctor functional instruments moments
+"""
+
+
+def test_the_public_names_are_these():
+    assert sorted(normkit.__all__) == sorted(NAMES.split())
+    assert all(getattr(normkit, name) is not None for name in normkit.__all__)
+
+
+def test_importing_the_package_needs_torch_alone_and_loads_no_extra():
+    extras = "datasets jinja2 matplotlib optuna rich sklearn scipy tyro pandas lightning transformers"
+    script = f"import sys, normkit; print([m for m in {extras.split()} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
