@@ -22,9 +22,9 @@ from torch.optim import SGD, Optimizer
 
 from common import save
 from normkit import SGDG, AdamG, param_groups
+from normkit.study.config import StudyConfig
 from normkit.study.data.dataset import Data
 from normkit.study.models import build_model
-from normkit.study.plan import StudyConfig
 from normkit.study.records import TrialKey
 from normkit.study.train.loop import Diverged, Loop, evaluate
 from normkit.study.train.trial import load

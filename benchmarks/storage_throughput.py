@@ -17,7 +17,7 @@ from pathlib import Path
 from optuna.trial import TrialState
 
 from common import save
-from normkit.study.plan import StudyConfig
+from normkit.study.config import StudyConfig
 from normkit.study.store.store import Store
 from normkit.study.store.worker import lock_file
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 from common import interleaved, ratio, save
-from normkit.study.plan import StudyConfig
+from normkit.study.config import StudyConfig
 from normkit.study.records import CurvePoint, TrialKey
 from normkit.study.train.loop import LOSS_POINTS, Loop
 from normkit.study.train.schedules import lr_factor

@@ -10,8 +10,8 @@ import time
 import pytest
 
 from normkit.cli.main import main
-from normkit.study.compare import StudyFolder
 from normkit.study.errors import StudyError
+from normkit.study.folder import StudyFolder
 from normkit.study.report.render import read_results
 
 QUICK = [

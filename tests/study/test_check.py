@@ -7,8 +7,8 @@ import pytest
 from normkit.cli.main import main
 from normkit.study.check import check
 from normkit.study.compare import summary
+from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
-from normkit.study.plan import StudyConfig
 from normkit.study.train.trial import load
 
 OWN = """

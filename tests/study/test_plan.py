@@ -6,17 +6,9 @@ import json
 
 import pytest
 
+from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
-from normkit.study.plan import (
-    SEARCH_SEED,
-    Slot,
-    StudyConfig,
-    choose_lr,
-    learning_rates,
-    resolve,
-    slots,
-    validate,
-)
+from normkit.study.plan import SEARCH_SEED, Slot, choose_lr, learning_rates, resolve, slots, validate
 from normkit.study.records import TrialKey, TrialResult
 
 CONFIG = StudyConfig(methods=("batch", "group"), batch_sizes=(8, 64), seeds=3, lr_points=4)

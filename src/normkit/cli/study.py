@@ -75,7 +75,7 @@ class Compare:
     def run(self, arguments: list[str]) -> int:
         """Run the study."""
         from normkit.study.compare import assist, compare
-        from normkit.study.plan import StudyConfig
+        from normkit.study.config import StudyConfig
         from normkit.study.store.torchrun import launched_rank
 
         config = StudyConfig(
@@ -153,8 +153,9 @@ class Worker:
             ValueError: No storage is given.
         """
         from normkit.study.check import check
-        from normkit.study.compare import STORAGE_VARIABLE, available_cores, check_workers
+        from normkit.study.compare import available_cores, check_workers
         from normkit.study.data.images import cache_folder
+        from normkit.study.folder import STORAGE_VARIABLE
         from normkit.study.store.join_studies import join
 
         url = self.storage or os.environ.get(STORAGE_VARIABLE, "")
@@ -189,8 +190,9 @@ class Report:
         Raises:
             ValueError: The trials are gone.
         """
-        from normkit.study.compare import StudyFolder, report
-        from normkit.study.store.connection import redact
+        from normkit.study.compare import report
+        from normkit.study.environment import redact
+        from normkit.study.folder import StudyFolder
 
         folder = StudyFolder.read(self.run_folder)
         place = folder.place(self.storage or None)

@@ -1,15 +1,22 @@
 """What can be wrong with a study is found before its first run: data, model and device are tried once."""
 
+import warnings
+from collections.abc import Iterable
+from copy import deepcopy
+
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import SGD
 
-from normkit.study.alike import same_networks
+import normkit
+from normkit.study.config import StudyConfig
 from normkit.study.data.dataset import Data
 from normkit.study.environment import check_device
 from normkit.study.errors import StudyError
 from normkit.study.factory import is_factory
 from normkit.study.models import build_model
-from normkit.study.plan import StudyConfig, validate
+from normkit.study.plan import validate
 from normkit.study.train.trial import load
 
 MOST_CLASSES = 100  # per training example: what has more is no class number
@@ -57,6 +64,38 @@ def check(config: StudyConfig) -> Data:
             "it must build a new model with every call"
         )
     return data
+
+
+def same_networks(methods: Iterable[str], model: nn.Module) -> list[str]:
+    """Those of ``methods`` that leave ``model`` as it is, to plain SGD, where they are two or more; else none.
+
+    With batch normalization in it, only the recipe ``batch`` does.
+
+    Args:
+        methods: Names of recipes.
+        model: A model; not changed.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> same_networks(["none", "batch", "group", "bnp"], net), same_networks(["none", "bnp"], net)
+        (['none', 'batch', 'group'], [])
+    """
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return []
+    found = [method for method in methods if _leaves_unchanged(method, model)]
+    return found if len(found) > 1 else []
+
+
+def _leaves_unchanged(method: str, model: nn.Module) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is nothing to exchange is what is asked here
+            applied, optimizer = normkit.apply(method, deepcopy(model), lr=0.1)
+    except Exception:  # it cannot run, which its trials will tell
+        return False
+    hooked = bool(optimizer._optimizer_step_pre_hooks)  # a method that works on gradients
+    one_group = len(optimizer.param_groups) == 1  # others have learning rates or decays of their own
+    return type(optimizer) is SGD and one_group and not hooked and repr(applied) == repr(model)
 
 
 def check_fit(name: str, model: nn.Module, data: Data, device: str) -> None:

@@ -1,12 +1,15 @@
-"""How every run of a study is trained, whatever the method: optimizer, schedule, precision, augmentation."""
+"""The configuration of a study: what is compared, and how every run is trained; plain data that needs no torch."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-from normkit.study.data.augmentation import Augmentation
 from normkit.study.errors import StudyError
-from normkit.study.train.schedules import Schedule
+
+if TYPE_CHECKING:
+    from normkit.study.data.augmentation import Augmentation
+
+Schedule = Literal["cosine", "step", "two-step", "one-cycle", "constant"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,10 @@ class Training:
     micro_batch: int = 0
 
     @property
-    def augmentation(self) -> Augmentation:
+    def augmentation(self) -> "Augmentation":
         """What happens to training images."""
+        from normkit.study.data.augmentation import Augmentation  # the only part that needs torch
+
         return Augmentation(self.flip, self.crop)
 
     def validate(self) -> None:
@@ -67,3 +72,65 @@ class Training:
         for flag, count in (("--crop", self.crop), ("--micro-batch", self.micro_batch)):
             if count < 0:
                 raise StudyError(f"{flag} {count}: give a positive number, or 0 to switch it off")
+
+
+@dataclass(frozen=True)
+class StudyConfig(Training):
+    """What is compared, and how (see also :class:`Training`); studies with equal configurations are the same study.
+
+    Attributes:
+        data: Name of a data set, see :func:`normkit.study.data.load.load_data`.
+        model: Name of a model, see :func:`normkit.study.models.build_model`.
+        methods: Names out of :func:`normkit.recipes`.
+        batch_sizes: Examples per optimizer step.
+        seeds: Number of final runs per method and batch size.
+        budget: Training examples a run sees, the same for every method and batch size.
+        lr: ``"auto"``, one learning rate for all, or one for each method.
+        lr_points: Grid points of the search, each a factor sqrt(10) apart.
+        search_seeds: Runs per grid point.
+        validation: Share of the training data that validates, or from 1 up the number of examples, classes in proportion;
+            data that comes with a validation split uses that.
+        best_weights: Judge the weights with the best validation accuracy of a run instead of the last; a run is then
+            validated after every epoch too.
+        alternative: Alternative hypothesis of the test: ``two-sided`` or ``greater``.
+        device: ``cpu`` or a CUDA device.
+        image_column: Column with the images, for data that has columns.
+        label_column: Column with the classes.
+        image_size: Height and width that images are brought to.
+        limit: At most this many examples of each split.
+        prune: Give up search runs that are below the median of their peers.
+    """
+
+    data: str = "digits"
+    model: str = "digits-cnn"
+    methods: tuple[str, ...] = ("batch", "group")
+    batch_sizes: tuple[int, ...] = (64, 8, 1)
+    seeds: int = 3
+    budget: int = 1500
+    lr: float | dict[str, float] | Literal["auto"] = "auto"
+    lr_points: int = 5
+    search_seeds: int = 1
+    validation: float = 0.2
+    best_weights: bool = False
+    alternative: Literal["two-sided", "greater"] = "two-sided"
+    device: str = "cpu"
+    image_column: str | None = None
+    label_column: str | None = None
+    image_size: int | None = None
+    limit: int | None = None
+    prune: bool = False
+
+    @property
+    def reference(self) -> str:
+        """The method that the others are paired with."""
+        return "batch" if "batch" in self.methods else self.methods[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain, JSON-ready data (tuples become lists)."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "StudyConfig":
+        """Inverse of :meth:`to_dict`."""
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        return cls(**values)

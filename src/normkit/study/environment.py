@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from normkit.study.errors import StudyError
-from normkit.study.store.connection import redact
 
 PACKAGES = ("normkit", "torch", "numpy", "scikit-learn", "datasets", "optuna", "scipy")
 
@@ -66,6 +67,22 @@ def command_line(arguments: Sequence[str]) -> str:
         "normkit compare --storage 'postgresql://me:***@host/db'"
     """
     return shlex.join(["normkit", *(_redact_argument(argument) for argument in arguments)])
+
+
+def redact(text: str, url: str | None = None) -> str:
+    """``text`` without the password of a URL in it.
+
+    Examples:
+        >>> redact("postgresql://me:secret@host/db")
+        'postgresql://me:***@host/db'
+    """
+    source = url or text
+    with contextlib.suppress(ArgumentError, ValueError):
+        parsed = make_url(source)
+        if parsed.password:
+            text = text.replace(source, parsed.render_as_string(hide_password=True))
+            text = text.replace(str(parsed.password), "***")
+    return text
 
 
 def _redact_argument(argument: str) -> str:

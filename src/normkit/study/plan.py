@@ -6,80 +6,17 @@ with seeds that the final runs do not use and judged on a validation split; the 
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
 
 from normkit._apply import recipes
 from normkit._errors import nearest
-from normkit.study.config import Training
+from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
 from normkit.study.records import Phase, TrialKey, TrialResult
 
 SEARCH_SEED = 1_000_000  # search seeds count from here, final seeds from 0: they never meet
 GRID_STEP = math.sqrt(10.0)
 ADAM_FACTOR = 0.01  # of a rate for SGD with momentum: 1e-3 where SGD has 0.1
-
-
-@dataclass(frozen=True)
-class StudyConfig(Training):
-    """What is compared, and how (see also :class:`Training`); studies with equal configurations are the same study.
-
-    Attributes:
-        data: Name of a data set, see :func:`normkit.study.data.load.load_data`.
-        model: Name of a model, see :func:`normkit.study.models.build_model`.
-        methods: Names out of :func:`normkit.recipes`.
-        batch_sizes: Examples per optimizer step.
-        seeds: Number of final runs per method and batch size.
-        budget: Training examples a run sees, the same for every method and batch size.
-        lr: ``"auto"``, one learning rate for all, or one for each method.
-        lr_points: Grid points of the search, each a factor sqrt(10) apart.
-        search_seeds: Runs per grid point.
-        validation: Share of the training data that validates, or from 1 up the number of examples, classes in proportion;
-            data that comes with a validation split uses that.
-        best_weights: Judge the weights with the best validation accuracy of a run instead of the last; a run is then
-            validated after every epoch too.
-        alternative: Alternative hypothesis of the test: ``two-sided`` or ``greater``.
-        device: ``cpu`` or a CUDA device.
-        image_column: Column with the images, for data that has columns.
-        label_column: Column with the classes.
-        image_size: Height and width that images are brought to.
-        limit: At most this many examples of each split.
-        prune: Give up search runs that are below the median of their peers.
-    """
-
-    data: str = "digits"
-    model: str = "digits-cnn"
-    methods: tuple[str, ...] = ("batch", "group")
-    batch_sizes: tuple[int, ...] = (64, 8, 1)
-    seeds: int = 3
-    budget: int = 1500
-    lr: float | dict[str, float] | Literal["auto"] = "auto"
-    lr_points: int = 5
-    search_seeds: int = 1
-    validation: float = 0.2
-    best_weights: bool = False
-    alternative: Literal["two-sided", "greater"] = "two-sided"
-    device: str = "cpu"
-    image_column: str | None = None
-    label_column: str | None = None
-    image_size: int | None = None
-    limit: int | None = None
-    prune: bool = False
-
-    @property
-    def reference(self) -> str:
-        """The method that the others are paired with."""
-        return "batch" if "batch" in self.methods else self.methods[0]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain, JSON-ready data (tuples become lists)."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "StudyConfig":
-        """Inverse of :meth:`to_dict`."""
-        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
-        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -438,9 +438,9 @@ def sparse_cache(entry, images, side=128):
 @pytest.mark.skipif(not hasattr(os, "sysconf"), reason="asks the system for its memory")
 def test_data_larger_than_the_memory_is_split_checked_and_read(tmp_path, monkeypatch):
     from normkit.study.check import check
+    from normkit.study.config import StudyConfig
     from normkit.study.data import images
     from normkit.study.data.batches import batches
-    from normkit.study.plan import StudyConfig
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     count = int(1.5 * memory) // (3 * 128**2)

@@ -4,15 +4,16 @@ import pytest
 
 import normkit
 from normkit.cli.main import main
+from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
 from normkit.study.models import build_model
 from normkit.study.papers.presets import PRESETS
 from normkit.study.papers.reproduce import find, listing, reproduce
 from normkit.study.papers.scaling import scaled
-from normkit.study.plan import StudyConfig, validate
+from normkit.study.plan import validate
+from normkit.study.report.format import format_p
 from normkit.study.report.render import read_results
 from normkit.study.report.statistics import summarize
-from normkit.study.report.tables import p_value
 
 SHAPES = {"digits": (1, 8, 8), "spiral": (2,)}
 ROWS = [pytest.param(row, id=f"{name}: {row.label}") for name, preset in PRESETS.items() for row in preset.rows]
@@ -206,6 +207,6 @@ def test_at_the_papers_rates_nothing_is_searched_and_the_page_has_the_test(tmp_p
     paired = next(s.paired for s in summarize(record) if s.method == "revisited")
     assert "p (greater, Holm)" in text
     assert "--model digits-cnn" in text
-    assert f"| {p_value(paired.p_holm)} | 0.1 |" in next(line for line in text.splitlines() if "| revisited |" in line)
+    assert f"| {format_p(paired.p_holm)} | 0.1 |" in next(line for line in text.splitlines() if "| revisited |" in line)
     assert "best validation accuracy" in text
     assert "900 training, 100 validation" in text

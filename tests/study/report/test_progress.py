@@ -5,7 +5,8 @@ import pytest
 from rich.console import Console
 
 from normkit.study.plan import Slot
-from normkit.study.report.progress import Display, best, duration, outcome
+from normkit.study.report.format import format_duration
+from normkit.study.report.progress import Display, best, outcome
 from normkit.study.report.terminal import render_terminal
 from tests.study.report.fake_study import realistic, record, result
 
@@ -131,7 +132,7 @@ def test_lost_trials_are_told_with_their_error():
     ("seconds", "text"), [(0.04, "0.0 s"), (59.6, "1 min 00 s"), (3599.7, "1 h 00 min"), (86400, "24 h 00 min")]
 )
 def test_durations_round_to_the_next_unit(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])

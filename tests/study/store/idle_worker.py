@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 
-from normkit.study.plan import StudyConfig, slots
+from normkit.study.config import StudyConfig
+from normkit.study.plan import slots
 from normkit.study.records import CurvePoint, TrialResult
 from normkit.study.store import connection
 from normkit.study.store.store import Store

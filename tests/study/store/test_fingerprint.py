@@ -5,7 +5,7 @@ import re
 import pytest
 
 from normkit.cli.main import main
-from normkit.study.plan import StudyConfig
+from normkit.study.config import StudyConfig
 from normkit.study.store.fingerprint import hold
 from normkit.study.train.trial import load
 

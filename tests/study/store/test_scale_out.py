@@ -12,8 +12,9 @@ import pytest
 from optuna.trial import TrialState
 
 from normkit.cli.main import main
+from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
-from normkit.study.plan import StudyConfig, slots
+from normkit.study.plan import slots
 from normkit.study.records import TrialResult
 from normkit.study.store.join_studies import join, waiting_studies
 from normkit.study.store.store import Store
@@ -174,7 +175,7 @@ def test_normkit_worker_shares_a_comparison_and_nothing_depends_on_it(url, tmp_p
     assert "8 of 8 trials have ended" in worker.stdout
     assert "1 study worked on" in worker.stdout
     assert main(["compare", *arguments, "--out", str(tmp_path / "alone"), "--workers", "1", "--quiet"]) == 0
-    from normkit.study.compare import StudyFolder
+    from normkit.study.folder import StudyFolder
 
     shared, alone = (
         StudyFolder.read(tmp_path / name).place(url if name == "shared" else None).store()

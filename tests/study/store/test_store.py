@@ -9,13 +9,13 @@ import time
 import pytest
 from optuna.trial import TrialState
 
-from normkit.study.compare import StudyFolder
+from normkit.study.config import StudyConfig
+from normkit.study.environment import redact
 from normkit.study.errors import StudyError
-from normkit.study.plan import StudyConfig, slots
+from normkit.study.folder import StudyFolder
+from normkit.study.plan import slots
 from normkit.study.records import CurvePoint, TrialResult
-from normkit.study.store.connection import redact
-from normkit.study.store.owners import alive, owner
-from normkit.study.store.store import Store, _slot
+from normkit.study.store.store import Store, _slot, alive, owner
 from normkit.study.store.worker import lock_file
 from tests.study.store import idle_worker
 

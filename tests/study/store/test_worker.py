@@ -10,8 +10,9 @@ import time
 import pytest
 from optuna.trial import TrialState
 
+from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
-from normkit.study.plan import StudyConfig, slots
+from normkit.study.plan import slots
 from normkit.study.store.worker import LONGEST_REST, SHORTEST_REST, Place, rest, run_workers
 
 CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), seeds=2, lr_points=2, budget=96)

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 import normkit
+from normkit.study.config import StudyConfig
 from normkit.study.data.dataset import Data
-from normkit.study.plan import StudyConfig
 from normkit.study.records import TrialKey
 from normkit.study.train import loop as loop_module
 from normkit.study.train.loop import Loop, evaluate

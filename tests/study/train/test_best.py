@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
-from normkit.study.plan import StudyConfig, validate
+from normkit.study.plan import validate
 from normkit.study.records import TrialKey
-from normkit.study.train.best import BestWeights
 from normkit.study.train.loop import Loop, evaluate
 from normkit.study.train.trial import load, make, run_trial
+from normkit.study.train.weights import BestWeights
 
 CONFIG = StudyConfig(
     batch_sizes=(16,), budget=240, limit=100, schedule="constant", best_weights=True

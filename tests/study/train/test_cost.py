@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from normkit.study.plan import StudyConfig
+from normkit.study.config import StudyConfig
 from normkit.study.train.cost import measure_costs, saved_bytes
 from normkit.study.train.trial import load
 

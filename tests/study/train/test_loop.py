@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.functional import log_softmax
 
 import normkit
+from normkit.study.config import StudyConfig
 from normkit.study.data.batches import batches
-from normkit.study.plan import StudyConfig
 from normkit.study.records import TrialKey
 from normkit.study.train import loop as loop_module
 from normkit.study.train.checkpoint import CheckpointFile

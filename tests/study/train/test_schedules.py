@@ -1,11 +1,13 @@
 import itertools
+from typing import get_args
 
 import pytest
 
-from normkit.study.train.schedules import SCHEDULES, lr_factor
+from normkit.study.config import Schedule
+from normkit.study.train.schedules import lr_factor
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", get_args(Schedule))
 @pytest.mark.parametrize("warm_up", [0.0, 0.05, 0.5])
 @pytest.mark.parametrize("steps", [1, 2, 7, 200])
 def test_factors_stay_in_the_unit_interval_and_reach_their_peak(schedule, warm_up, steps):

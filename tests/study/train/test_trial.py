@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from normkit.study.config import StudyConfig
 from normkit.study.data.batches import batches
-from normkit.study.plan import StudyConfig
 from normkit.study.records import TrialKey
 from normkit.study.train import loop, trial
 from normkit.study.train.trial import evaluate, load, make, run_trial, train_eval_gap

@@ -23,6 +23,7 @@ from normkit.inspection.probe import Objective
 from normkit.instruments import Monitor, activations, covariate_shift, snapshot
 from normkit.methods.noisy_norm import MomentNoise
 from normkit.study.check import check_fit
+from normkit.study.config import StudyConfig
 from normkit.study.data.batches import batches
 from normkit.study.data.dataset import Data
 from normkit.study.data.load import load_data
@@ -31,7 +32,6 @@ from normkit.study.errors import StudyError
 from normkit.study.landscape.records import NOISE_ALONE, LandscapeConfig, LandscapeRecord, Trace
 from normkit.study.models import build_model
 from normkit.study.models.layers import glorot_initialize
-from normkit.study.plan import StudyConfig
 from normkit.study.records import TrialResult
 from normkit.study.train.loop import evaluate
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from normkit.study.config import StudyConfig
 from normkit.study.papers.scaling import Preset, Row
-from normkit.study.plan import StudyConfig
 
 CIFAR_TRAIN, SVHN_TRAIN = 50_000, 73_257
 

@@ -7,14 +7,15 @@ from typing import Any
 
 from normkit._errors import nearest
 from normkit.study.compare import compare
+from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
 from normkit.study.papers.how_bn_helps import DEEP_LINEAR_STEPS, VGG_STEPS
 from normkit.study.papers.presets import PRESETS, SANTURKAR
 from normkit.study.papers.scaling import Preset, Row, scaled
-from normkit.study.plan import StudyConfig
 from normkit.study.records import StudyRecord
+from normkit.study.report.format import format_p, format_points
 from normkit.study.report.statistics import Summary, summarize
-from normkit.study.report.tables import judging, p_value, points
+from normkit.study.report.tables import judging
 
 MEASURED = "how-bn-helps"  # a command of its own: it measures single runs instead of comparing many
 
@@ -180,9 +181,13 @@ def _difference(summary: Summary) -> str:
     if paired is None:
         return " | "
     interval = (
-        f" [{points(paired.low)}, {points(paired.high)}]" if paired.low is not None and paired.high is not None else ""
+        f" [{format_points(paired.low)}, {format_points(paired.high)}]"
+        if paired.low is not None and paired.high is not None
+        else ""
     )
-    return f"{points(paired.difference)}{interval} | {p_value(paired.p_holm) if paired.p_holm is not None else ''}"
+    return (
+        f"{format_points(paired.difference)}{interval} | {format_p(paired.p_holm) if paired.p_holm is not None else ''}"
+    )
 
 
 def _number(value: float | None, form: str) -> str:

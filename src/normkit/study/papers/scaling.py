@@ -8,7 +8,8 @@ rates are fixed, where they are known; they were not always like for like.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from normkit.study.plan import StudyConfig, slots
+from normkit.study.config import StudyConfig
+from normkit.study.plan import slots
 
 SMALLEST_BUDGET, SMALLEST_LIMIT = 512, 1000
 

@@ -9,9 +9,9 @@ from markupsafe import Markup
 
 from normkit.study.records import StudyRecord, TrialResult
 from normkit.study.report.chart import Series, line_chart
+from normkit.study.report.format import format_percent
 from normkit.study.report.scales import Axis, log_ticks, nice_ticks
 from normkit.study.report.statistics import finite, plan_axes, summarize
-from normkit.study.report.verdict import percent
 
 WIDE, NARROW, PANEL = (1000, 420), (370, 340), (360, 260)
 _LOSS_HEADROOM = 1.5  # losses above 1.5 times that of guessing are cut off, or one bad start hides everything else
@@ -54,7 +54,7 @@ def by_batch_size(record: StudyRecord) -> list[Markup]:
                 crosses=tuple(s.batch_size for s in mine if s.diverged),
             )
         )
-        words = [f"{percent(s.mean) if s.mean is not None else 'no accuracy'} at {s.batch_size}" for s in mine]
+        words = [f"{format_percent(s.mean) if s.mean is not None else 'no accuracy'} at {s.batch_size}" for s in mine]
         told.append(f"{method}: {', '.join(words)}")
     sizes = sorted({s.batch_size for s in summaries}, reverse=True)
     x = Axis("batch size (log scale, small to the right)", sizes[0], sizes[-1], tuple(sizes), scale=math.log2)
@@ -126,7 +126,7 @@ def by_learning_rate(record: StudyRecord) -> list[Panel]:
         )
         y = _accuracy_axis("validation accuracy, %", [value for s in series for _, value in s.points])
         tops = [(s.label, *max(s.points, key=lambda point: point[1])) for s in series if s.points]
-        told = [f"{method} is best at {lr:g} with {percent(accuracy)}" for method, lr, accuracy in tops]
+        told = [f"{method} is best at {lr:g} with {format_percent(accuracy)}" for method, lr, accuracy in tops]
         alt = f"Validation accuracy against learning rate at batch size {size}. {', '.join(told)}."
         panels.append(Panel(f"Batch size {size}", line_chart(series, x, y, size=PANEL, alt=alt)))
     return panels

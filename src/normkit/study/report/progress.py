@@ -15,7 +15,7 @@ from rich.text import Text
 
 from normkit.study.plan import Slot
 from normkit.study.records import TrialKey, TrialResult
-from normkit.study.report.verdict import percent
+from normkit.study.report.format import format_duration, format_percent
 
 _RUNNING_SHOWN = 4
 
@@ -115,7 +115,7 @@ class Display:
 
     def _ending(self) -> str:
         left = self.seconds_left()
-        return f", {duration(left)} left" if left else ""
+        return f", {format_duration(left)} left" if left else ""
 
     def _table(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))
@@ -133,9 +133,9 @@ class Display:
 
     def _status(self) -> str:
         left = self.seconds_left()
-        parts = [f"{duration(self.clock() - self._start)} so far"]
+        parts = [f"{format_duration(self.clock() - self._start)} so far"]
         if self._results and left:
-            parts.append(f"about {duration(left)} left")
+            parts.append(f"about {format_duration(left)} left")
         lost = sum(result.state in {"diverged", "failed"} for result in self._results.values())
         if lost:
             parts.append(f"{lost} diverged or failed")
@@ -164,8 +164,8 @@ def outcome(result: TrialResult) -> str:
         return f"{result.state}{f' ({result.error})' if result.error else ''}"
     split = "validation" if result.test_accuracy is None else "test"
     accuracy = result.validation_accuracy if result.test_accuracy is None else result.test_accuracy
-    reached = f"{percent(accuracy)} on {split}" if accuracy is not None else "finished"
-    return f"{reached} in {duration(result.seconds)}"
+    reached = f"{format_percent(accuracy)} on {split}" if accuracy is not None else "finished"
+    return f"{reached} in {format_duration(result.seconds)}"
 
 
 def best(results: Sequence[TrialResult]) -> str:
@@ -174,17 +174,4 @@ def best(results: Sequence[TrialResult]) -> str:
     if not scored:
         return ""
     accuracy, key = max(scored, key=lambda pair: pair[0])
-    return f"{percent(accuracy)} at batch size {key.batch_size}, lr {key.lr:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them.
-
-    >>> duration(4.21), duration(75), duration(7320)
-    ('4.2 s', '1 min 15 s', '2 h 02 min')
-    """
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{format_percent(accuracy)} at batch size {key.batch_size}, lr {key.lr:.3g}"

@@ -14,11 +14,11 @@ from markupsafe import Markup, escape
 from normkit.study.landscape.records import Trace
 from normkit.study.records import StudyRecord
 from normkit.study.report.figures import by_batch_size, by_learning_rate, training_curves
+from normkit.study.report.format import enumerate_words, format_duration, pluralize
 from normkit.study.report.landscape import sections as landscape_sections
-from normkit.study.report.progress import duration
 from normkit.study.report.statistics import summarize
 from normkit.study.report.tables import edges, judging, tables, troubles
-from normkit.study.report.verdict import count, judge, listing
+from normkit.study.report.verdict import judge
 
 CSV_COLUMNS = (
     *("phase", "method", "batch_size", "lr", "seed", "state", "validation_accuracy", "validation_loss"),
@@ -116,8 +116,8 @@ def _render(template: str, record: StudyRecord, **figures: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "count": count,
-        "listing": listing,
+        "pluralize": pluralize,
+        "enumerate": enumerate_words,
         "prose": prose,
         "code": markdown_code,
         "number": "{:,}".format,
@@ -129,7 +129,7 @@ def _render(template: str, record: StudyRecord, **figures: Any) -> str:
         "judging": judging(record),
         "pruned": sum(trial.state == "pruned" for trial in record.trials),
         "troubles": troubles(record),
-        "took": duration(sum(trial.seconds for trial in record.trials)) if record.trials else "",
+        "took": format_duration(sum(trial.seconds for trial in record.trials)) if record.trials else "",
     }
     return environment.get_template(template).render(record=record, config=record.config, **found, **figures)
 

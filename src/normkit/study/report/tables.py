@@ -11,8 +11,8 @@ from markupsafe import Markup
 from normkit.study.records import Cost, StudyRecord
 from normkit.study.report.chart import interval, swatch
 from normkit.study.report.figures import series_index
+from normkit.study.report.format import format_bytes, format_p, format_percent, format_points, format_seconds, quoted
 from normkit.study.report.statistics import Paired, Summary, plan_axes, summarize
-from normkit.study.report.verdict import percent, quoted
 
 NOTHING = "–"
 
@@ -119,47 +119,6 @@ def judging(record: StudyRecord) -> str:
     )
 
 
-def points(fraction: float) -> str:
-    """A difference of accuracies in percentage points, with its sign.
-
-    >>> points(-0.0123), points(0.0)
-    ('−1.2', '0.0')
-    """
-    text = f"{100 * fraction:+.1f}"
-    return "0.0" if text in {"+0.0", "-0.0"} else text.replace("-", "−")
-
-
-def p_value(p: float) -> str:
-    """A p-value to two figures, small ones as a bound.
-
-    >>> p_value(0.0321), p_value(0.7182), p_value(1e-7)
-    ('0.032', '0.72', '< 0.001')
-    """
-    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
-
-
-def seconds(value: float) -> str:
-    """A duration with three figures.
-
-    >>> seconds(0.00213), seconds(1.5)
-    ('2.13 ms', '1.5 s')
-    """
-    return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
-
-
-def size(value: float) -> str:
-    """A number of bytes.
-
-    >>> size(1536), size(10 * 2**20)
-    ('1.5 KiB', '10 MiB')
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:.3g} GiB"
-
-
 def _table(record: StudyRecord, batch_size: int, here: Sequence[Summary]) -> Table:
     costs = {cost.method: cost for cost in record.costs if cost.batch_size == batch_size}
     reference, index = record.config["reference"], series_index(record)
@@ -198,7 +157,7 @@ def _accuracy(summary: Summary) -> Cell:
     ]
     if not summary.runs:
         return Cell(NOTHING, "not run yet")
-    text = percent(summary.mean) if summary.mean is not None else NOTHING
+    text = format_percent(summary.mean) if summary.mean is not None else NOTHING
     return Cell(text, f"± {100 * summary.sd:.1f}" if summary.sd is not None else "", ", ".join(lost))
 
 
@@ -206,21 +165,23 @@ def _difference(paired: Paired | None, index: int, reach: float) -> Cell:
     if paired is None:
         return Cell(NOTHING)
     if paired.low is None or paired.high is None:
-        return Cell(points(paired.difference), "(one pair)" if paired.pairs == 1 else "(every pair)")
+        return Cell(format_points(paired.difference), "(one pair)" if paired.pairs == 1 else "(every pair)")
     ends = (paired.low, paired.difference, paired.high)
     return Cell(
-        points(paired.difference), f"[{points(paired.low)}, {points(paired.high)}]", figure=interval(ends, index, reach)
+        format_points(paired.difference),
+        f"[{format_points(paired.low)}, {format_points(paired.high)}]",
+        figure=interval(ends, index, reach),
     )
 
 
 def _p(paired: Paired | None) -> Cell:
-    return Cell(p_value(paired.p_holm) if paired and paired.p_holm is not None else NOTHING)
+    return Cell(format_p(paired.p_holm) if paired and paired.p_holm is not None else NOTHING)
 
 
 def _time(cost: Cost | None, reference: bool) -> Cell:
     if cost is None or cost.step_seconds is None:
         return Cell(NOTHING)
-    own = seconds(cost.step_seconds)
+    own = format_seconds(cost.step_seconds)
     return Cell(own) if reference or cost.step_ratio is None else Cell(f"× {cost.step_ratio:.2f}", _spread(cost))
 
 
@@ -234,5 +195,7 @@ def _memory(cost: Cost | None, reference: bool) -> Cell:
     if cost is None or cost.memory_bytes is None:
         return Cell(NOTHING)
     return (
-        Cell(size(cost.memory_bytes)) if reference or cost.memory_ratio is None else Cell(f"× {cost.memory_ratio:.2f}")
+        Cell(format_bytes(cost.memory_bytes))
+        if reference or cost.memory_ratio is None
+        else Cell(f"× {cost.memory_ratio:.2f}")
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from normkit.study.records import StudyRecord
+from normkit.study.report.format import enumerate_words, format_percent, pluralize, quoted
 from normkit.study.report.statistics import PAIRS_FOR_A_CLAIM, Summary, summarize, unfinished
 
 SIGNIFICANT = 0.05
@@ -27,43 +28,6 @@ class Verdict:
 
     sentence: str
     caveats: tuple[str, ...] = ()
-
-
-def percent(fraction: float) -> str:
-    """A fraction as people write it.
-
-    >>> percent(0.9123)
-    '91.2 %'
-    """
-    return f"{100 * fraction:.1f} %"
-
-
-def listing(items: Sequence[object]) -> str:
-    """Items as an enumeration.
-
-    >>> listing([64, 8, 1])
-    '64, 8 and 1'
-    """
-    words = [str(item) for item in items]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def count(number: int, noun: str) -> str:
-    """A number with its noun.
-
-    >>> count(1, "seed"), count(3, "seed")
-    ('1 seed', '3 seeds')
-    """
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def quoted(method: str) -> str:
-    """A method's name in backticks, which it cannot contain itself.
-
-    >>> quoted("batch")
-    '`batch`'
-    """
-    return f"`{method.replace('`', chr(39))}`"
 
 
 def direction(summary: Summary, *, tested: bool) -> int:
@@ -99,7 +63,9 @@ def judge(record: StudyRecord) -> Verdict:
 
 
 def _name(summary: Summary, *, with_mean: bool = False) -> str:
-    return quoted(summary.method) + (f" ({percent(summary.mean)})" if with_mean and summary.mean is not None else "")
+    return quoted(summary.method) + (
+        f" ({format_percent(summary.mean)})" if with_mean and summary.mean is not None else ""
+    )
 
 
 def _cell(summary: Summary) -> str:
@@ -107,8 +73,8 @@ def _cell(summary: Summary) -> str:
 
 
 def _alone(ran: Sequence[Summary]) -> str:
-    reached = [f"{percent(s.mean)} at batch size {s.batch_size}" for s in ran if s.mean is not None]
-    return f"{_name(ran[0])} reached {listing(reached)}, with no other method to compare it to"
+    reached = [f"{format_percent(s.mean)} at batch size {s.batch_size}" for s in ran if s.mean is not None]
+    return f"{_name(ran[0])} reached {enumerate_words(reached)}, with no other method to compare it to"
 
 
 def _leaning(others: Sequence[Summary], sign: int) -> list[Summary]:
@@ -148,16 +114,16 @@ def _compared(record: StudyRecord, ran: Sequence[Summary]) -> str:
             clauses.append(([size], full))
     clauses += [(sizes, text) for text, sizes in rest.items()]
     sizes, text = clauses[0]
-    first = f"at batch {'size' if len(sizes) == 1 else 'sizes'} {listing(sizes)} {text}"
-    return "; ".join([first, *(f"at {listing(sizes)} {text}" for sizes, text in clauses[1:])])
+    first = f"at batch {'size' if len(sizes) == 1 else 'sizes'} {enumerate_words(sizes)} {text}"
+    return "; ".join([first, *(f"at {enumerate_words(sizes)} {text}" for sizes, text in clauses[1:])])
 
 
 def _unmeasured(seen: Sequence[Summary]) -> str:
     """What methods, best first, reached where there is no measure of the noise."""
     if len(seen) > _NAMED:
         return f"accuracy ranges from {_name(seen[-1], with_mean=True)} to {_name(seen[0], with_mean=True)}"
-    words = [f"{_name(s)}{'' if k else ' reached'} {percent(s.mean or 0.0)}" for k, s in enumerate(seen)]
-    return listing(words) if words else "no run finished"
+    words = [f"{_name(s)}{'' if k else ' reached'} {format_percent(s.mean or 0.0)}" for k, s in enumerate(seen)]
+    return enumerate_words(words) if words else "no run finished"
 
 
 def _ahead(others: Sequence[Summary], base: Summary, best: float, chance: float) -> tuple[float, str, str] | None:
@@ -172,21 +138,21 @@ def _ahead(others: Sequence[Summary], base: Summary, best: float, chance: float)
     if base.mean is None:
         top = others[0].mean or 0.0
         how = "diverged" if not base.failed else "failed" if not base.diverged else "diverged or failed"
-        told = f"{_name(others[0])} reached {percent(top)}, while every run of {_name(base)} {how}"
+        told = f"{_name(others[0])} reached {format_percent(top)}, while every run of {_name(base)} {how}"
         return top, told, told
     ahead = _leaning(others, 1)
     if not ahead:
         return None
     top, more = ahead[0].mean or 0.0, ahead[1:]
-    fate = f"against {percent(base.mean)} with {_name(base)}"
+    fate = f"against {format_percent(base.mean)} with {_name(base)}"
     if base.mean < _NEAR_CHANCE * chance:
-        fate = f"where {_name(base)} stayed near chance at {percent(base.mean)}"
+        fate = f"where {_name(base)} stayed near chance at {format_percent(base.mean)}"
     elif best - base.mean > _FELL:
-        fate = f"where {_name(base)} fell to {percent(base.mean)}"
-    reached = f"{_name(ahead[0])} reached {percent(top)}"
-    who = listing([_name(s) for s in more]) if 0 < len(more) <= _NAMED else f"{len(more)} other methods"
+        fate = f"where {_name(base)} fell to {format_percent(base.mean)}"
+    reached = f"{_name(ahead[0])} reached {format_percent(top)}"
+    who = enumerate_words([_name(s) for s in more]) if 0 < len(more) <= _NAMED else f"{len(more)} other methods"
     full = f"{reached}, {fate}{f' ({who} did better too)' if more else ''}"
-    return top - base.mean, full, f"{reached} against {percent(base.mean)}"
+    return top - base.mean, full, f"{reached} against {format_percent(base.mean)}"
 
 
 def _behind(others: Sequence[Summary], base: Summary) -> tuple[float, str, str] | None:
@@ -194,7 +160,7 @@ def _behind(others: Sequence[Summary], base: Summary) -> tuple[float, str, str] 
     behind = _leaning(others, -1)[::-1]
     if not behind or base.mean is None:
         return None
-    who = listing([_name(s, with_mean=True) for s in behind])
+    who = enumerate_words([_name(s, with_mean=True) for s in behind])
     if len(behind) > _NAMED:
         who = f"{len(behind)} methods (lowest {_name(behind[0], with_mean=True)})"
     full = f"no method did better than {_name(base, with_mean=True)} beyond the noise, and {who} did worse"
@@ -211,7 +177,7 @@ def _strength(record: StudyRecord, ran: Sequence[Summary]) -> tuple[str, ...]:
     untested = [s for s in compared if s.paired and s.paired.p_holm is None]
     if pairs < PAIRS_FOR_A_CLAIM:
         return (f"Measured with {pairs} seeds, too few for a claim: there are 95 % intervals but no p-values.",)
-    limit = f"; not tested, and so not claimed: {listing([_cell(s) for s in untested])}" if untested else ""
+    limit = f"; not tested, and so not claimed: {enumerate_words([_cell(s) for s in untested])}" if untested else ""
     level = f"{100 * SIGNIFICANT:.0f} % level, Holm-corrected over the methods at each batch size"
     return (f"Differences are claimed at the {level}{limit}.",)
 
@@ -220,9 +186,9 @@ def _lost(ran: Sequence[Summary]) -> tuple[str, ...]:
     """Runs without an accuracy; they are named, since the means leave them out."""
     lost = []
     for verb, field in (("Diverged", "diverged"), ("Failed", "failed")):
-        cells = [f"{_cell(s)} in {getattr(s, field)} of {count(s.runs, 'run')}" for s in ran if getattr(s, field)]
+        cells = [f"{_cell(s)} in {getattr(s, field)} of {pluralize(s.runs, 'run')}" for s in ran if getattr(s, field)]
         if cells:
-            lost.append(f"{verb}, and left out of the means: {listing(cells)}.")
+            lost.append(f"{verb}, and left out of the means: {enumerate_words(cells)}.")
     return tuple(lost)
 
 

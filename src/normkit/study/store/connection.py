@@ -1,19 +1,28 @@
-"""The connection to an Optuna storage, by its URL."""
+"""The connection to an Optuna storage: by its URL, and waited for while the storage is away."""
 
-import contextlib
 import time
 import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import DBAPIError
 
-from normkit.study.store.patience import RETRY_SECONDS
+from normkit.study.errors import StudyError
 
 HEARTBEAT_SECONDS = 15
 GRACE_SECONDS = 60
 CONNECT_ATTEMPTS = 5
+PATIENCE_SECONDS = 300.0  # a database server that restarts must not end a study
+RETRY_SECONDS = 1.0
+_LASTING = ("database or disk is full", "disk I/O error", "readonly database", "unable to open")  # SQLite's words
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 def connect(url: str) -> RDBStorage:
@@ -41,17 +50,28 @@ def connect(url: str) -> RDBStorage:
             time.sleep(RETRY_SECONDS)
 
 
-def redact(text: str, url: str | None = None) -> str:
-    """``text`` without the password of a URL in it.
+def patient(call: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Repeat ``call`` while its storage is away, for at most ``PATIENCE_SECONDS``; it must bear being repeated.
+
+    The call raises a :class:`StudyError` where waiting does not help, or has not.
 
     Examples:
-        >>> redact("postgresql://me:secret@host/db")
-        'postgresql://me:***@host/db'
+        >>> patient(lambda x: x + 1)(1)
+        2
     """
-    source = url or text
-    with contextlib.suppress(ArgumentError, ValueError):
-        parsed = make_url(source)
-        if parsed.password:
-            text = text.replace(source, parsed.render_as_string(hide_password=True))
-            text = text.replace(str(parsed.password), "***")
-    return text
+
+    @wraps(call)
+    def repeated(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return call(*args, **kwargs)
+            except (StorageInternalError, DBAPIError) as error:
+                reason = str(error.__cause__ or error).splitlines()[0]
+                if time.monotonic() > deadline or any(words in reason for words in _LASTING):
+                    raise StudyError(
+                        f"--storage: cannot be used ({reason}); see to it and give the command again, what it has is kept"
+                    ) from error
+                time.sleep(RETRY_SECONDS)
+
+    return repeated

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normkit.study.config import StudyConfig
 from normkit.study.data.dataset import Data, Split
 from normkit.study.errors import StudyError
 from normkit.study.models import build_model
-from normkit.study.plan import StudyConfig
 from normkit.study.store.store import Store
 from normkit.study.train.trial import seed_all
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import optuna
 
 from normkit._errors import nearest
+from normkit.study.config import StudyConfig
 from normkit.study.data.dataset import Data
-from normkit.study.environment import environment, together
+from normkit.study.environment import environment, redact, together
 from normkit.study.errors import StudyError
-from normkit.study.plan import Slot, StudyConfig, slots
+from normkit.study.plan import Slot, slots
 from normkit.study.records import TrialResult
-from normkit.study.store.connection import redact
 from normkit.study.store.fingerprint import hold
 from normkit.study.store.store import Store
 from normkit.study.store.worker import Place, lock_file, run_workers

@@ -6,7 +6,10 @@ study: claiming is one atomic change of state. A slot whose worker died is freed
 
 import contextlib
 import json
+import os
+import socket
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,16 +22,17 @@ import optuna
 from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from normkit.study.config import StudyConfig
+from normkit.study.environment import redact
 from normkit.study.errors import StudyError
-from normkit.study.plan import Slot, StudyConfig, resolve, slots
+from normkit.study.plan import Slot, resolve, slots
 from normkit.study.records import CurvePoint, TrialKey, TrialResult
 from normkit.study.store import connection
-from normkit.study.store.connection import connect, redact
-from normkit.study.store.owners import alive, owner
-from normkit.study.store.patience import patient
+from normkit.study.store.connection import connect, patient
 
 MAX_DEATHS = 3  # of workers on one trial before it is taken to be the reason
 MIN_PEERS = 2  # that must have reached a point before a run can be pruned there
+_HOST = f"{socket.gethostname()}-{uuid.getnode():x}"
 
 
 @dataclass(frozen=True)
@@ -252,6 +256,25 @@ class Store:
     def noted(self, name: str) -> Any:
         """The value kept under ``name``, or None."""
         return self.storage.get_study_user_attrs(self.study_id).get(name)
+
+
+def owner(pid: int | None = None) -> str:
+    """A process of this host (default: this one), as processes on other hosts can name it."""
+    return f"{_HOST}:{pid or os.getpid()}"
+
+
+def alive(holder: str) -> bool:
+    """False if ``holder`` is a process of this host that does not run; others are judged by their heartbeat."""
+    host, _, pid = holder.rpartition(":")
+    if host != _HOST:
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def difference(kept: dict[str, Any], given: dict[str, Any]) -> str:

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from normkit.study.config import StudyConfig
 from normkit.study.data.dataset import Data
 from normkit.study.errors import StudyError
-from normkit.study.plan import Slot, StudyConfig, slots
+from normkit.study.plan import Slot, slots
 from normkit.study.records import CurvePoint, TrialKey, TrialResult
 from normkit.study.store.store import Claim, Store
 from normkit.study.store.worker import SHORTEST_REST, Place

@@ -20,12 +20,12 @@ import torch
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from normkit.study.config import StudyConfig
 from normkit.study.data.dataset import Data
 from normkit.study.errors import DataError, StudyError
-from normkit.study.plan import Slot, StudyConfig, slots
+from normkit.study.plan import Slot, slots
 from normkit.study.records import TrialResult
-from normkit.study.store.owners import owner
-from normkit.study.store.store import Store
+from normkit.study.store.store import Store, owner
 from normkit.study.train.trial import load, run_trial
 
 SHORTEST_REST, LONGEST_REST = 0.3, 10.0  # seconds

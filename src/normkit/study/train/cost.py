@@ -11,9 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 from torch.utils.benchmark import Timer
 
+from normkit.study.config import StudyConfig
 from normkit.study.data.batches import batches
 from normkit.study.data.dataset import Data
-from normkit.study.plan import StudyConfig, learning_rates
+from normkit.study.plan import learning_rates
 from normkit.study.records import Cost, TrialKey
 from normkit.study.train.loop import precision, prepare, training_step
 from normkit.study.train.trial import make

@@ -15,16 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from normkit.study.config import Training
+from normkit.study.config import StudyConfig, Training
 from normkit.study.data.batches import batches, evaluation_batches
 from normkit.study.data.dataset import Data, Split
-from normkit.study.plan import StudyConfig
 from normkit.study.records import CurvePoint, TrialKey
-from normkit.study.train.best import BestWeights
 from normkit.study.train.checkpoint import CheckpointFile
 from normkit.study.train.gather_batch import WholeBatch
 from normkit.study.train.schedules import lr_factor
-from normkit.study.train.weights import WeightAverage
+from normkit.study.train.weights import BestWeights, WeightAverage
 
 LOSS_POINTS = 24  # points of the training curve
 ACCURACY_POINTS = 8  # of them with validation accuracy

@@ -2,10 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
-
-Schedule = Literal["cosine", "step", "two-step", "one-cycle", "constant"]
-SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 STEP_PLACES, STEP_FACTOR = (0.3, 0.6, 0.8), 0.2  # 60, 120, 160 of 200 epochs, as wide residual networks are trained
 TWO_STEP_PLACES, TWO_STEP_FACTOR = (0.375, 0.75), 0.1  # 60, 120 of 160 epochs, as the same networks are trained on SVHN
@@ -67,7 +63,7 @@ def lr_factor(schedule: str, step: int, steps: int, warm_up: float) -> float:
     """Factor of the learning rate at a step: linear up over the warm-up, then the schedule over what is left.
 
     Args:
-        schedule: One of ``SCHEDULES``.
+        schedule: One of :data:`normkit.study.config.Schedule`.
         step: Steps already made.
         steps: Steps of the whole run.
         warm_up: Share of the steps that warm up, in [0, 1); 0 for none.

@@ -19,13 +19,13 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 import normkit
+from normkit.study.config import StudyConfig
 from normkit.study.data.batches import batches
 from normkit.study.data.dataset import Data
 from normkit.study.data.load import load_data
 from normkit.study.errors import DataError, StudyError
 from normkit.study.factory import is_factory
 from normkit.study.models import build_model
-from normkit.study.plan import StudyConfig
 from normkit.study.records import CurvePoint, TrialKey, TrialResult
 from normkit.study.train.checkpoint import CheckpointFile
 from normkit.study.train.loop import Diverged, Loop, evaluate, from_first, ranks

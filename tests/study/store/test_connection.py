@@ -7,8 +7,8 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError
 
 from normkit.study.errors import StudyError
-from normkit.study.store import patience
-from normkit.study.store.patience import patient
+from normkit.study.store import connection as patience
+from normkit.study.store.connection import patient
 
 
 def failing(reason, times):

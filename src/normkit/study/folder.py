@@ -1,0 +1,123 @@
+"""The output folder of a study: its configuration, and where its trials are kept."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy.engine import URL
+
+from normkit.study.config import StudyConfig
+from normkit.study.errors import StudyError
+from normkit.study.store.store import difference
+from normkit.study.store.worker import Place, lock_file
+
+STUDY_FILE = "study.json"
+CHECKPOINTS = "checkpoints"
+STORAGE_VARIABLE = "NORMKIT_STORAGE"
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """The output folder of one study: its configuration, and where its trials are kept.
+
+    Attributes:
+        path: The folder.
+        config: Configuration of the study.
+        command: The command that made it, credentials redacted.
+        storage: URL of the storage, credentials redacted; None for the SQLite file in the folder.
+    """
+
+    path: Path
+    config: StudyConfig
+    command: str
+    storage: str | None
+
+    def prepare(self) -> None:
+        """Make the folder; if it holds a study already, check that it is the same one.
+
+        Raises:
+            StudyError: The folder cannot be written, or holds another study, or the same one in another storage.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StudyError(f"--out {self.path}: cannot be made ({error.strerror}); give another folder") from error
+        if not (self.path / STUDY_FILE).exists():
+            return
+        kept = StudyFolder.read(self.path)
+        if kept.config != self.config:
+            raise StudyError(difference(kept.config.to_dict(), self.config.to_dict()))
+        if kept.storage != self.storage:
+            places = [storage or "the folder's own file" for storage in (kept.storage, self.storage)]
+            raise StudyError(
+                f"--storage: the trials of {self.path} are in {places[0]}, not in {places[1]}; give that, or another --out"
+            )
+
+    def save(self) -> None:
+        """Write ``study.json``, unless it is there.
+
+        Raises:
+            StudyError: The folder cannot be written.
+        """
+        file = self.path / STUDY_FILE
+        if file.exists():
+            return
+        text = {"config": self.config.to_dict(), "command": self.command, "storage": self.storage}
+        part = file.with_suffix(f".{os.getpid()}.part")
+        try:
+            part.write_text(json.dumps(text, indent=2) + "\n")
+            part.replace(file)
+        except OSError as error:
+            raise StudyError(f"--out {self.path}: cannot be written ({error.strerror}); give another folder") from error
+
+    @staticmethod
+    def read(path: Path) -> "StudyFolder":
+        """Read ``study.json`` of a folder.
+
+        Raises:
+            StudyError: There is none, or it is damaged.
+        """
+        file = path / STUDY_FILE
+        try:
+            text = json.loads(file.read_text())
+            return StudyFolder(path, StudyConfig.from_dict(text["config"]), text["command"], text["storage"])
+        except FileNotFoundError as error:
+            raise StudyError(
+                f"{path} holds no study (no {STUDY_FILE}); give a folder that `normkit compare` wrote"
+            ) from error
+        except OSError as error:
+            raise StudyError(f"{file}: cannot be read ({error.strerror}); check the rights") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise StudyError(f"{file}: is damaged ({error}); remove it and give the command again") from error
+
+    def place(self, storage: str | None) -> Place:
+        """Where the trials are, given the storage's full URL if it is not in the folder.
+
+        Raises:
+            StudyError: The storage has a password, which is kept nowhere, and was not given.
+        """
+        if self.storage is None and storage is None:
+            url = URL.create("sqlite", database=str(self.path / "study.db")).render_as_string()  # "?" and "%" quoted
+            return Place(url, study_name(self.config), lock_file(url), self.path / CHECKPOINTS)
+        url = storage or os.environ.get(STORAGE_VARIABLE) or self.storage or ""
+        if "***" in url:
+            raise StudyError(
+                f"--storage: the trials are in {url}, and its password is kept nowhere; give the URL with --storage or in the "
+                f"environment variable {STORAGE_VARIABLE}"
+            )
+        return Place(url, study_name(self.config), lock_file(url), self.path / CHECKPOINTS)
+
+
+def study_name(config: StudyConfig) -> str:
+    """Name of the study in its storage: equal configurations meet, different ones never do.
+
+    Examples:
+        >>> study_name(StudyConfig()) == study_name(StudyConfig()) != study_name(StudyConfig(seeds=4))
+        True
+    """
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:10]
+    words = [Path(config.data).name, Path(config.model).name]
+    plain = "".join(c if c.isalnum() else "-" for c in "-".join(words)).strip("-")
+    return f"{plain}-{digest}"
