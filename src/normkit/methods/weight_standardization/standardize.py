@@ -1,0 +1,195 @@
+"""Convolution filters standardized in the forward pass, as a parametrization of the weight.
+
+Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, Siyuan Qiao, Huiyu Wang, Chenxi Liu, Wei
+Shen, Alan Yuille, arXiv 1903.10520. For the filter W of an output channel, with mean mu and variance sigma^2 of its N weights
+(input channels of its group times kernel positions), the convolution uses
+
+    (W - mu) / (sigma + eps)
+
+The optimizer trains W. The layer keeps its class, its parameters, its hooks and its place; state dicts of the plain model load.
+"""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from normkit.inspection.conformance import honours_bias
+from normkit.moments import statistics_dtype
+
+_logger = logging.getLogger("normkit")
+
+
+def standardize(filters: Tensor, eps: float = 1e-5) -> Tensor:
+    """Return ``(W - mu) / (sigma + eps)`` for every filter.
+
+    Args:
+        filters: ``(out, ...)``, one filter per row.
+        eps: Added to the standard deviation.
+
+    Returns:
+        The standardized filters, statistics computed in fp32 or wider.
+
+    Examples:
+        >>> standardize(torch.tensor([[1.0, 3.0, 5.0, 7.0]])).round(decimals=3)
+        tensor([[-1.3420, -0.4470,  0.4470,  1.3420]])
+    """
+    centred, variance = _centred(filters)
+    return (centred / (_root(variance) + eps)).to(filters.dtype)
+
+
+def scaled_standardize(filters: Tensor, gain: Tensor | float = 1.0, eps: float = 1e-4) -> Tensor:
+    """Return ``gain (W - mu) / sqrt(max(N sigma^2, eps))`` for every filter: its output has the variance of its input.
+
+    Scaled weight standardization (arXiv 2101.08692, 2102.06171).
+
+    Args:
+        filters: ``(out, ...)``, one filter per row.
+        gain: A number, or one per filter, ``(out,)``.
+        eps: Smallest ``N sigma^2``.
+
+    Returns:
+        The standardized filters, statistics computed in fp32 or wider.
+
+    Examples:
+        >>> round(scaled_standardize(torch.tensor([[1.0, 3.0, 5.0, 7.0]])).square().sum().item(), 4)
+        1.0
+    """
+    centred, variance = _centred(filters)
+    scale = (variance * filters[0].numel()).clamp(min=eps).rsqrt()
+    gain = gain.view(scale.shape) if isinstance(gain, Tensor) else gain
+    return (centred * (scale * gain)).to(filters.dtype)
+
+
+def _centred(filters: Tensor) -> tuple[Tensor, Tensor]:
+    """Filters minus their means, and their variances, ``(out, 1, ...)``."""
+    wide = filters.to(statistics_dtype(filters.dtype))
+    variance, mean = torch.var_mean(wide, list(range(1, wide.ndim)), correction=0, keepdim=True)
+    return wide - mean, variance
+
+
+def _root(variance: Tensor) -> Tensor:
+    """A square root whose gradient at zero is zero: a filter whose weights are all equal has no direction."""
+    positive = variance > 0
+    return torch.where(positive, variance.where(positive, 1.0).sqrt(), 0.0)
+
+
+class FilterParametrization(nn.Module):
+    """A parametrization of a convolution's weight that works on its filters, ``(out, ...)``.
+
+    A subclass says in :meth:`transform` what becomes of them.
+
+    Args:
+        layer: The convolution; of a transposed one the weight is ``(in, out / groups, ...)``.
+    """
+
+    def __init__(self, layer: _ConvNd) -> None:
+        super().__init__()
+        self.transposed_groups = layer.groups if isinstance(layer, _ConvTransposeNd) else 0
+
+    def transform(self, filters: Tensor) -> Tensor:
+        """Return what the convolution uses in place of its filters."""
+        raise NotImplementedError
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight that the convolution uses."""
+        groups = self.transposed_groups
+        if not groups:
+            return self.transform(weight)
+        filters = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        return self.transform(filters).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+class WeightStandardization(FilterParametrization):
+    """:func:`standardize` as a parametrization (arXiv 1903.10520)."""
+
+    def transform(self, filters: Tensor) -> Tensor:
+        """Standardize the filters."""
+        return standardize(filters)
+
+
+def parametrizable(model: nn.Module, method: str) -> list[tuple[str, _ConvNd]]:
+    """The convolutions of a model whose weights can be standardized; what is left out is logged.
+
+    Left out are filters of one weight, which would become zero, layers with a forward of their own, and weights that
+    are parametrized already.
+
+    Args:
+        model: Any module.
+        method: Who asks, for messages.
+
+    Returns:
+        Paths and layers.
+
+    Raises:
+        ValueError: A layer is lazy and not yet initialised.
+    """
+    chosen, left = [], []
+    for path, layer in model.named_modules():
+        if not isinstance(layer, _ConvNd):
+            continue
+        if is_lazy(layer._parameters.get("weight")):
+            raise ValueError(
+                f"{method}: {path or 'the model'} ({type(layer).__name__}) does not know its channels yet; run one batch "
+                "through the model first"
+            )
+        if parametrize.is_parametrized(layer, "weight"):
+            left.append(f"{path} (its weight is parametrized already)")
+        elif not honours_bias(layer):
+            left.append(f"{path} ({type(layer).__name__} has a forward of its own)")
+        elif layer.in_channels // layer.groups * math.prod(layer.kernel_size) == 1:
+            left.append(f"{path} (its filters have one weight)")
+        else:
+            chosen.append((path, layer))
+    if left:
+        _logger.warning("%s: these convolutions keep their weights as they are: %s", method, ", ".join(left))
+    elif not chosen:
+        _logger.warning("%s: the model has no convolution, so no weight is standardized", method)
+    return chosen
+
+
+def parametrize_filters(layer: _ConvNd, parametrization: FilterParametrization) -> None:
+    """Let a convolution use what ``parametrization`` makes of its weight; state dicts of the plain layer go on loading."""
+    parametrize.register_parametrization(layer, "weight", parametrization)
+    layer.register_load_state_dict_pre_hook(_load_plain)
+    vars(layer)["normkit_undo"] = unparametrize_filters
+
+
+def unparametrize_filters(layer: nn.Module) -> None:
+    """Give a convolution back its weight as the optimizer trains it."""
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    bias = layer._parameters.pop("bias")  # the weight comes first again
+    layer._parameters["bias"] = bias
+    hooks = layer._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is _load_plain]:
+        del hooks[key]
+
+
+def _load_plain(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a standardized convolution load the weight of a plain one; parameters that only it has stay as they are."""
+    if prefix + "weight" not in state:
+        return
+    state[prefix + "parametrizations.weight.original"] = state.pop(prefix + "weight")
+    for name, tensor in layer.parametrizations.weight.state_dict().items():
+        state.setdefault(f"{prefix}parametrizations.weight.{name}", tensor)
+
+
+def standardize_weights(model: nn.Module) -> nn.Module:
+    """Let every convolution of a model use standardized filters (arXiv 1903.10520).
+
+    Meant for convolutions in front of a normalization, such as GroupNorm, which makes up for the filters' lost scale.
+
+    Args:
+        model: Any module, changed in place.
+
+    Returns:
+        The model.
+    """
+    for _, layer in parametrizable(model, "weight standardization"):
+        parametrize_filters(layer, WeightStandardization(layer))
+    return model

@@ -1,0 +1,170 @@
+"""Standardized filters against their definition, filter by filter in float64, for every kind of convolution."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from normkit.methods.weight_standardization.normalizer_free import ScaledWeightStandardization
+from normkit.methods.weight_standardization.standardize import (
+    WeightStandardization,
+    parametrize_filters,
+    standardize_weights,
+    unparametrize_filters,
+)
+
+CONVOLUTIONS = {
+    "1d": (lambda: nn.Conv1d(4, 6, 3), (2, 4, 7)),
+    "2d": (lambda: nn.Conv2d(4, 6, 3, padding=1), (2, 4, 5, 5)),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False), (2, 4, 5, 5)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (2, 4, 5, 5)),
+    "3d": (lambda: nn.Conv3d(4, 6, 2), (2, 4, 3, 3, 3)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2), (2, 4, 4)),
+    "transposed 2d, grouped": (lambda: nn.ConvTranspose2d(4, 6, 2, groups=2), (2, 4, 3, 3)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(4, 2, 2, bias=False), (1, 4, 2, 2, 2)),
+}
+
+
+def by_filter(layer, change):
+    """A weight whose filters, found index by index, are changed one after the other."""
+    weight = layer.weight.detach().clone()
+    for channel in range(layer.out_channels):
+        if layer.transposed:
+            group, own = divmod(channel, layer.out_channels // layer.groups)
+            size = layer.in_channels // layer.groups
+            weight[group * size : (group + 1) * size, own] = change(
+                weight[group * size : (group + 1) * size, own], channel
+            )
+        else:
+            weight[channel] = change(weight[channel], channel)
+    return weight
+
+
+def standardized(filter_, _):
+    deviation = (filter_ - filter_.mean()).square().mean().sqrt()
+    return (filter_ - filter_.mean()) / (deviation + 1e-5)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_the_convolution_uses_filters_of_mean_zero_and_deviation_one(name):
+    torch.manual_seed(0)
+    make, shape = CONVOLUTIONS[name]
+    layer, x = make().double(), torch.randn(shape).double()
+    expected = copy.deepcopy(layer)
+    with torch.no_grad():
+        expected.weight.copy_(by_filter(layer, standardized))
+    parametrize_filters(layer, WeightStandardization(layer))
+    torch.testing.assert_close(layer(x), expected(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_scaled_filters_have_length_gamma_times_gain_times_skip_gain(name):
+    torch.manual_seed(0)
+    make, shape = CONVOLUTIONS[name]
+    layer, x = make().double(), torch.randn(shape).double()
+    expected, gains = copy.deepcopy(layer), torch.rand(layer.out_channels).double() + 0.5
+
+    def scaled(filter_, channel):
+        centred = filter_ - filter_.mean()
+        return 1.7 * 0.3 * gains[channel] * centred / (filter_.numel() * centred.square().mean()).sqrt()
+
+    with torch.no_grad():
+        expected.weight.copy_(by_filter(layer, scaled))
+        parametrization = ScaledWeightStandardization(layer, 1.7, ends_branch=True)
+        parametrization.gain.copy_(gains)
+        parametrization.skip_gain.fill_(0.3)
+    parametrize_filters(layer, parametrization)
+    torch.testing.assert_close(layer(x), expected(x), rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_those_of_the_definition():
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(3, 4, 3).double(), torch.randn(2, 3, 5, 5).double()
+    weight = layer.weight.detach().clone().requires_grad_()
+    flat = weight.flatten(1)
+    centred = flat - flat.mean(1, keepdim=True)
+    used = (centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-5)).view_as(weight)
+    nn.functional.conv2d(x, used, layer.bias.detach()).square().sum().backward()
+    parametrize_filters(layer, WeightStandardization(layer))
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(layer.parametrizations.weight.original.grad, weight.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_the_output_does_not_depend_on_mean_and_scale_of_the_filters():
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(3, 4, 3).double(), torch.randn(2, 3, 5, 5).double()
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.weight.mul_(1000).add_(7)
+    for conv in (layer, other):
+        parametrize_filters(conv, WeightStandardization(conv))
+    torch.testing.assert_close(layer(x), other(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_filter_whose_weights_are_all_equal_has_finite_gradients():
+    layer = nn.Conv2d(3, 4, 3)
+    nn.init.constant_(layer.weight, 0.5)
+    parametrize_filters(layer, WeightStandardization(layer))
+    layer(torch.randn(1, 3, 4, 4)).square().sum().backward()
+    assert layer.parametrizations.weight.original.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [WeightStandardization, ScaledWeightStandardization])
+def test_plain_checkpoints_load_and_the_layers_own_come_back(kind):
+    plain, layer = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+    parametrize_filters(layer, kind(layer))
+    layer.load_state_dict(plain.state_dict())
+    assert torch.equal(layer.parametrizations.weight.original, plain.weight)
+    again = nn.Conv2d(3, 4, 3)
+    parametrize_filters(again, kind(again))
+    again.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 3, 4, 4)
+    assert torch.equal(again(x), layer(x))
+
+
+def test_undone_it_is_the_layer_it_was():
+    layer = nn.Conv2d(3, 4, 3)
+    weight, names, kind, x = layer.weight, list(layer.state_dict()), type(layer), torch.randn(1, 3, 4, 4)
+    expected = layer(x)
+    parametrize_filters(layer, WeightStandardization(layer))
+    assert not torch.allclose(layer(x), expected)
+    unparametrize_filters(layer)
+    assert layer.weight is weight
+    assert list(layer.state_dict()) == names
+    assert type(layer) is kind
+    assert not layer._load_state_dict_pre_hooks
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_weights_are_standardized_in_single_precision(dtype):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(64, 4, 3).to(dtype)
+    expected = by_filter(copy.deepcopy(layer).double(), standardized)
+    parametrize_filters(layer, WeightStandardization(layer))
+    assert layer.weight.dtype == dtype
+    torch.testing.assert_close(layer.weight.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+class Own(nn.Conv2d):
+    def forward(self, input):
+        return super().forward(input).relu()
+
+
+def test_what_cannot_be_standardized_is_named_and_left(caplog):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=4), Own(4, 4, 3), nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1)),
+        nn.Linear(3, 3),
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, logger="normkit"):
+        standardize_weights(model)
+    assert [nn.utils.parametrize.is_parametrized(layer) for layer in model] == [True, False, False, True, False]
+    for reason in ("1 (its filters have one weight)", "2 (Own has a forward", "3 (its weight is parametrized already)"):
+        assert reason in caplog.text
+    with caplog.at_level(logging.WARNING, logger="normkit"):
+        standardize_weights(nn.Linear(2, 2))
+    assert "no convolution, so no weight is standardized" in caplog.text
+    with pytest.raises(ValueError, match="run one batch"):
+        standardize_weights(nn.Sequential(nn.LazyConv2d(4, 3)))
