@@ -95,7 +95,8 @@ def revert(model: nn.Module, *, where: Where = None, optimizer: Optimizer | None
     Right after a conversion that is the identity. Statistics of layers that keep other ones than batch
     normalization are translated so that eval stays the same function; a bias given in exchange for a removed layer
     goes into the running mean. Where the stand-in kept no statistics the old ones return:
-    :func:`normkit.recalibrate` brings them up to date.
+    :func:`normkit.recalibrate` brings them up to date. Convolutions whose weights a method standardizes use them as they
+    are again.
 
     Args:
         model: A converted model, changed in place.
@@ -109,8 +110,10 @@ def revert(model: nn.Module, *, where: Where = None, optimizer: Optimizer | None
         ValueError: As in :func:`convert`.
     """
     _check(model, optimizer)
-    converted = [(layer, origin) for layer in _select(model, where).values() if (origin := origin_of(layer))]
-    return _carry_out(model, [_Swap(layer, o.module, restored(layer, o)) for layer, o in converted], optimizer)
+    changed = _select(model, where, _is_changed).values()
+    converted = [(layer, origin) for layer in changed if (origin := origin_of(layer))]
+    swaps = [_Swap(layer, o.module, restored(layer, o)) for layer, o in converted]
+    return _carry_out(model, swaps, optimizer, [layer for layer in changed if origin_of(layer) is None])
 
 
 def feeding(model: nn.Module) -> dict[nn.Module, Producer]:
@@ -141,13 +144,25 @@ def _check(model: nn.Module, optimizer: Optimizer | None) -> None:
         check_optimizer(optimizer, model)
 
 
-def _select(model: nn.Module, where: Where) -> dict[str, nn.Module]:
-    """The normalization layers, and what stands in for one, that ``where`` chooses; each once, by its first path.
+def _is_replaceable(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a normalization layer or stands in for one."""
+    return is_norm(layer) or origin_of(layer) is not None
+
+
+def _is_changed(layer: nn.Module) -> bool:
+    """Whether ``layer`` stands in for another, or a method has changed it in place and noted how to undo that."""
+    return origin_of(layer) is not None or "normkit_undo" in vars(layer)
+
+
+def _select(
+    model: nn.Module, where: Where, candidate: Callable[[nn.Module], bool] = _is_replaceable
+) -> dict[str, nn.Module]:
+    """The candidates that ``where`` chooses; each once, by its first path.
 
     Raises:
         ValueError: The model has no module at a path.
     """
-    layers = {path: m for path, m in model.named_modules() if is_norm(m) or origin_of(m) is not None}
+    layers = {path: m for path, m in model.named_modules() if candidate(m)}
     if where is None:
         return layers
     if callable(where):
@@ -216,8 +231,12 @@ def _plan(
     return _Swap(layer, new, was)
 
 
-def _carry_out(model: nn.Module, swaps: list[_Swap], optimizer: Optimizer | None) -> nn.Module:
+def _carry_out(
+    model: nn.Module, swaps: list[_Swap], optimizer: Optimizer | None, undone: Iterable[nn.Module] = ()
+) -> nn.Module:
     before = dict(model.named_parameters())
+    for layer in undone:
+        vars(layer).pop("normkit_undo")(layer)
     for swap in swaps:
         _settle(swap)
     replaced = {swap.old: swap.new for swap in swaps}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from normkit.inspection.graph import is_norm
+from normkit.inspection.graph import is_norm, outputs
 from normkit.methods.catalog import TARGETS, features_of
 from normkit.methods.revisited.revisit import Revision, revision_of
 from normkit.surgery.conversion_state import origin_of
@@ -57,6 +57,9 @@ def describe(model: nn.Module) -> list[LayerDescription]:
             features, replaced = features_of(origin.module), type(origin.module).__name__
             lost = TARGETS[origin.to].lost
             rows.append(LayerDescription(path, kind, features, replaced, lost, biased, revision))
+        elif "normkit_undo" in vars(layer):
+            used = ", ".join(type(p).__name__ for p in layer.parametrizations.weight)  # pyright: ignore
+            rows.append(LayerDescription(path, f"{kind} with {used}", outputs(layer)))  # pyright: ignore
         elif is_norm(layer):
             rows.append(LayerDescription(path, kind, features_of(layer), revision=revision))
     return rows

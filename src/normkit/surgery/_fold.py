@@ -160,8 +160,10 @@ def _bare_copy(model: nn.Module) -> nn.Module:
         for table, hooks in saved:
             table.clear()
             table.update(hooks)
-    for module in bare.modules():
+    for module in list(bare.modules()):
         vars(module).pop("normkit_origin", None)
+        if vars(module).pop("normkit_undo", None) is not None:  # its weight is a parametrization of this package's
+            _plain(module)
         _take_feature_scale(module)
     return bare
 

@@ -154,10 +154,8 @@ class Own(nn.Conv2d):
 
 
 def test_what_cannot_be_standardized_is_named_and_left(caplog):
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=4), Own(4, 4, 3), nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1)),
-        nn.Linear(3, 3),
-    )  # fmt: skip
+    spectral = nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=4), Own(4, 4, 3), spectral, nn.Linear(3, 3))
     with caplog.at_level(logging.WARNING, logger="normkit"):
         standardize_weights(model)
     assert [nn.utils.parametrize.is_parametrized(layer) for layer in model] == [True, False, False, True, False]

@@ -68,7 +68,7 @@ def activation_gain(function: Callable[[Tensor], Tensor]) -> float:
         The factor that gives its output unit variance.
 
     Examples:
-        >>> round(activation_gain(torch.relu), 4), round((2 / (1 - 1 / math.pi)) ** 0.5, 4)
+        >>> round(activation_gain(torch.relu), 4), round((2 / (1 - 1 / torch.pi)) ** 0.5, 4)
         (1.7129, 1.7129)
     """
     x = torch.linspace(-10, 10, 20001, dtype=torch.float64)
