@@ -2,8 +2,7 @@
 
 - BNP (arXiv 2108.01110): ``precondition``, ``guarded_variance``, ``step_divisor``, ``update_running``; our bound on its steps,
   ``unit_changes`` and ``bounding_factors``; ``preconditioned_noise`` (Lange, Deng, Ye, Lin, J. Mach. Learn. 2(1), 2023).
-- Batchless normalization (arXiv 2212.14729): ``gaussian_nll_gradients``; our ``projected_gradient`` and
-  ``projected_weight_gradient``.
+- Batchless normalization (arXiv 2212.14729): ``gaussian_nll_gradients``; our ``projected_weight_gradient``.
 - SGD-G and Adam-G (arXiv 1709.09603): ``sgdg``, ``adamg``, ``clip_rows``, ``orthogonality_gradient``; on the sphere ``project``,
   ``exponential_map``, ``logarithmic_map``, ``parallel_transport``.
 - Batch Renormalization (arXiv 1702.03275): ``renorm_correction``.
@@ -11,7 +10,6 @@
 
 from normkit.methods.batch_renorm import renorm_correction
 from normkit.methods.batchless.functions import gaussian_nll_gradients
-from normkit.methods.batchless.projected import projected_gradient
 from normkit.methods.batchless.weights import projected_weight_gradient
 from normkit.methods.bnp.langevin import preconditioned_noise
 from normkit.methods.bnp.preconditioning import (
@@ -39,7 +37,6 @@ __all__ = [
     "precondition",
     "preconditioned_noise",
     "project",
-    "projected_gradient",
     "projected_weight_gradient",
     "renorm_correction",
     "sgdg",

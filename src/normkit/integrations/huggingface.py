@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normkit.instruments import Monitor
-from normkit.methods.batchless.training import RATE, attach, load_projections
+from normkit.methods.batchless.training import RATE, attach
 from normkit.methods.bnp.bnp import BNP
 from normkit.optim.step_hooks import StepHandle
 
@@ -110,12 +110,9 @@ class BatchlessCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the Trainer's optimizer, whose state was loaded before."""
+        """Attach to the Trainer's optimizer."""
         self.on_train_end(args, state, control)  # a training that was interrupted did not come to it
         self._handle = attach(kwargs["model"], _unwrapped(kwargs["optimizer"]), rate=self.rate)
-        kept = _checkpoint(args, state) / "optimizer.pt"
-        if state.global_step and kept.exists():
-            load_projections(kwargs["model"], torch.load(kept, map_location="cpu", weights_only=True))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from normkit.methods.batchless.functions import gaussian_nll_gradients, per_feature
 from normkit.methods.batchless.layer import BatchlessNorm
-from normkit.methods.batchless.projected import gain, regression
 from normkit.moments import Moments, finite
 
 RATE, INSTANCES = 0.07, 6.0  # mu and sigma are running means of weight 0.07 from many instances, 0.01 from one
@@ -51,7 +50,7 @@ class Fit:
 
     @property
     def projected(self) -> bool:
-        """Whether the layers before these receive the projected gradient."""
+        """Whether the weight gradients of the layers that feed these are projected."""
         return self.layers[0].projected
 
     def write_mismatch(self) -> None:
@@ -70,27 +69,6 @@ class Fit:
         mean, variance = self.mean.lerp(self.seen, eta), self.variance.lerp(self.about, eta)
         self._write([layer.running_mean for layer in self.layers], torch.where(self.valid, mean, self.mean))
         self._write([layer.running_var for layer in self.layers], torch.where(self.valid, variance, self.variance))
-
-    def project(self, products: list[Tensor], ranks: int) -> None:
-        """Move A and B of projected layers towards the regression over the rows of this step.
-
-        Args:
-            products: Sums of n' and n' n over all rows and ranks, ``(2, features)`` for each layer.
-            ranks: Over which a mean loss was averaged.
-        """
-        controls = [layer.control for layer in self.layers if layer.control is not None]
-        sum_grad, sum_grad_n = torch.cat(products, 1) / ranks
-        old = torch.stack([torch.cat([c.shift for c in controls]), torch.cat([c.slope for c in controls])])
-        new = torch.stack(regression(sum_grad, sum_grad_n, self.m1, self.m2))
-        valid = self.valid & torch.isfinite(new.sum())
-        shift, slope = torch.where(valid, old.lerp(new, gain(self.instances)), old)
-        self._write([c.shift for c in controls], shift)
-        self._write([c.slope for c in controls], slope)
-        last = torch.stack([m.count for m in self.moments]) / ranks
-        rows = torch.stack([c.rows for c in controls])
-        known = torch.stack([last, rows[:, 0]], 1)
-        rows = torch.where(torch.stack([part[0] for part in valid.split(self.sizes)]).unsqueeze(1), known, rows)
-        torch._foreach_copy_([c.rows for c in controls], list(rows))
 
     def _write(self, targets: list[Tensor], values: Tensor) -> None:
         torch._foreach_copy_(targets, list(values.split(self.sizes)))

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from normkit.inspection.counting import disable_dynamo, is_counting, on_first_backward
 from normkit.methods.batchless.functions import Gradient, affine_map, moments_about
-from normkit.methods.batchless.projected import GradientControl
 from normkit.moments import Moments, Tally, empty, keep_fp32, observe_unchecked, statistics_dtype
 
 Scale = Literal["log", "abs"]
@@ -71,8 +70,8 @@ class BatchlessNorm(nn.Module):
                 pass.
             scale: What the ``plain`` gradient trains for sigma: its logarithm, or itself up to its sign.
             gradient: ``natural`` or ``plain`` gradient of the likelihood, see :func:`gaussian_nll_gradients`.
-            projected: Give the layers before the projected gradient instead of the paper's pointwise one, see
-                :mod:`normkit.methods.batchless.projected`.
+            projected: Whether :func:`normkit.attach` projects the weight gradient of the layer that feeds this one, see
+                :func:`normkit.functional.projected_weight_gradient`.
             eps: Added to the variance that sigma is fitted to, like the eps of batch normalization.
             feature_dim: Dimension of the channels: 1, or -1 for channels-last inputs such as tokens.
             device: Device of the parameters.
@@ -88,7 +87,7 @@ class BatchlessNorm(nn.Module):
             raise ValueError(f"gradient={gradient!r}: choose 'natural' or 'plain'")
         if feature_dim not in (1, -1):
             raise ValueError(f"feature_dim={feature_dim!r}: choose 1 (channels first) or -1 (channels last)")
-        self.num_features, self.eps, self.feature_dim = num_features, eps, feature_dim
+        self.num_features, self.eps, self.feature_dim, self.projected = num_features, eps, feature_dim, projected
         self.scale: Scale = scale
         self.gradient: Gradient = gradient
         dtype = dtype or torch.get_default_dtype()
@@ -101,7 +100,6 @@ class BatchlessNorm(nn.Module):
         wide = statistics_dtype(dtype)
         self.running_mean = nn.Parameter(torch.zeros(num_features, device=device, dtype=wide), requires_grad=False)
         self.running_var = nn.Parameter(torch.ones(num_features, device=device, dtype=wide), requires_grad=False)
-        self.control = GradientControl(num_features, device=device, dtype=wide) if projected else None
         self.mismatch: Tensor | None = None
         self.tally = Tally()
         self.instances = 0  # whose rows are in the tally
@@ -114,11 +112,6 @@ class BatchlessNorm(nn.Module):
     def affine(self) -> bool:
         """Whether gamma and beta are there."""
         return self.weight is not None
-
-    @property
-    def projected(self) -> bool:
-        """Whether the layers before receive the projected gradient."""
-        return self.control is not None
 
     @property
     def sigma(self) -> Tensor:
@@ -155,10 +148,9 @@ class BatchlessNorm(nn.Module):
         last = tokens and x.dim() > 2
         rows = x.reshape(-1, self.num_features) if last else x
         learns = self.training and torch.is_grad_enabled()
-        affine = affine_map if self.control is None or not learns else self.control
         # constants to the task loss, also in a model whose parameters were all unfrozen
         statistics = self.running_mean.detach(), self.running_var.detach()
-        y = affine(rows, *statistics, self.weight, self.bias, self.eps)
+        y = affine_map(rows, *statistics, self.weight, self.bias, self.eps)
         y = y.view_as(x) if last else y
         if learns and is_counting():
             self._count(rows if mask is None else x, y, mask)
@@ -207,8 +199,6 @@ class BatchlessNorm(nn.Module):
         """Forget what was observed since the last step."""
         self.tally.take()
         self.instances = 0
-        if self.control is not None:
-            self.control.sums = None
 
     def take(self) -> tuple[Moments, Tensor]:
         """Moments of the rows since the last call, if need be of none, and of how many instances they are, ``()``."""

@@ -11,7 +11,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -35,8 +34,7 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
     schedule. A layer with the ``plain`` gradient trains like any other parameter, as in the paper: its mu and log sigma
     get a parameter group of ``optimizer`` without weight decay, so attach before building a learning-rate scheduler.
 
-    Clipping and loss scaling do not see the likelihood. What projected layers have learned of the gradients' projection
-    travels in the optimizer's state dict (key ``"batchless"``), so that a resumed run goes on exactly.
+    Clipping and loss scaling do not see the likelihood.
 
     Args:
         model: A model with batchless layers.
@@ -109,13 +107,12 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
         for producer in feeding:
             producer.remove()
 
-    hooks = _keep_projections(model, optimizer)
-    return StepHandle([handle.remove, *hooks, release])
+    return StepHandle([handle.remove, release])
 
 
 @torch.no_grad()
 def collect(layers: list[BatchlessNorm], feeding: Sequence[FeedingLayer] = ()) -> list[Fit]:
-    """Take what every layer counted, over all ranks; write the mismatch, project the weights' gradients, update A and B.
+    """Take what every layer counted, over all ranks; write the mismatch, project the weights' gradients.
 
     Args:
         layers: The layers, in the same order on every rank.
@@ -124,25 +121,21 @@ def collect(layers: list[BatchlessNorm], feeding: Sequence[FeedingLayer] = ()) -
     Returns:
         The fit of the layers, of those that are alike together.
     """
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     seen, instances = zip(*(layer.take() for layer in layers), strict=True)
     inputs = [tensor for producer in feeding for tensor in producer.take()]
-    products = [layer.control.take() for layer in layers if layer.control is not None]
-    moments, sums = reduce_together(seen, [*instances, *inputs, *products])
+    moments, sums = reduce_together(seen, [*instances, *inputs])
     remaining = iter(sums)
     counts = [next(remaining) for _ in layers]
     project_weights(feeding, [tuple(islice(remaining, 3)) for _ in feeding])
-    groups: dict[Any, list[tuple[BatchlessNorm, Moments, Tensor, Tensor | None]]] = {}
+    groups: dict[Any, list[tuple[BatchlessNorm, Moments, Tensor]]] = {}
     for layer, rows, count in zip(layers, moments, counts, strict=True):
         kind = layer.running_mean.device, layer.running_mean.dtype, layer.eps, layer.gradient, layer.projected
-        groups.setdefault(kind, []).append((layer, rows, count, next(remaining) if layer.projected else None))
+        groups.setdefault(kind, []).append((layer, rows, count))
     fits = []
     for group in groups.values():
-        alike, rows, counts, products = (list(column) for column in zip(*group, strict=True))
+        alike, rows, counts = (list(column) for column in zip(*group, strict=True))
         fit = Fit(alike, rows, counts)
         fit.write_mismatch()
-        if fit.projected:
-            fit.project(products, ranks)
         fits.append(fit)
     return fits
 
@@ -196,35 +189,6 @@ def _move_to_own_group(optimizer: Optimizer, params: dict[str, nn.Parameter]) ->
     if "weight_decay" in optimizer.defaults:
         group["weight_decay"] = 0.0
     optimizer.add_param_group(group)
-
-
-@torch.no_grad()
-def load_projections(model: nn.Module, state: dict[str, Any]) -> None:
-    """Take A and B of projected layers from an optimizer's state dict; layers it does not name keep theirs."""
-    controls = _controls(model)
-    for path, tensors in state.get("batchless", {}).items():
-        for name, tensor in tensors.items() if path in controls else ():
-            controls[path].get_buffer(name).copy_(tensor)
-
-
-def _keep_projections(model: nn.Module, optimizer: Optimizer) -> list[Callable[[], None]]:
-    """Let A and B of projected layers travel in the optimizer's state dict; returns what takes the hooks off."""
-    controls = _controls(model)
-    if not controls:
-        return []
-
-    def save(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return {**state, "batchless": {path: dict(control.named_buffers()) for path, control in controls.items()}}
-
-    def load(_: Optimizer, state: dict[str, Any]) -> None:
-        load_projections(model, state)
-
-    hooks = optimizer.register_state_dict_post_hook(save), optimizer.register_load_state_dict_pre_hook(load)
-    return [hook.remove for hook in hooks]
-
-
-def _controls(model: nn.Module) -> dict[str, nn.Module]:
-    return {path: m.control for path, m in model.named_modules() if isinstance(m, BatchlessNorm) and m.control}
 
 
 def initialize(

@@ -2,10 +2,10 @@
 
 Our own addition to Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729; see docs/batchless-projected.md.
 
-A and B of :mod:`normkit.methods.batchless.projected` come from earlier steps, so what is new in a step's own mean(n')
-and mean(n' n), and most of it is, remains in dL/dx. In the gradient of the linear or convolution layer that produces ``x = W h``
-it adds up over the rows to something along two known directions: the mean of h, which shifts x, and W, which scales it.
-Neither changes the function batch normalization would train. Both are taken out when the step is complete.
+With ``n' = dL/dn``, batch normalization passes on ``dL/dx = (n' - mean(n') - n mean(n' n)) / sigma``; batchless normalization
+passes on ``n' / sigma``. In the gradient of the linear or convolution layer that produces ``x = W h``, the two missing terms
+add up over the rows to parts along two known directions: the mean of h, which shifts x, and W, which scales x. Neither
+changes the function that batch normalization would train. The step removes both once its rows are complete.
 """
 
 from collections import Counter
