@@ -261,7 +261,7 @@ _RECIPES: tuple[Recipe, ...] = (
     ),
     Recipe(
         "batchless-projected",
-        "Learned Gaussians with batch normalization's backward pass, from earlier steps",
+        "Learned Gaussians; weight gradients without what the normalization undoes",
         _BATCHLESS + ", gradient ours",
         0.1,
         _batchless("batchless-projected", sgd),
