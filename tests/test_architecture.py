@@ -25,9 +25,11 @@ FLOORS = (  # from the bottom to the top
     {"methods"},
     {"surgery"},
     {"functional", "_apply"},
+    {"_public"},
     {"study"},
     {"integrations"},
     {"cli"},
+    {"__main__"},
 )
 METHODS_SHARED = {"catalog", "method"}  # what all methods have in common
 

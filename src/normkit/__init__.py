@@ -1,77 +1,28 @@
 """What comes after batch normalization: its successors for any PyTorch model, and the instruments that compare them."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from normkit import functional, moments
-from normkit._apply import apply, recipes
-from normkit.methods.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
-from normkit.methods.batchless.training import attach, initialize
-from normkit.methods.bnp.bnp import BNP
-from normkit.methods.bnp.langevin import LangevinBNP
-from normkit.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
-from normkit.methods.noisy_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
-from normkit.methods.revisited.input_norm import InputNorm
-from normkit.methods.revisited.revisit import revisit
-from normkit.methods.riemannian.optimizers import SGDG, AdamG
-from normkit.optim.invariance import scale_invariance
-from normkit.optim.param_groups import param_groups
-from normkit.surgery._convert import convert, revert
-from normkit.surgery._describe import describe
-from normkit.surgery._fold import fold
-from normkit.surgery._recalibrate import recalibrate
-
 if TYPE_CHECKING:
-    from normkit import instruments
-    from normkit.instruments import doctor
+    from normkit._public import *  # noqa: F403
+    from normkit._public import __all__ as __all__
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BNP",
-    "SGDG",
-    "AdamG",
-    "BatchRenorm1d",
-    "BatchRenorm2d",
-    "BatchRenorm3d",
-    "BatchlessNorm1d",
-    "BatchlessNorm2d",
-    "BatchlessNorm3d",
-    "InputNorm",
-    "LangevinBNP",
-    "LpNorm1d",
-    "LpNorm2d",
-    "LpNorm3d",
-    "NoisyBatchNorm1d",
-    "NoisyBatchNorm2d",
-    "NoisyBatchNorm3d",
-    "apply",
-    "attach",
-    "convert",
-    "describe",
-    "doctor",
-    "fold",
-    "functional",
-    "initialize",
-    "instruments",
-    "moments",
-    "param_groups",
-    "recalibrate",
-    "recipes",
-    "revert",
-    "revisit",
-    "scale_invariance",
-]
-
 
 def __getattr__(name: str) -> Any:
-    """Import the instruments where they are first used, so that training alone does not wait for them.
+    """Import the public names with the first use of one, and the instruments with theirs.
+
+    So the command line answers ``--help`` without torch, and training does not wait for the instruments.
 
     Raises:
         AttributeError: There is no such name.
     """
     if name in ("instruments", "doctor"):
-        import normkit.instruments as loaded
-
+        loaded = import_module("normkit.instruments")
         return loaded if name == "instruments" else loaded.doctor
+    if not name.startswith("_") or name == "__all__":
+        public = import_module("normkit._public")
+        if hasattr(public, name):
+            return getattr(public, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
