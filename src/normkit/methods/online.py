@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normkit.inspection.counting import eager
-from normkit.moments import at_least_single, statistics_dtype
+from normkit.inspection.counting import disable_dynamo
+from normkit.moments import keep_fp32, statistics_dtype
 
 
 def affine_recurrence(factor: Tensor, increment: Tensor, start: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ class OnlineNorm(nn.Module):
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         return layer_scaling(y, self.eps)
 
-    @eager
+    @disable_dynamo
     def _normalize(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             means, variances = online_statistics(x, self.running_mean, self.running_var, self.forward_decay)
@@ -265,7 +265,7 @@ class OnlineNorm(nn.Module):
             new = self._buffers[name]
             assert old is not None
             assert new is not None
-            self._buffers[name] = at_least_single(new, old)
+            self._buffers[name] = keep_fp32(new, old)
         return self
 
     def extra_repr(self) -> str:
