@@ -31,7 +31,7 @@ FLOORS = (  # from the bottom to the top
     {"cli"},
     {"__main__"},
 )
-METHODS_SHARED = {"catalog", "method"}  # what all methods have in common
+METHODS_SHARED = {"catalog", "kernels", "method"}  # what all methods have in common
 
 
 def _module_name(path: Path) -> str:

@@ -9,7 +9,6 @@ from torch.distributed.fsdp import fully_shard
 
 import normkit
 from normkit.methods.batchless.layer import BatchlessNorm
-from normkit.methods.catalog import TARGETS as CATALOG
 from normkit.methods.catalog import Removed, is_batchnorm
 from normkit.surgery._convert import convert, revert
 from normkit.surgery.conversion_state import origin_of
@@ -51,8 +50,19 @@ def train(model):
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 
 
-TARGETS = [name for name in CATALOG if name != "batch"]
-SAME_IN_EVAL = [name for name in TARGETS if name not in ("none", "group", "layer")]
+TARGETS = [
+    "none",
+    "group",
+    "layer",
+    "batch-renorm",
+    "batchless",
+    "batchless-projected",
+    "l1",
+    "l2",
+    "linf",
+    "noisy-batch",
+]
+SAME_IN_EVAL = ["batch-renorm", "batchless", "batchless-projected", "l1", "l2", "linf", "noisy-batch"]
 
 
 @pytest.mark.parametrize("to", TARGETS)

@@ -1,8 +1,7 @@
-"""Without a GPU: TRITON_INTERPRET=1 python -m pytest tests/methods/riemannian/test_triton_kernel.py (needs triton)."""
+"""The fused step of SGD-G and Adam-G against the stacked steps; without a GPU in Triton's interpreter (see conftest.py)."""
 
 import importlib.util
 import math
-import os
 
 import pytest
 import torch
@@ -10,13 +9,8 @@ from torch import nn
 
 from normkit import SGDG, AdamG
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-runs = pytest.mark.skipif(
-    not HAS_TRITON or not (INTERPRETED or DEVICE == "cuda"),
-    reason="the kernel needs Triton and a GPU or its interpreter",
-)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton exists for Linux alone")
 
 
 def step_all(rule, fused, options, steps):
@@ -34,11 +28,11 @@ def step_all(rule, fused, options, steps):
     return [*params, *(value for p in params for value in optimizer.state[p].values())]
 
 
-@runs
+@needs_triton
 @pytest.mark.parametrize("options", [{}, {"orthogonality": 0.0, "max_norm": math.inf}], ids=str)
 @pytest.mark.parametrize("rule", [SGDG, AdamG])
 def test_the_kernel_equals_the_stacked_steps(rule, options):
-    for ours, expected in zip(*(step_all(rule, fused, options, 30) for fused in (True, False)), strict=True):
+    for ours, expected in zip(*(step_all(rule, fused, options, 6) for fused in (True, False)), strict=True):
         assert torch.allclose(ours, expected, rtol=1e-4, atol=2e-5)
 
 

@@ -3,7 +3,6 @@
 # pyright: reportPrivateImportUsage=false
 # (torch's optimizers are written with the same _foreach functions)
 
-import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
+from normkit.methods.kernels import has_triton, use_triton
 from normkit.methods.riemannian.filters import (
     Filters,
     arranged,
@@ -107,7 +107,7 @@ class SphereOptimizer(Optimizer):
         Raises:
             RuntimeError: ``fused=True`` was asked for and is not possible.
         """
-        if group["fused"] is False or (group["fused"] is None and not all(one.y.is_cuda for one in filters)):
+        if group["fused"] is False or (group["fused"] is None and not use_triton(*(one.y for one in filters))):
             return None
         if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return None  # the kernel is told addresses, which a graph would keep
@@ -115,7 +115,7 @@ class SphereOptimizer(Optimizer):
         floats = floats and len({one.y.device for one in filters}) == 1
         numbers = not any(torch.is_tensor(x) for x in (group["lr"], *(one.correction for one in filters)))
         clipped = group["clip_orthogonality"] or group["orthogonality"] == 0
-        if importlib.util.find_spec("triton") and floats and numbers and clipped and filters:
+        if has_triton() and floats and numbers and clipped and filters:
             from normkit.methods.riemannian.triton_kernel import FusedRows
 
             kernels = vars(self).setdefault("_kernels", {})

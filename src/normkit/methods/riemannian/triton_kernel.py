@@ -4,7 +4,7 @@ A row is read from memory once and then again from the cache, three times in all
 gradient, for the lengths of the tangent gradient and the momentum, and for the update. Imported only where Triton is.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false
 
 from typing import Any
 
@@ -123,7 +123,7 @@ class FusedRows:
         corrections = _sent(torch.tensor([one.correction for one in filters], dtype=torch.float32), device)
         fan_ins, firsts, owners = self._layout
         with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
-            _advance[(len(owners),)](  # pyright: ignore[reportIndexIssue]
+            _advance[(len(owners),)](
                 *(pointers, corrections, fan_ins, firsts, owners, len(filters)),
                 *(lr, keep, adam.get("beta2", 0.0), adam.get("eps", 0.0), min(max_norm, 3e38)),
                 ADAM=bool(adam),

@@ -1,0 +1,51 @@
+"""The sums that BNP (arXiv 2108.01110) needs of a layer's input, in one pass over memory. Imported only where Triton is."""
+
+# pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from normkit.methods.kernels import Rows, on_device
+
+
+@triton.jit
+def _sums(
+    x, partial, rows, inner, features, outer_stride, inner_stride, feature_stride,
+    DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
+):  # fmt: skip
+    f = tl.program_id(1) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
+    real = f < features
+    total = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], DTYPE)
+    square = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], DTYPE)
+    for start in range(tl.program_id(0) * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
+        r = start + tl.arange(0, BLOCK_ROWS)
+        inside = (r < rows)[:, None] & real[None, :]
+        offset = (r // inner).to(tl.int64) * outer_stride + (r % inner) * inner_stride
+        offset = offset[:, None] + f.to(tl.int64)[None, :] * feature_stride
+        h = tl.load(x + offset, mask=inside, other=0.0).to(DTYPE)
+        total += h
+        square += h * h
+    at = partial + tl.program_id(0) * 2 * features + f
+    tl.store(at, tl.sum(total, 0), mask=real)
+    tl.store(at + features, tl.sum(square, 0), mask=real)
+
+
+def sums(x: Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sum and sum of squares per feature, which :func:`normkit.moments.sum_and_square_sum` computes in two passes.
+
+    Args:
+        x: Input of a layer; nothing is recorded for autograd.
+        rows: Where the rows of ``x`` lie, see :func:`normkit.methods.kernels.rows_of`.
+        dtype: Dtype of the sums, float32 or float64.
+
+    Returns:
+        Two tensors of shape ``(features,)``.
+    """
+    partial = torch.empty(rows.grid[0], 2, rows.features, dtype=dtype, device=x.device)
+    wide = tl.float64 if dtype == torch.float64 else tl.float32
+    with on_device(x):
+        _sums[rows.grid](x.detach(), partial, *rows, wide, **rows.blocks)
+    total, square = partial.sum(0)
+    return total, square
