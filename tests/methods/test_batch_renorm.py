@@ -6,16 +6,11 @@ import torch
 from torch import nn
 
 import normkit
-from normkit import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from normkit import BatchRenorm1d, BatchRenorm2d
 from normkit.functional import renorm_correction
+from tests.cases import norm_cases
 
-SHAPES = [
-    (BatchRenorm1d, (6, 3)),
-    (BatchRenorm1d, (2, 3, 5)),
-    (BatchRenorm2d, (2, 3, 4, 2)),
-    (BatchRenorm2d, (1, 3, 4, 2)),
-    (BatchRenorm3d, (1, 3, 2, 2, 2)),
-]
+CASES = [(cls, shape) for cls, _, shape in norm_cases("BatchRenorm")]
 SCHEDULE = {"warmup": 5, "r_steps": 25, "d_steps": 20}
 
 
@@ -43,7 +38,7 @@ class Reference:
         return out.reshape(*x.movedim(1, -1).shape).movedim(-1, 1)
 
 
-@pytest.mark.parametrize(("cls", "shape"), SHAPES)
+@pytest.mark.parametrize(("cls", "shape"), CASES)
 @pytest.mark.parametrize("affine", [True, False])
 def test_outputs_gradients_and_statistics_follow_the_paper_through_the_whole_schedule(cls, shape, affine):
     torch.manual_seed(0)

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import normkit
-from normkit.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
+from normkit.methods.lp_norm import LpNorm1d, LpNorm2d
+from tests.cases import norm_cases
 
-LAYERS = [(LpNorm1d, nn.BatchNorm1d, (7, 3)), (LpNorm1d, nn.BatchNorm1d, (4, 3, 5))]
-LAYERS += [(LpNorm2d, nn.BatchNorm2d, (4, 3, 5, 2)), (LpNorm3d, nn.BatchNorm3d, (2, 3, 2, 3, 2))]
+LAYERS = norm_cases("LpNorm")
 POWERS = [1, 2, math.inf]
 
 

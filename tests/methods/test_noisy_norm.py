@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import normkit
-from normkit.methods.noisy_norm import MomentNoise, NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d, moment_noise
+from normkit.methods.noisy_norm import MomentNoise, NoisyBatchNorm2d, moment_noise
+from tests.cases import norm_cases
 
-LAYERS = [(NoisyBatchNorm1d, nn.BatchNorm1d, (6, 3)), (NoisyBatchNorm2d, nn.BatchNorm2d, (4, 3, 5, 2))]
-LAYERS += [(NoisyBatchNorm3d, nn.BatchNorm3d, (2, 3, 2, 3, 2))]
+LAYERS = norm_cases("NoisyBatchNorm")
 
 
 def test_shift_and_scale_have_the_stated_distributions():

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 
 import normkit
 from normkit.methods.batchless.layer import BatchlessNorm
+from normkit.methods.catalog import TARGETS as CATALOG
 from normkit.methods.catalog import Removed, is_batchnorm
 from normkit.surgery._convert import convert, revert
 from normkit.surgery.conversion_state import origin_of
@@ -50,19 +51,8 @@ def train(model):
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 
 
-TARGETS = [
-    "none",
-    "group",
-    "layer",
-    "batch-renorm",
-    "batchless",
-    "batchless-projected",
-    "l1",
-    "l2",
-    "linf",
-    "noisy-batch",
-]
-SAME_IN_EVAL = ["batch-renorm", "batchless", "batchless-projected", "l1", "l2", "linf", "noisy-batch"]
+TARGETS = [name for name in CATALOG if name != "batch"]
+SAME_IN_EVAL = [name for name in TARGETS if name not in ("none", "group", "layer")]
 
 
 @pytest.mark.parametrize("to", TARGETS)

@@ -5,6 +5,7 @@ from torch import nn
 
 import normkit
 from normkit import convert, recalibrate
+from tests.cases import rows
 from tests.gloo import one_of
 
 
@@ -19,10 +20,6 @@ def net():
 def data(n=3, size=8):
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(size, 3, 8, 8, generator=generator).double() * 2 + 1 for _ in range(n)]
-
-
-def rows(x):
-    return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
 def test_batch_norm_gets_the_mean_and_variance_of_all_rows_it_normalises_in_training():

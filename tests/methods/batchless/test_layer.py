@@ -13,16 +13,12 @@ import normkit
 from normkit.functional import gaussian_nll_gradients
 from normkit.methods.batchless.fit import LikelihoodParameters
 from normkit.methods.batchless.functions import moments_about
-from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
+from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d
 from normkit.methods.batchless.training import collect
 from normkit.moments import observe
+from tests.cases import norm_cases
 
-CASES = [
-    (BatchlessNorm1d, nn.BatchNorm1d, (7, 3)),
-    (BatchlessNorm1d, nn.BatchNorm1d, (4, 3, 5)),
-    (BatchlessNorm2d, nn.BatchNorm2d, (4, 3, 5, 2)),
-    (BatchlessNorm3d, nn.BatchNorm3d, (2, 3, 2, 3, 2)),
-]
+CASES = norm_cases("BatchlessNorm")
 
 
 def layer(cls, *, seed=0, **options):

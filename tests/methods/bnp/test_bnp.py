@@ -196,7 +196,7 @@ def test_a_batch_that_is_not_finite_does_not_enter_the_statistics(setting):
     for p in model.parameters():
         p.grad = None
     F.cross_entropy(model(torch.where(x > 2, float("nan"), x)), y).backward()
-    bnp._layers[0].prepared = False
+    bnp.discard()
     bnp.precondition_()
     after = bnp.state_dict()
     first = next(iter(before))
@@ -210,7 +210,7 @@ def test_the_first_steps_weigh_evenly_and_the_start_values_never_count():
     for x in xs:
         model(x).sum().backward()
         bnp.precondition_()
-        bnp._layers[0].prepared = False
+        bnp.discard()
     entry = bnp.state_dict()["0"]
     assert torch.allclose(entry["mean"], xs.mean((0, 1)), rtol=1e-12)
     assert torch.allclose(entry["variance"], xs.reshape(-1, 4).var(0, correction=0), rtol=1e-12)
@@ -222,7 +222,7 @@ def test_after_a_hundred_steps_the_newest_weighs_a_hundredth():
     for row in (*[0.0] * 150, 1.0):
         layer(torch.full((1, 1), row, dtype=torch.float64)).sum().backward()
         bnp.precondition_()
-        bnp._layers[0].prepared = False
+        bnp.discard()
     entry = bnp.state_dict()[""]
     assert entry["mean"].item() == pytest.approx(0.01, rel=1e-12)
     assert entry["variance"].item() == pytest.approx(0.01 * 0.99, rel=1e-12)

@@ -26,7 +26,7 @@ def test_layers_without_bias_in_front_of_batch_normalization_are_only_scaled():
         raw = model[0].weight.grad.clone()
         model[1].train(training)  # in eval mode it subtracts constants: then the mean is not removed
         bnp.precondition_()
-        bnp._layers[0].prepared = bnp._layers[1].prepared = False
+        bnp.discard()
         entry = bnp.state_dict()["0"]
         s = entry["variance"] + 1e-2 * entry["variance"].max() + 1e-4
         grads[training] = torch.allclose(model[0].weight.grad, (raw / s.reshape(1, -1, 1, 1)).float(), rtol=1e-4)

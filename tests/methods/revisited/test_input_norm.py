@@ -10,12 +10,9 @@ from torch.nn import functional as F
 import normkit
 from normkit.methods.revisited.input_norm import with_input_norm
 from normkit.surgery.affine import PadChannels
+from tests.cases import rows
 
 SHAPES = {"tabular": (7, 3), "sequence": (7, 3, 5), "image": (7, 3, 4, 5), "volume": (7, 3, 2, 3, 4)}
-
-
-def rows(x, channel_dim=1):
-    return x.movedim(channel_dim, -1).reshape(-1, x.shape[channel_dim])
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())

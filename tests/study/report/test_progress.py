@@ -54,9 +54,7 @@ def test_terminal_shows_a_bar_per_method_the_best_so_far_and_what_runs():
         display.update([], [])
         clock.now = 20.0
         display.update(study.trials[:30], [slot(t) for t in study.trials[30:36]])
-        with out.capture() as capture:
-            out.print(display._table())
-    text = capture.get()
+    text = out.file.getvalue()
     assert "batch" in text
     assert "21/21" in text
     assert "9/21" in text
@@ -112,15 +110,15 @@ def test_markup_in_names_is_text():
             display.update([], [])
             display.update([trial], [slot(trial)])
             display.message("[/x]")
-            out.print(display._table())
         assert "[red]x[/red]" in out.file.getvalue()
 
 
 def test_an_error_in_the_study_stops_the_display_and_goes_on():
-    display = Display(console(terminal=True))
+    out = console(terminal=True)
+    display = Display(out)
     with pytest.raises(KeyboardInterrupt), display:
         raise KeyboardInterrupt
-    assert display._live is None
+    assert out.file.getvalue().count("\x1b[?25h") == 1  # the cursor is back
 
 
 def test_lost_trials_are_told_with_their_error():

@@ -1,0 +1,90 @@
+"""Every recipe on every model: the training loop is the same, checkpoints are complete, layouts and dtypes do not matter."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import normkit
+from tests.cases import CHANNELS_LAST, MODELS
+
+NEEDS = {"zero-gamma": {"residual"}, "sgd-g-paper": MODELS.keys() - {"mlp"}, "adam-g-paper": MODELS.keys() - {"mlp"}}
+CASES = [(recipe, name) for recipe in normkit.recipes() for name in MODELS if name in NEEDS.get(recipe, MODELS)]
+ON_IMAGES = [recipe for recipe, name in CASES if name == "images"]
+every_recipe_on_every_model = pytest.mark.parametrize(("recipe", "name"), CASES)
+
+
+def applied(recipe, name, dtype=torch.float64):
+    model = MODELS[name].model(dtype)
+    return normkit.apply(recipe, model, lr=0.01, batches=MODELS[name].batches(3, dtype=dtype))
+
+
+def train(model, optimizer, batches):
+    """The loop of anyone; the losses."""
+    losses = []
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+@every_recipe_on_every_model
+@pytest.mark.filterwarnings("ignore:.*change the network's function")
+def test_a_loop_trains_every_parameter_in_one_group(recipe, name):
+    model, optimizer = applied(recipe, name)
+    before = copy.deepcopy(model.state_dict())
+    assert train(model, optimizer, MODELS[name].batches(3)).isfinite().all()
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(held) == len(set(held))
+    assert set(trained) <= set(held)
+    weights = [n for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
+    assert all(not torch.equal(before[n], model.state_dict()[n]) for n in weights)
+    assert model.eval()(MODELS[name].batches()[0][0]).isfinite().all()
+
+
+@every_recipe_on_every_model
+@pytest.mark.filterwarnings("ignore:.*change the network's function")
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(recipe, name):
+    batches = MODELS[name].batches(6)
+    torch.manual_seed(3)
+    model, optimizer = applied(recipe, name)
+    train(model, optimizer, batches[:3])
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    torch.manual_seed(4)
+    expected = train(model, optimizer, batches[3:])
+    model, optimizer = applied(recipe, name)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    torch.manual_seed(4)
+    assert torch.equal(train(model, optimizer, batches[3:]), expected)
+
+
+@pytest.mark.parametrize("name", ["images", "transposed", "volumes"])
+@pytest.mark.parametrize("recipe", [r for r in ON_IMAGES if r != "noisy-batch"])  # whose noise falls in memory order
+@pytest.mark.filterwarnings("ignore:.*change the network's function")
+def test_channels_last_computes_the_same(recipe, name):
+    losses, batches = [], MODELS[name].batches(3)
+    for layout in (torch.contiguous_format, CHANNELS_LAST[batches[0][0].ndim]):
+        model, optimizer = applied(recipe, name)
+        torch.manual_seed(3)
+        losses.append(
+            train(model.to(memory_format=layout), optimizer, [(x.to(memory_format=layout), y) for x, y in batches])
+        )
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("recipe", ON_IMAGES)
+@pytest.mark.filterwarnings("ignore:.*change the network's function")
+def test_bf16_autocast_stays_near_fp32(recipe):
+    losses, batches = [], MODELS["images"].batches(3, dtype=torch.float32)
+    for enabled in (False, True):
+        model, optimizer = applied(recipe, "images", torch.float32)
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(train(model, optimizer, batches))
+    torch.testing.assert_close(losses[0], losses[1].float(), rtol=0.05, atol=0.05)
