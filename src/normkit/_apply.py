@@ -26,7 +26,7 @@ from normkit.surgery.conversion_state import origin_of
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked :func:`apply` for; a recipe's ``build`` turns it into (model, optimizer).
+    """What the user asked [`normkit.apply`][] for; a recipe's ``build`` turns it into (model, optimizer).
 
     Attributes:
         model: The user's model, with or without normalization layers; converted in place where the method says so.
@@ -313,7 +313,7 @@ def apply(
     """Make ``model`` use the method ``name`` and build its optimizer; the training loop does not change.
 
     Args:
-        name: One of :func:`recipes`.
+        name: One of [`normkit.recipes`][].
         model: Any module; methods that convert layers do so in place (use the returned model).
         lr: Learning rate.
         batches: Batches for methods that start from data.

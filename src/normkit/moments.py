@@ -130,7 +130,7 @@ def observe(x: Tensor, feature_dim: int = -1, mask: Tensor | None = None) -> Mom
 
 
 def observe_unchecked(x: Tensor, feature_dim: int = -1, mask: Tensor | None = None) -> Moments:
-    """:func:`observe` for callers that judge many layers' moments at once: what is not finite stays so."""
+    """[`normkit.moments.observe`][] for callers that judge many layers' moments at once: what is not finite stays so."""
     x = x.detach()
     dtype = statistics_dtype(x.dtype)
     features = x.shape[feature_dim]

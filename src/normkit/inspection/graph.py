@@ -3,7 +3,7 @@
 A model is traced symbolically with torch.fx; where it does not trace (control flow on data, keyword-only calls,
 ...) its children are traced one by one and what is found is united, so that a convolution and the normalization
 behind it inside one block are found however wild the outer loop is. With an example input the model can be run
-instead, see :mod:`normkit.inspection.record`.
+instead, see ``normkit.inspection.record``.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """What is measured on a model while it trains, one file per instrument.
 
 Every instrument leaves weights, buffers, gradients, random states and train/eval flags as it found them, bit for bit,
-also when the objective raises (see :mod:`normkit.inspection.probe`).
+also when the objective raises (see ``normkit.inspection.probe``).
 """
 
 from normkit.instruments._activations import Activations, activations

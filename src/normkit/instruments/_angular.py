@@ -45,7 +45,11 @@ class LayerAngle:
 
 @dataclass(frozen=True)
 class Angular(Result):
-    """How fast the scale-invariant weights turn."""
+    """How fast the scale-invariant weights turn.
+
+    Attributes:
+        layers: One entry per scale-invariant weight.
+    """
 
     layers: tuple[LayerAngle, ...]
 
@@ -99,7 +103,7 @@ def angular(model: nn.Module, optimizer: Optimizer, before: Mapping[str, Tensor]
     Args:
         model: Any module, right after ``optimizer.step()``.
         optimizer: The optimizer that made the step.
-        before: :func:`normkit.instruments.snapshot` from before the step.
+        before: [`normkit.instruments.snapshot`][] from before the step.
 
     Returns:
         The measurement.
@@ -111,7 +115,7 @@ def angular(model: nn.Module, optimizer: Optimizer, before: Mapping[str, Tensor]
 def rotation(
     model: nn.Module, optimizer: Optimizer, before: Mapping[str, Tensor], fed_by: Mapping[str, str]
 ) -> Angular:
-    """:func:`angular` of a bare model whose layers before each normalization are known already."""
+    """[`normkit.instruments.angular`][] of a bare model whose layers before each normalization are known already."""
     modules, groups = dict(model.named_modules()), {p: g for g in optimizer.param_groups for p in g["params"]}
     found = []
     for norm_path, path in fed_by.items():

@@ -71,7 +71,11 @@ class LayerChannels:
 
 @dataclass(frozen=True)
 class Channels(Result):
-    """The channels of every normalization layer and of every layer before a ReLU."""
+    """The channels of every normalization layer and of every layer before a ReLU.
+
+    Attributes:
+        layers: One entry per layer.
+    """
 
     layers: tuple[LayerChannels, ...]
 

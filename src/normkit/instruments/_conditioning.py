@@ -56,7 +56,11 @@ class LayerConditioning:
 
 @dataclass(frozen=True)
 class Conditioning(Result):
-    """Condition numbers of the inputs of all linear and convolution layers."""
+    """Condition numbers of the inputs of all linear and convolution layers.
+
+    Attributes:
+        layers: One entry per layer.
+    """
 
     layers: tuple[LayerConditioning, ...]
 

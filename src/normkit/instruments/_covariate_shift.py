@@ -43,7 +43,11 @@ class LayerShift:
 
 @dataclass(frozen=True)
 class CovariateShift(Result):
-    """The covariate shift of every layer, in the order in which the layers run."""
+    """The covariate shift of every layer, in the order in which the layers run.
+
+    Attributes:
+        layers: One entry per layer, in that order.
+    """
 
     layers: tuple[LayerShift, ...]
 
@@ -58,7 +62,14 @@ class CovariateShift(Result):
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters, to be taken right before ``optimizer.step()``."""
+    """Copies of all parameters, to be taken right before ``optimizer.step()``.
+
+    Args:
+        model: The model.
+
+    Returns:
+        A copy of every parameter, by its path.
+    """
     return {name: p.detach().clone() for name, p in unwrap(model).named_parameters()}
 
 
@@ -82,7 +93,7 @@ def covariate_shift(
         model: Any module, after the update.
         objective: ``loss = objective(model, batch)``.
         batch: The batch; the one the update was made with is the paper's choice.
-        before: :func:`snapshot` from before the update.
+        before: [`normkit.instruments.snapshot`][] from before the update.
         layers: Paths of the layers to report, default all that own weights.
 
     Returns:

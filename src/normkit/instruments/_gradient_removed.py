@@ -90,7 +90,7 @@ def watch_gradients(probe: Probe, found: dict[str, tuple[Tensor, Tensor]]) -> An
 
 
 def removed(found: dict[str, tuple[Tensor, Tensor]]) -> GradientRemoved:
-    """The shares, from what :func:`watch_gradients` found."""
+    """The shares, from what ``watch_gradients`` found."""
     forward = dict(reversed(found.items()))  # gradients arrive last layer first
     return GradientRemoved(
         {name: (taken.sum() / whole.sum()).nan_to_num(0.0).item() for name, (taken, whole) in forward.items()},

@@ -38,7 +38,7 @@ class Monitor:
     gradient that batch normalization removes, state of the channels, rotation of the weights. A measurement costs about
     as much as 12 training steps.
 
-    Under ``DistributedDataParallel`` every rank must call :meth:`observe`; figures are averaged over the ranks, and
+    Under ``DistributedDataParallel`` every rank must call ``observe``; figures are averaged over the ranks, and
     rank 0 writes.
 
     Args:

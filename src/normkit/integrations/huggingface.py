@@ -36,7 +36,7 @@ class BNPCallback(TrainerCallback):
     Running statistics are kept beside each checkpoint (``bnp.pt``) and read again when training resumes from it.
 
     Args:
-        options: Options of :class:`normkit.BNP`.
+        options: Options of [`normkit.BNP`][].
 
     Examples:
         >>> trainer = Trainer(model, arguments, callbacks=[BNPCallback()])  # doctest: +SKIP
@@ -100,7 +100,7 @@ class BatchlessCallback(TrainerCallback):
     """Trains mu and sigma of a model's batchless layers; convert and initialize it before building the Trainer.
 
     Args:
-        rate: Rate of mu and sigma, see :func:`normkit.attach`.
+        rate: Rate of mu and sigma, see [`normkit.attach`][].
     """
 
     def __init__(self, rate: float = RATE) -> None:
@@ -124,7 +124,7 @@ class BatchlessCallback(TrainerCallback):
 
 
 class MonitorCallback(TrainerCallback):
-    """Watches training with :class:`normkit.instruments.Monitor`, on the batches and losses of the training itself.
+    """Watches training with [`normkit.instruments.Monitor`][], on the batches and losses of the training itself.
 
     Args:
         objective: ``loss = objective(model, inputs)`` for the keyword arguments of the model's forward; default the loss

@@ -39,7 +39,7 @@ class BNPCallback(Callback):
     """Preconditions gradients by batch normalization preconditioning, before Lightning clips them.
 
     Args:
-        options: Options of :class:`normkit.BNP`.
+        options: Options of [`normkit.BNP`][].
 
     Examples:
         >>> trainer = Trainer(callbacks=[BNPCallback()], gradient_clip_val=1.0)  # doctest: +SKIP
@@ -79,7 +79,7 @@ class BatchlessCallback(Callback):
     The likelihood's gradient never lies in ``.grad``: clipping and loss scaling do not see it.
 
     Args:
-        rate: Rate of mu and sigma, see :func:`normkit.attach`.
+        rate: Rate of mu and sigma, see [`normkit.attach`][].
     """
 
     def __init__(self, rate: float = RATE) -> None:
@@ -105,7 +105,7 @@ class BatchlessCallback(Callback):
 
 
 class MonitorCallback(Callback):
-    """Watches a fit with :class:`normkit.instruments.Monitor`, on the batches and losses of the fit itself.
+    """Watches a fit with [`normkit.instruments.Monitor`][], on the batches and losses of the fit itself.
 
     Args:
         objective: ``loss = objective(pl_module, batch)``, without logging.

@@ -71,7 +71,7 @@ def renorm_correction(
 
 
 class _BatchRenorm(_BatchNorm):
-    """``y = ((x - mean_B) / std_B * r + d) * weight + bias`` in train mode; see :func:`renorm_correction`.
+    """``y = ((x - mean_B) / std_B * r + d) * weight + bias`` in train mode; see [`normkit.functional.renorm_correction`][].
 
     Evaluation, state-dict keys and the meaning of all tensors are those of batch normalization. The bounds start at
     ``r_max = 1, d_max = 0``, which is batch normalization, and grow linearly to their final values; the position in
@@ -193,12 +193,12 @@ class _BatchRenorm(_BatchNorm):
 
 
 class BatchRenorm1d(_BatchRenorm, nn.BatchNorm1d):
-    """Batch Renormalization (arXiv 1702.03275) of ``(N, C)`` or ``(N, C, L)``; see :func:`renorm_correction`."""
+    """Batch Renormalization (arXiv 1702.03275) of ``(N, C)`` or ``(N, C, L)``; see [`normkit.functional.renorm_correction`][]."""
 
 
 class BatchRenorm2d(_BatchRenorm, nn.BatchNorm2d):
-    """Batch Renormalization (arXiv 1702.03275) of ``(N, C, H, W)``; see :func:`renorm_correction`."""
+    """Batch Renormalization (arXiv 1702.03275) of ``(N, C, H, W)``; see [`normkit.functional.renorm_correction`][]."""
 
 
 class BatchRenorm3d(_BatchRenorm, nn.BatchNorm3d):
-    """Batch Renormalization (arXiv 1702.03275) of ``(N, C, D, H, W)``; see :func:`renorm_correction`."""
+    """Batch Renormalization (arXiv 1702.03275) of ``(N, C, D, H, W)``; see [`normkit.functional.renorm_correction`][]."""

@@ -20,7 +20,7 @@ _logger = logging.getLogger("normkit")
 class FrozenBatchNorm(_BatchNorm):
     """Batch normalization that uses its running statistics in train mode, too, and never changes them.
 
-    Arguments and state-dict keys are those of :class:`torch.nn.BatchNorm2d`. Scale and shift are trained.
+    Arguments and state-dict keys are those of ``torch.nn.BatchNorm2d``. Scale and shift are trained.
     """
 
     @classmethod

@@ -42,7 +42,7 @@ def lp_statistics(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 class LpNorm(nn.Module):
     r"""``y = (x - mean) / (N_p + eps) * weight + bias`` per channel, with ``N_p`` of the uncentred batch.
 
-    See :func:`lp_statistics`. Evaluation uses running averages of the mean and of ``N_p``, as batch normalization does.
+    See ``lp_statistics``. Evaluation uses running averages of the mean and of ``N_p``, as batch normalization does.
     The latter is kept as the variance with which batch normalization divides by the same, ``running_var = (N_p +
     eps)^2 - eps``, so that state dicts load both ways and evaluate the same.
 
@@ -178,18 +178,18 @@ class LpNorm(nn.Module):
 
 
 class LpNorm1d(LpNorm):
-    """l_p normalization (arXiv 1805.11604) of ``(N, C)`` or ``(N, C, L)``; see :class:`LpNorm`."""
+    """l_p normalization (arXiv 1805.11604) of ``(N, C)`` or ``(N, C, L)``; see ``LpNorm``."""
 
     dimensions = (2, 3)
 
 
 class LpNorm2d(LpNorm):
-    """l_p normalization (arXiv 1805.11604) of ``(N, C, H, W)``; see :class:`LpNorm`."""
+    """l_p normalization (arXiv 1805.11604) of ``(N, C, H, W)``; see ``LpNorm``."""
 
     dimensions = (4,)
 
 
 class LpNorm3d(LpNorm):
-    """l_p normalization (arXiv 1805.11604) of ``(N, C, D, H, W)``; see :class:`LpNorm`."""
+    """l_p normalization (arXiv 1805.11604) of ``(N, C, D, H, W)``; see ``LpNorm``."""
 
     dimensions = (5,)

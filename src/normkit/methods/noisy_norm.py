@@ -31,7 +31,7 @@ def moment_noise(x: Tensor) -> Tensor:
 
 
 class MomentNoise(nn.Module):
-    """:func:`moment_noise` in train mode, the identity in eval mode: the noise for a net without normalization."""
+    """``moment_noise`` in train mode, the identity in eval mode: the noise for a net without normalization."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the noise in train mode."""
@@ -39,9 +39,18 @@ class MomentNoise(nn.Module):
 
 
 class NoisyBatchNorm(_BatchNorm):
-    """Batch normalization with :func:`moment_noise` after its affine map in train mode, plain in eval mode.
+    """Batch normalization with ``moment_noise`` after its affine map in train mode, plain in eval mode.
 
-    Arguments and state-dict keys are those of :class:`torch.nn.BatchNorm2d`.
+    State-dict keys are those of ``torch.nn.BatchNorm2d``.
+
+    Args:
+        num_features: Channels ``C`` of an input ``(N, C, ...)``.
+        eps: Added to the variance.
+        momentum: Weight of the newest batch in the running averages; None averages all batches equally.
+        affine: Learn ``weight`` and ``bias``.
+        track_running_stats: Keep running averages; without them evaluation uses the batch too.
+        device: Device of parameters and buffers.
+        dtype: Their dtype.
     """
 
     @classmethod
@@ -60,12 +69,12 @@ class NoisyBatchNorm(_BatchNorm):
 
 
 class NoisyBatchNorm1d(NoisyBatchNorm, nn.BatchNorm1d):
-    """Noisy batch normalization (arXiv 1805.11604) of ``(N, C)`` or ``(N, C, L)``; see :func:`moment_noise`."""
+    """Noisy batch normalization (arXiv 1805.11604) of ``(N, C)`` or ``(N, C, L)``; see ``moment_noise``."""
 
 
 class NoisyBatchNorm2d(NoisyBatchNorm, nn.BatchNorm2d):
-    """Noisy batch normalization (arXiv 1805.11604) of ``(N, C, H, W)``; see :func:`moment_noise`."""
+    """Noisy batch normalization (arXiv 1805.11604) of ``(N, C, H, W)``; see ``moment_noise``."""
 
 
 class NoisyBatchNorm3d(NoisyBatchNorm, nn.BatchNorm3d):
-    """Noisy batch normalization (arXiv 1805.11604) of ``(N, C, D, H, W)``; see :func:`moment_noise`."""
+    """Noisy batch normalization (arXiv 1805.11604) of ``(N, C, D, H, W)``; see ``moment_noise``."""

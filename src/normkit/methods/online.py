@@ -159,7 +159,7 @@ def layer_scaling(y: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 class OnlineNorm(nn.Module):
-    """Online Normalization (arXiv 1905.05894); its equations are at the top of :mod:`normkit.methods.online`.
+    """Online Normalization (arXiv 1905.05894); its equations are at the top of ``normkit.methods.online``.
 
     Evaluation normalizes with the running statistics, followed by scale, shift and layer scaling. A batch of N samples is
     taken as N samples in a row: no sample is normalized with statistics that contain it or a later one.
@@ -275,18 +275,18 @@ class OnlineNorm(nn.Module):
 
 
 class OnlineNorm1d(OnlineNorm):
-    """Online Normalization (arXiv 1905.05894) of ``(N, C)`` or ``(N, C, L)``; see :class:`OnlineNorm`."""
+    """Online Normalization (arXiv 1905.05894) of ``(N, C)`` or ``(N, C, L)``; see ``OnlineNorm``."""
 
     dimensions = (2, 3)
 
 
 class OnlineNorm2d(OnlineNorm):
-    """Online Normalization (arXiv 1905.05894) of ``(N, C, H, W)``; see :class:`OnlineNorm`."""
+    """Online Normalization (arXiv 1905.05894) of ``(N, C, H, W)``; see ``OnlineNorm``."""
 
     dimensions = (4,)
 
 
 class OnlineNorm3d(OnlineNorm):
-    """Online Normalization (arXiv 1905.05894) of ``(N, C, D, H, W)``; see :class:`OnlineNorm`."""
+    """Online Normalization (arXiv 1905.05894) of ``(N, C, D, H, W)``; see ``OnlineNorm``."""
 
     dimensions = (5,)

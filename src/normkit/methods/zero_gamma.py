@@ -13,7 +13,7 @@ from normkit.inspection.graph import PRODUCERS, Dataflow, is_norm
 
 
 def last_norms(model: nn.Module, flow: Dataflow | None = None) -> list[str]:
-    """Paths of the normalization layers whose output ends a residual branch, see :func:`branch_ends`.
+    """Paths of the normalization layers whose output ends a residual branch, see ``branch_ends``.
 
     Args:
         model: Any module.

@@ -62,7 +62,7 @@ def own_kinds(module: nn.Module) -> dict[str, Kind]:
 def parameter_kinds(model: nn.Module) -> dict[nn.Parameter, tuple[Kind, float]]:
     """Kind and learning-rate factor of every parameter of the model, each once, in the order of ``model.parameters()``.
 
-    A parameter shared between modules takes the most careful of its kinds (see :data:`KINDS`) and the smallest factor.
+    A parameter shared between modules takes the most careful of its kinds (see ``KINDS``) and the smallest factor.
     """
     claims: dict[nn.Parameter, list[tuple[Kind, float]]] = {}
     for module in model.modules():
@@ -92,7 +92,7 @@ def param_groups(
 
     Every parameter stands in exactly one group, shared ones once. Frozen parameters (``requires_grad=False``) are
     kept: an optimizer passes over parameters without a gradient, and one unfrozen later then trains. Where a method
-    asks for a learning rate of its own (see :func:`normkit.revisit`), the parameters stand in a group of that rate,
+    asks for a learning rate of its own (see [`normkit.revisit`][]), the parameters stand in a group of that rate,
     named after the factor. The rates keep their ratio under every scheduler that multiplies them; ``OneCycleLR`` and
     ``CyclicLR`` set absolute rates: give them ``max_lr=[group["lr"] for group in optimizer.param_groups]``.
 
@@ -100,7 +100,7 @@ def param_groups(
     in the group ``other`` and not decayed. If it should be, set that group's ``weight_decay``.
 
     With ``manifold_lr`` weights whose scale does not matter stand in a group of that rate with ``manifold=True``, for
-    :class:`normkit.SGDG` and :class:`normkit.AdamG`. Their filters are brought to length 1 here, and the running
+    [`normkit.SGDG`][] and [`normkit.AdamG`][]. Their filters are brought to length 1 here, and the running
     statistics behind them scaled along, so that the network's function stays; a warning names the weights for which it
     cannot (``rule="paper"`` puts such weights on the sphere too).
 
@@ -109,7 +109,7 @@ def param_groups(
         lr: Learning rate.
         weight_decay: Weight decay of the group ``weights``.
         manifold_lr: Learning rate of weights on the sphere; None puts none there.
-        rule: Which weights those are, see :func:`normkit.scale_invariance`; or its report, made before the model was
+        rule: Which weights those are, see [`normkit.scale_invariance`][]; or its report, made before the model was
             sharded (which hides its structure), or with ``manifold`` as you want it.
         objective: ``loss = objective(model, batch)``, to measure the invariance of what cannot be traced.
         batch: What the objective understands.

@@ -24,7 +24,7 @@ def effective_lr(optimizer: Optimizer, group: dict[str, Any]) -> Any:
 
 
 class StepHandle:
-    """Removes what :func:`before_step` installed."""
+    """Removes what ``before_step`` installed."""
 
     def __init__(self, undo: list[Callable[[], None]]) -> None:
         self._undo = undo

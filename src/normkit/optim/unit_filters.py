@@ -23,7 +23,7 @@ def normalize_filters(model: nn.Module, report: Mapping[str, Invariance]) -> Non
 
     Args:
         model: The model of the report.
-        report: What :func:`scale_invariance` found.
+        report: What [`normkit.scale_invariance`][] found.
 
     Raises:
         ValueError: A filter has no direction (length zero or not finite).

@@ -27,7 +27,7 @@ from normkit.study.train.cost import measure_costs
 
 
 def assist(config: StudyConfig, out: Path | None = None) -> None:
-    """What the ranks other than 0 do in :func:`compare` under ``torchrun``: train along, report nothing."""
+    """What the ranks other than 0 do in ``compare`` under ``torchrun``: train along, report nothing."""
     follow(config, (out or Path("runs") / study_name(config)) / CHECKPOINTS)
 
 

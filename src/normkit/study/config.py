@@ -76,12 +76,12 @@ class Training:
 
 @dataclass(frozen=True)
 class StudyConfig(Training):
-    """What is compared, and how (see also :class:`Training`); studies with equal configurations are the same study.
+    """What is compared, and how (see also ``Training``); studies with equal configurations are the same study.
 
     Attributes:
-        data: Name of a data set, see :func:`normkit.study.data.load.load_data`.
-        model: Name of a model, see :func:`normkit.study.models.build_model`.
-        methods: Names out of :func:`normkit.recipes`.
+        data: Name of a data set, see ``normkit.study.data.load.load_data``.
+        model: Name of a model, see ``normkit.study.models.build_model``.
+        methods: Names out of [`normkit.recipes`][].
         batch_sizes: Examples per optimizer step.
         seeds: Number of final runs per method and batch size.
         budget: Training examples a run sees, the same for every method and batch size.
@@ -131,6 +131,6 @@ class StudyConfig(Training):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "StudyConfig":
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of ``to_dict``."""
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
         return cls(**values)

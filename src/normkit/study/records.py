@@ -76,7 +76,7 @@ class TrialResult:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "TrialResult":
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of ``to_dict``."""
         return cls(**{
             **data,
             "key": TrialKey(**data["key"]),
@@ -145,7 +145,7 @@ class StudyRecord:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "StudyRecord":
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of ``to_dict``."""
         return cls(**{
             **data,
             "trials": tuple(TrialResult.from_dict(trial) for trial in data["trials"]),

@@ -41,9 +41,9 @@ def convert(
 ) -> nn.Module:
     """Replace the normalization layers of ``model`` by those of another method.
 
-    Targets: ``group`` (GroupNorm, see :func:`normkit.methods.catalog.group_count`), ``layer`` (GroupNorm with one group:
+    Targets: ``group`` (GroupNorm, see ``normkit.methods.catalog.group_count``), ``layer`` (GroupNorm with one group:
     LayerNorm over channels and space), ``none`` (removed; the layer before gets its bias back, or a
-    :class:`normkit.methods.catalog.Removed` with one stands in), ``batch``, ``batch-renorm``, ``batchless``,
+    ``normkit.methods.catalog.Removed`` with one stands in), ``batch``, ``batch-renorm``, ``batchless``,
     ``batchless-projected``, ``l1``, ``l2``, ``linf``, ``noisy-batch``. A layer that was converted before is treated
     as if it were reverted first. LayerNorm and RMSNorm, which normalise the last dimensions, are left as they are
     unless the target can do so too.
@@ -90,24 +90,24 @@ def convert(
 
 
 def revert(model: nn.Module, *, where: Where = None, optimizer: Optimizer | None = None) -> nn.Module:
-    """Put back every layer that :func:`convert` replaced, with the parameters and statistics it has by now.
+    """Put back every layer that [`normkit.convert`][] replaced, with the parameters and statistics it has by now.
 
     Right after a conversion that is the identity. Statistics of layers that keep other ones than batch
     normalization are translated so that eval stays the same function; a bias given in exchange for a removed layer
     goes into the running mean. Where the stand-in kept no statistics the old ones return:
-    :func:`normkit.recalibrate` brings them up to date. Convolutions whose weights a method standardizes use them as they
+    [`normkit.recalibrate`][] brings them up to date. Convolutions whose weights a method standardizes use them as they
     are again.
 
     Args:
         model: A converted model, changed in place.
-        where: Which layers, as in :func:`convert`.
-        optimizer: As in :func:`convert`.
+        where: Which layers, as in [`normkit.convert`][].
+        optimizer: As in [`normkit.convert`][].
 
     Returns:
         The model; the returned one counts when the model itself is a normalization layer.
 
     Raises:
-        ValueError: As in :func:`convert`.
+        ValueError: As in [`normkit.convert`][].
     """
     _check(model, optimizer)
     changed = _select(model, where, _is_changed).values()
@@ -117,7 +117,7 @@ def revert(model: nn.Module, *, where: Where = None, optimizer: Optimizer | None
 
 
 def feeding(model: nn.Module) -> dict[nn.Module, Producer]:
-    """:func:`normkit.inspection.graph.producers` as modules."""
+    """``normkit.inspection.graph.producers`` as modules."""
     modules = dict(model.named_modules())
     pairs = ((modules[norm], modules[source]) for norm, source in producers(model).items())
     return {norm: source for norm, source in pairs if isinstance(source, PRODUCERS)}

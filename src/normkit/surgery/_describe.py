@@ -21,7 +21,7 @@ class LayerDescription:
         replaced: Class of the layer it replaced, or None.
         lost: What the replaced layer did or kept that this one does not; empty if nothing, or if nothing was replaced.
         biased: Path of the layer that got a bias in exchange, or None.
-        revision: What :func:`normkit.revisit` did to it, or None.
+        revision: What [`normkit.revisit`][] did to it, or None.
     """
 
     path: str
@@ -42,6 +42,12 @@ class LayerDescription:
 
 def describe(model: nn.Module) -> list[LayerDescription]:
     """What every normalization layer of ``model`` is, what it replaced and what was lost by it.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        One description per normalization layer, in the order of ``model.named_modules()``; it prints as a line.
 
     Examples:
         >>> from normkit.surgery._convert import convert

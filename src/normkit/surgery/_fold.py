@@ -29,7 +29,7 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
 
     Batch normalization (also Sync, frozen, Renorm, noisy), batchless, l_p, input and tracking instance normalization
     are folded into the linear, convolutional or transposed layer whose output they alone take, or else into the linear
-    or unpadded convolutional layer that alone takes theirs; :class:`torch.nn.Identity` stands in their place. Before a
+    or unpadded convolutional layer that alone takes theirs; ``torch.nn.Identity`` stands in their place. Before a
     zero-padded convolution an input normalization becomes padding with the mean, so that the border is exact too. What
     stays is named in a warning, with the reason. Hooks of this package are not in the copy.
 

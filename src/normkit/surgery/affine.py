@@ -115,7 +115,7 @@ def fold_before(layer: Producer, affine: Affine) -> nn.Module | str:
     map is the same, and the layer pads no more.
 
     Returns:
-        What stands for the map (an identity or :class:`PadChannels`), or why it cannot be; then the layer is unchanged.
+        What stands for the map (an identity or ``PadChannels``), or why it cannot be; then the layer is unchanged.
     """
     if isinstance(layer, _ConvTransposeNd):
         return "a transposed convolution behind it takes the shift for fewer inputs at the border"

@@ -84,10 +84,10 @@ class Unpickler(pickle.Unpickler):
 
 
 def load(file: IO[bytes], **options: Any) -> Any:
-    """Return the object of an open pickle file. It is what :func:`pickle.load` is to its module.
+    """Return the object of an open pickle file. It is what ``pickle.load`` is to its module.
 
     Args:
         file: Open in binary mode. As with every pickle, loading runs what the file says: load only files that you trust.
-        options: Arguments of :class:`pickle.Unpickler`.
+        options: Arguments of ``pickle.Unpickler``.
     """
     return Unpickler(file, **options).load()

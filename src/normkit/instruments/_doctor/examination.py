@@ -93,7 +93,7 @@ def examine(
     optimizer: Optimizer | None,
     accumulate: int,
 ) -> Examination:
-    """Look at the model on at most :data:`MOST_BATCHES` batches, and leave it as it was.
+    """Look at the model on at most ``MOST_BATCHES`` batches, and leave it as it was.
 
     Raises:
         ValueError: There is no batch.

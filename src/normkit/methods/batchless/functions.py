@@ -58,7 +58,7 @@ def gaussian_nll_gradients(
 
 
 def moments_about(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Moments:
-    """Moments of the rows of ``x``, channels in dimension 1; :func:`normkit.moments.observe` at the price of less.
+    """Moments of the rows of ``x``, channels in dimension 1; [`normkit.moments.observe`][] at the price of less.
 
     What is not finite stays so. Sums of ``n = (x - mu) / sigma`` and ``n^2`` cancel no digits as long as mu and sigma
     roughly fit, ``E x = mu + sigma E n`` and ``var x = sigma^2 (E n^2 - (E n)^2)``. Both sums are what the backward pass

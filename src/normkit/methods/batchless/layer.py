@@ -6,7 +6,7 @@ Requirements", arXiv 2212.14729.
 Per channel, ``n = (x - mu) / sigma`` and ``y = gamma n + beta``. The task loss trains x, gamma and beta and takes mu,
 sigma for constants; the negative log likelihood ``log sigma + n^2 / 2`` trains mu and sigma and takes x for a constant.
 That likelihood depends on the layer's input alone, so its gradient need not travel through the backward pass: the layer
-counts the moments of its input, and :func:`normkit.attach` turns them into the gradient of mu and sigma right before
+counts the moments of its input, and [`normkit.attach`][] turns them into the gradient of mu and sigma right before
 the optimizer's step. Nothing in it depends on how the rows were split into micro-batches or over ranks.
 
 What is kept is mu and sigma^2 - eps, under the names of batch normalization's running statistics: state dicts load both
@@ -34,8 +34,8 @@ class BatchlessNorm(nn.Module):
     """Normalization by a learned Gaussian per channel (arXiv 2212.14729), ``y = (x - mu) / sigma * gamma + beta``.
 
     The same affine map in train and in eval mode; mu and sigma are fitted by the likelihood ``log sigma + n^2 / 2``. Use
-    :class:`BatchlessNorm1d`, ``2d`` or ``3d``. The layer starts like batch normalization at mean 0 and variance 1;
-    :func:`normkit.initialize` sets both from data. It learns only while :func:`normkit.attach` connects it with an
+    [`normkit.BatchlessNorm1d`][], ``2d`` or ``3d``. The layer starts like batch normalization at mean 0 and variance 1;
+    [`normkit.initialize`][] sets both from data. It learns only while [`normkit.attach`][] connects it with an
     optimizer.
 
     Attributes:
@@ -69,9 +69,9 @@ class BatchlessNorm(nn.Module):
             affine: Whether gamma and beta are learned; without them the layer keeps no activation for the backward
                 pass.
             scale: What the ``plain`` gradient trains for sigma: its logarithm, or itself up to its sign.
-            gradient: ``natural`` or ``plain`` gradient of the likelihood, see :func:`gaussian_nll_gradients`.
-            projected: Whether :func:`normkit.attach` projects the weight gradient of the layer that feeds this one, see
-                :func:`normkit.functional.projected_weight_gradient`.
+            gradient: ``natural`` or ``plain`` gradient of the likelihood, see [`normkit.functional.gaussian_nll_gradients`][].
+            projected: Whether [`normkit.attach`][] projects the weight gradient of the layer that feeds this one, see
+                [`normkit.functional.projected_weight_gradient`][].
             eps: Added to the variance that sigma is fitted to, like the eps of batch normalization.
             feature_dim: Dimension of the channels: 1, or -1 for channels-last inputs such as tokens.
             device: Device of the parameters.
@@ -267,7 +267,7 @@ def _without_count(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -
 class BatchlessNorm1d(BatchlessNorm):
     """Batchless normalization (arXiv 2212.14729) of ``(N, C)`` or ``(N, C, L)``, ``(N, L, C)`` with ``feature_dim=-1``.
 
-    See :class:`BatchlessNorm`.
+    See ``BatchlessNorm``.
 
     Examples:
         >>> BatchlessNorm1d(2, affine=False, eps=0.0)(torch.tensor([[1.0, 2.0]])).tolist()
@@ -278,13 +278,13 @@ class BatchlessNorm1d(BatchlessNorm):
 
 
 class BatchlessNorm2d(BatchlessNorm):
-    """Batchless normalization (arXiv 2212.14729) of ``(N, C, H, W)``; see :class:`BatchlessNorm`."""
+    """Batchless normalization (arXiv 2212.14729) of ``(N, C, H, W)``; see ``BatchlessNorm``."""
 
     dims = (4,)
 
 
 class BatchlessNorm3d(BatchlessNorm):
-    """Batchless normalization (arXiv 2212.14729) of ``(N, C, D, H, W)``; see :class:`BatchlessNorm`."""
+    """Batchless normalization (arXiv 2212.14729) of ``(N, C, D, H, W)``; see ``BatchlessNorm``."""
 
     dims = (5,)
 

@@ -86,7 +86,7 @@ def affine_with_moments(
 
     Args:
         x: ``(N, C, ...)``.
-        rows: Where the rows of ``x`` lie, see :func:`normkit.methods.kernels.rows_of`.
+        rows: Where the rows of ``x`` lie, see ``normkit.methods.kernels.rows_of``.
         mean: mu in fp32, ``(C,)``.
         variance: ``sigma^2 - eps`` in fp32, ``(C,)``.
         weight: gamma ``(C,)``, or None together with ``bias``.
@@ -122,7 +122,7 @@ def affine_gradients(
     Args:
         dy: Gradient of the output, shape of ``x``.
         x: ``(N, C, ...)``.
-        rows: Where the rows of ``x`` lie, see :func:`normkit.methods.kernels.rows_of`.
+        rows: Where the rows of ``x`` lie, see ``normkit.methods.kernels.rows_of``.
         mean: mu in fp32, ``(C,)``.
         variance: ``sigma^2 - eps`` in fp32, ``(C,)``.
         weight: gamma, ``(C,)``.

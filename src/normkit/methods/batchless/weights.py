@@ -132,7 +132,7 @@ def project_weights(producers: Sequence[FeedingLayer], sums: Sequence[tuple[Tens
 
     Args:
         producers: The layers.
-        sums: What :meth:`FeedingLayer.take` gave for each, over all ranks. Statistics that are not finite count as zero.
+        sums: What ``FeedingLayer.take`` gave for each, over all ranks. Statistics that are not finite count as zero.
     """
     groups: dict[Any, list[tuple[FeedingLayer, tuple[Tensor, ...]]]] = {}
     for producer, own in zip(producers, sums, strict=True):

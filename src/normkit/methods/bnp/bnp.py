@@ -3,7 +3,7 @@
 Lange, Helfrich, Ye. "Batch Normalization Preconditioning for Neural Network Training", JMLR 23(72), 2022,
 arXiv 2108.01110.
 
-The mathematics is in :mod:`normkit.methods.bnp.preconditioning`; here is the state: running statistics of every layer's
+The mathematics is in ``normkit.methods.bnp.preconditioning``; here is the state: running statistics of every layer's
 input, gathered by forward hooks, and the moment at which gradients are transformed.
 """
 
@@ -27,7 +27,7 @@ class BNP:
     """Preconditions the gradients of all linear and convolution layers of a model (arXiv 2108.01110).
 
     Before each step ``W~ = (G_W - G_b mu^T) / (q^2 s)`` and ``b~ = G_b / q^2 - W~ mu`` take the place of the gradients, with
-    running mean mu and guarded variance s of the layer's input, see :func:`normkit.functional.precondition`.
+    running mean mu and guarded variance s of the layer's input, see [`normkit.functional.precondition`][].
 
     The model is not changed: no layer, no buffer, the plain state_dict, and in eval mode the plain graph. Statistics
     of a step come from exactly the rows whose gradients it uses: all micro-batches, all ranks (one all-reduce per
@@ -207,10 +207,10 @@ class BNP:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take the statistics of :meth:`state_dict`; layers it does not name start anew.
+        """Take the statistics of ``state_dict``; layers it does not name start anew.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: What ``state_dict`` returned.
 
         Raises:
             ValueError: It names a layer that is not observed, or has another shape than the layer.
@@ -269,7 +269,7 @@ class BNP:
 
 
 def _rates(optimizer: Optimizer) -> dict[int, Rate]:
-    """For each parameter, its :func:`normkit.optim.step_hooks.effective_lr`."""
+    """For each parameter, its ``normkit.optim.step_hooks.effective_lr``."""
     groups = ((effective_lr(optimizer, group), group["params"]) for group in optimizer.param_groups)
     return {id(p): rate for rate, params in groups for p in params}
 

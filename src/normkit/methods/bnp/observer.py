@@ -88,7 +88,7 @@ class Observed:
 
     Attributes:
         path: Path of the layer in the model.
-        layer: The layer; others may share its weight and bias (see :meth:`share`).
+        layer: The layer; others may share its weight and bias (see ``share``).
         running: Running mean, variance and number of steps seen (fp64 where the device has it), or None before the
         first. prepared: Whether the present gradients are preconditioned already.
         unsupported: Whether a forward took or gave something that is no rows of the layer, which is then left alone.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_SPREAD = 0.1
-"""What a unit's output is taken to spread by at least, in :func:`bounding_factors`."""
+"""What a unit's output is taken to spread by at least, in [`normkit.functional.bounding_factors`][]."""
 
 
 def guarded_variance(
@@ -61,6 +61,16 @@ def update_running(
     ``mu <- (1-w) mu + w mu_B`` and ``var <- (1-w) var + w var_B + w (1-w) (mu_B - mu)^2``. The last term is what a
     batch of one row, whose own variance is zero, has to say about the variance.
 
+    Args:
+        mean: Running mean, ``(in,)``.
+        variance: Running variance, ``(in,)``.
+        batch_mean: Mean of the step's rows, ``(in,)``.
+        batch_variance: Their variance without Bessel's correction, ``(in,)``.
+        weight: Share of the step's rows, in [0, 1].
+
+    Returns:
+        The new running mean and variance.
+
     Examples:
         >>> zero, two = torch.zeros(1), torch.full((1,), 2.0)
         >>> [t.item() for t in update_running(zero, zero, two, zero, 0.5)]
@@ -100,8 +110,8 @@ def precondition(
             ``(in, out / groups, *kernel)``.
         bias_grad: ``(out,)``, or None for a layer without a trained bias.
         mean: Mean of the layer's input per feature or channel, ``(in,)``.
-        variance: Guarded variance of it, ``(in,)``, positive (see :func:`guarded_variance`).
-        divisor: ``q^2`` (see :func:`step_divisor`).
+        variance: Guarded variance of it, ``(in,)``, positive (see [`normkit.functional.guarded_variance`][]).
+        divisor: ``q^2`` (see [`normkit.functional.step_divisor`][]).
         groups: Groups of the convolution.
         transposed: Whether the weight is laid out as that of a transposed convolution.
         mean_removed: The layer has no bias and what follows it removes the mean of each unit (batch normalization): the
@@ -140,7 +150,7 @@ def into_z_(weight: Tensor, bias: Tensor | None, mean: Tensor | None, sigma: Ten
     Without a bias ``P`` is the symmetric root ``diag(1 / sigma) (I + v v^T)^(-1/2)`` with ``v = mu / sigma``.
 
     Args:
-        weight: Rows of ``G_W`` (see :class:`Layout`), ``(groups, out, in)``; overwritten.
+        weight: Rows of ``G_W`` (see ``Layout``), ``(groups, out, in)``; overwritten.
         bias: ``G_b``, ``(groups, out, 1)``, or None.
         mean: ``(groups, 1, in)``, or None where what follows the layer removes the mean of each unit.
         sigma: Square root of the guarded variance, ``(groups, 1, in)``.
@@ -155,7 +165,7 @@ def into_z_(weight: Tensor, bias: Tensor | None, mean: Tensor | None, sigma: Ten
 
 
 def out_of_z_(z: Tensor, bias: Tensor | None, mean: Tensor | None, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
-    """``P``: a step of ``z`` and ``beta`` as one of weight and bias; arguments as for :func:`into_z_`.
+    """``P``: a step of ``z`` and ``beta`` as one of weight and bias; arguments as for ``into_z_``.
 
     ::
 

@@ -33,11 +33,11 @@ def _sums(
 
 
 def sums(x: Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sum and sum of squares per feature, which :func:`normkit.moments.sum_and_square_sum` computes in two passes.
+    """Sum and sum of squares per feature, which ``normkit.moments.sum_and_square_sum`` computes in two passes.
 
     Args:
         x: Input of a layer; nothing is recorded for autograd.
-        rows: Where the rows of ``x`` lie, see :func:`normkit.methods.kernels.rows_of`.
+        rows: Where the rows of ``x`` lie, see ``normkit.methods.kernels.rows_of``.
         dtype: Dtype of the sums, float32 or float64.
 
     Returns:

@@ -112,7 +112,7 @@ class InputNorm(nn.Module):
 
 
 def with_input_norm(model: nn.Module, batches: Iterable[Any] | None = None) -> nn.Module:
-    """The model behind an :class:`InputNorm` on its device: a Sequential of ``input_norm`` and ``model``.
+    """The model behind an [`normkit.InputNorm`][] on its device: a Sequential of ``input_norm`` and ``model``.
 
     Args:
         model: Any module that takes one floating-point tensor.

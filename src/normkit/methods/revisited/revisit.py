@@ -90,7 +90,7 @@ def mark(module: nn.Module, change: Revision | None) -> None:
 
 
 def revision_of(model: nn.Module) -> Revision | None:
-    """What :func:`revisit` did to a model (or to one normalization layer), or None."""
+    """What [`normkit.revisit`][] did to a model (or to one normalization layer), or None."""
     return next((m for module in model.modules() if (m := vars(module).get(_MARK)) is not None), None)
 
 
@@ -105,8 +105,8 @@ def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 1
     """Give every BatchNorm of a built model a small initial scale, and gamma a smaller learning rate (arXiv 2110.13989).
 
     Sets gamma to ``scale`` and beta to 0 on every BatchNorm (by type, subclasses too, whatever the model's builder had
-    set), multiplies the scale of an :class:`normkit.InputNorm`, and marks the layers so that
-    :func:`normkit.param_groups` gives gamma the learning rate ``lr / scale_lr_divisor``. Build the optimizer from
+    set), multiplies the scale of an [`normkit.InputNorm`][], and marks the layers so that
+    [`normkit.param_groups`][] gives gamma the learning rate ``lr / scale_lr_divisor``. Build the optimizer from
     those groups. The marks survive ``deepcopy`` and pickling; layers without a scale (``affine=False``) are passed
     over.
 
@@ -117,7 +117,7 @@ def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 1
         model: Any module; changed in place.
         scale: Initial scale gamma_0.
         scale_lr_divisor: c, the divisor of gamma's learning rate.
-        arm: ``paper``, or one piece of it for an ablation, see :func:`revision`. The factor on the features is a
+        arm: ``paper``, or one piece of it for an ablation, see ``revision``. The factor on the features is a
             forward pre-hook of the last linear layer: it is part of the model, but not of its state dict.
 
     Returns:

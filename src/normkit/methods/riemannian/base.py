@@ -132,7 +132,7 @@ class SphereOptimizer(Optimizer):
         """Load a state; what is float32 beside a half-precision weight stays so.
 
         Args:
-            state_dict: What :meth:`state_dict` gave.
+            state_dict: What ``state_dict`` gave.
 
         Raises:
             ValueError: It is another optimizer's.

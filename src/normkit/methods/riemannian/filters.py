@@ -74,6 +74,13 @@ def rows(x: Tensor) -> Tensor:
 def clip_rows(h: Tensor, max_norm: float) -> Tensor:
     """Rows no longer than ``max_norm``: ``h min(1, max_norm / |h|)``, each filter on its own.
 
+    Args:
+        h: One filter per row, ``(..., n)``.
+        max_norm: Bound on a row's length; ``math.inf`` for none.
+
+    Returns:
+        The rows, as ``h``.
+
     Examples:
         >>> clip_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 1.0).tolist()
         [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]

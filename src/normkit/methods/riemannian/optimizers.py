@@ -77,10 +77,10 @@ class SGDG(SphereOptimizer):
 
     Manifold groups, per filter ``y``, with the projected and clipped gradient ``h``: ``d = momentum tau - lr h``,
     ``y <- exp_y(d)``, ``tau <- pt_y(d; d)``. Their weights are brought to unit rows when the group is added;
-    :func:`normkit.param_groups` makes groups for which that leaves the network's function as it was.
+    [`normkit.param_groups`][] makes groups for which that leaves the network's function as it was.
 
     Args:
-        params: Groups (see :func:`normkit.param_groups`); every option below can be set per group.
+        params: Groups (see [`normkit.param_groups`][]); every option below can be set per group.
         lr: Learning rate of groups that bring none.
         momentum: Momentum of both kinds of group.
         manifold: Whether the group's weights live on the sphere, one row per filter (``weight.flatten(1)``).
@@ -144,7 +144,7 @@ class AdamG(SphereOptimizer):
     ``y <- exp_y(d)``, ``tau <- pt_y(m; d)``.
 
     Args:
-        params: Groups (see :func:`normkit.param_groups`); every option below can be set per group.
+        params: Groups (see [`normkit.param_groups`][]); every option below can be set per group.
         lr: Learning rate of groups that bring none; on the manifold about the angle of a step, in radians.
         betas: Decay of the first and of the second moment.
         eps: Added inside the root.

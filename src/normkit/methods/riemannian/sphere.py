@@ -85,7 +85,9 @@ def exponential_map(y: Tensor, h: Tensor) -> Tensor:
 
 @_widened
 def logarithmic_map(y: Tensor, z: Tensor) -> Tensor:
-    """The tangent vector at ``y`` whose geodesic arrives at ``z``: undoes :func:`exponential_map` for lengths below pi.
+    """The tangent vector at ``y`` whose geodesic arrives at ``z``.
+
+    It undoes [`normkit.functional.exponential_map`][] for lengths below pi.
 
     With ``v = z - (y.z) y`` and ``theta = atan2(|v|, y.z)`` it is ``theta v / |v| = v / sinc(theta)``, zero at
     ``z = y``. At ``z = -y`` every direction is shortest; the result is then finite and its direction is rounding's.

@@ -101,7 +101,7 @@ def input_gain(model: nn.Module, path: str, flow: Dataflow) -> float:
 
 
 class ScaledWeightStandardization(FilterParametrization):
-    """:func:`scaled_standardize` as a parametrization, with a learned gain per filter (arXiv 2102.06171).
+    """``scaled_standardize`` as a parametrization, with a learned gain per filter (arXiv 2102.06171).
 
     Args:
         layer: The convolution.
@@ -174,7 +174,7 @@ def clip_by_unit_(
         gradient: Its gradient.
         threshold: lambda.
         eps: Smallest length of a unit, so that those that start at zero can move.
-        units: As in :func:`unit_norms`.
+        units: As in ``unit_norms``.
 
     Examples:
         >>> gradient = torch.tensor([[3.0, 4.0], [0.0, 0.01]])
@@ -189,7 +189,7 @@ def clip_by_unit_(
 
 
 def attach_clipping(model: nn.Module, optimizer: Optimizer, threshold: float = 0.01, eps: float = 1e-3) -> StepHandle:
-    """Clip all gradients by :func:`clip_by_unit_` right before every step, but for those of the linear classifier.
+    """Clip all gradients by ``clip_by_unit_`` right before every step, but for those of the linear classifier.
 
     Args:
         model: The model whose parameters the optimizer steps.

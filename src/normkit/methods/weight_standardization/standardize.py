@@ -82,7 +82,7 @@ def _root(variance: Tensor) -> Tensor:
 class FilterParametrization(nn.Module):
     """A parametrization of a convolution's weight that works on its filters, ``(out, ...)``.
 
-    A subclass says in :meth:`transform` what becomes of them.
+    A subclass says in ``transform`` what becomes of them.
 
     Args:
         layer: The convolution; of a transposed one the weight is ``(in, out / groups, ...)``.
@@ -106,7 +106,7 @@ class FilterParametrization(nn.Module):
 
 
 class WeightStandardization(FilterParametrization):
-    """:func:`standardize` as a parametrization (arXiv 1903.10520)."""
+    """``standardize`` as a parametrization (arXiv 1903.10520)."""
 
     def transform(self, filters: Tensor) -> Tensor:
         """Standardize the filters."""

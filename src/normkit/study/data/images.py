@@ -50,7 +50,7 @@ def load_images(
     size: int | None = None,
     limit: int | None = None,
 ) -> Data:
-    """Image classification data as uint8 tensors; arguments as in :func:`normkit.study.data.load.load_data`.
+    """Image classification data as uint8 tensors; arguments as in ``normkit.study.data.load.load_data``.
 
     Returns:
         The data, its tensors memory-mapped from the cache.

@@ -57,7 +57,7 @@ class Task:
 
 
 def classification(config: LandscapeConfig, data: Data, **options: Any) -> Task:
-    """The task of a classification data set; ``options`` go to :func:`normkit.apply`."""
+    """The task of a classification data set; ``options`` go to [`normkit.apply`][]."""
 
     def build(method: str) -> tuple[nn.Module, Optimizer]:
         torch.manual_seed(config.seed)
@@ -82,7 +82,7 @@ def classification(config: LandscapeConfig, data: Data, **options: Any) -> Task:
 
 
 def apply(method: str, model: nn.Module, **options: Any) -> tuple[nn.Module, Optimizer]:
-    """:func:`normkit.apply`, and the noise of ``noisy-batch`` alone where the normalization layers were."""
+    """[`normkit.apply`][], and the noise of ``noisy-batch`` alone where the normalization layers were."""
     if method != NOISE_ALONE:
         return normkit.apply(method, model, **options)
     places = [path for path, module in model.named_modules() if is_norm(module)]

@@ -37,7 +37,7 @@ def _image_models() -> dict[str, tuple[int, Callable[..., nn.Module]]]:
 
 
 def model_names() -> list[str]:
-    """Names that :func:`build_model` takes; ``wrn-D-K`` and ``hf:NAME`` stand for families.
+    """Names that ``build_model`` takes; ``wrn-D-K`` and ``hf:NAME`` stand for families.
 
     Examples:
         >>> model_names()[:3]
@@ -50,7 +50,7 @@ def build_model(name: str, *, input_shape: tuple[int, ...], classes: int) -> nn.
     """Build a network with BatchNorm; its weights are drawn from torch's global random numbers.
 
     Args:
-        name: One of :func:`model_names`; ``wrn-28-10`` is depth 28, factor 10, and ``wrn-28-10-0.3`` drops 30 % in its
+        name: One of ``model_names``; ``wrn-28-10`` is depth 28, factor 10, and ``wrn-28-10-0.3`` drops 30 % in its
             blocks; ``hf:resnet`` is transformers' ResNet from its default configuration. ``package.module:factory`` or
             ``path/to/file.py:factory`` is called as ``factory(input_shape, classes)`` and returns the module.
         input_shape: Shape of one input without the batch: ``(channels, height, width)`` or ``(features,)``.

@@ -148,7 +148,7 @@ def findings(traces: Sequence[Trace], *, deep_linear: bool) -> tuple[Finding, ..
     """Each finding of the paper against what was measured.
 
     The thresholds are ours: "like batch normalization" means nearer to it than to none, on a logarithmic scale for beta;
-    for all else see :func:`clearly`.
+    for all else see ``clearly``.
     """
     seen = {trace.method: trace for trace in traces}
     facts = {trace.method: figures_of(trace) for trace in traces}

@@ -63,7 +63,7 @@ COLUMNS = (
 
 
 def table(traces: Iterable[Trace]) -> list[tuple[str, list[str]]]:
-    """Per method: name and the cells of :data:`COLUMNS`, medians over the measured steps (and layers)."""
+    """Per method: name and the cells of ``COLUMNS``, medians over the measured steps (and layers)."""
     rows = []
     for trace in traces:
         facts = figures_of(trace)

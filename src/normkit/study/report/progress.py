@@ -21,7 +21,7 @@ _RUNNING_SHOWN = 4
 
 
 class Display:
-    """Context manager that shows how far a study is; :meth:`update` may be called as often as one likes.
+    """Context manager that shows how far a study is; ``update`` may be called as often as one likes.
 
     Args:
         console: Where to write; default standard output.

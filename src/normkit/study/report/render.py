@@ -78,7 +78,7 @@ def read_results(path: Path) -> StudyRecord:
 
 
 def trials_csv(record: StudyRecord) -> str:
-    """One line per trial, columns as in :data:`CSV_COLUMNS`."""
+    """One line per trial, columns as in ``CSV_COLUMNS``."""
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

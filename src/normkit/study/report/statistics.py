@@ -85,7 +85,7 @@ class Summary:
 
 
 def t_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    r"""Interval of a mean: :math:`\bar d \pm t_{n-1} s / \sqrt n`; None with fewer than two values, or without a spread.
+    r"""Interval of a mean: \(\bar d \pm t_{n-1} s / \sqrt n\); None with fewer than two values, or without a spread.
 
     Args:
         differences: The n values.

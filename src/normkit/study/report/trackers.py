@@ -17,7 +17,7 @@ Send = Callable[[str, dict[str, Any], list[tuple[int, dict[str, float]]], dict[s
 
 
 def tensorboard(client: ModuleType, folder: Path, project: str) -> Send:
-    """One event file per run in ``folder/tensorboard``; what :func:`tracker` needs of TensorBoard."""
+    """One event file per run in ``folder/tensorboard``; what ``tracker`` needs of TensorBoard."""
 
     def send(run: str, key: dict[str, Any], curve: list[tuple[int, dict[str, float]]], end: dict[str, float]) -> None:
         with client.SummaryWriter(str(folder / "tensorboard" / run)) as board:

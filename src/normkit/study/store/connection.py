@@ -53,7 +53,7 @@ def connect(url: str) -> RDBStorage:
 def patient(call: Callable[_P, _T]) -> Callable[_P, _T]:
     """Repeat ``call`` while its storage is away, for at most ``PATIENCE_SECONDS``; it must bear being repeated.
 
-    The call raises a :class:`StudyError` where waiting does not help, or has not.
+    The call raises a ``StudyError`` where waiting does not help, or has not.
 
     Examples:
         >>> patient(lambda x: x + 1)(1)

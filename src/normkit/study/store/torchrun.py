@@ -1,7 +1,7 @@
 """Data-parallel trials: under ``torchrun`` all ranks train each trial together, each on its share of every batch.
 
 Rank 0 claims and records; the others are told what to train. Every method gives the result of one process up to rounding:
-BNP and batchless reduce their statistics over ranks, and :mod:`normkit.study.train.gather_batch` does it for all others.
+BNP and batchless reduce their statistics over ranks, and ``normkit.study.train.gather_batch`` does it for all others.
 """
 
 import gc

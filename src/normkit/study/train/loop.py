@@ -78,7 +78,7 @@ def training_step(
     """One optimizer step on one batch, in micro-batches whose gradients accumulate.
 
     Args:
-        network: What :func:`prepare` returned.
+        network: What ``prepare`` returned.
         optimizer: The optimizer.
         inputs: This rank's share of the batch.
         labels: Its classes.
@@ -280,7 +280,7 @@ class Loop:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Go on from ``state_dict``."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -63,7 +63,7 @@ def lr_factor(schedule: str, step: int, steps: int, warm_up: float) -> float:
     """Factor of the learning rate at a step: linear up over the warm-up, then the schedule over what is left.
 
     Args:
-        schedule: One of :data:`normkit.study.config.Schedule`.
+        schedule: One of ``normkit.study.config.Schedule``.
         step: Steps already made.
         steps: Steps of the whole run.
         warm_up: Share of the steps that warm up, in [0, 1); 0 for none.

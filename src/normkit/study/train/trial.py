@@ -117,7 +117,7 @@ def run_trial(
     Args:
         config: The study.
         key: Which run.
-        data: What :func:`load` returned.
+        data: What ``load`` returned.
         folder: Folder of checkpoints; a run that was interrupted goes on from its last one, exactly.
         watch: Told each point of the curve; when it returns True the run is given up as ``pruned``.
 

@@ -53,7 +53,7 @@ class WeightAverage:
         return {"steps": self.steps, "average": list(self._average)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Go on from ``state_dict``."""
         self.steps = state["steps"]
         values: list[Tensor] = state["average"]
         for average, value in zip(self._average, values, strict=True):
@@ -94,5 +94,5 @@ class BestWeights:
         return {"accuracy": self.accuracy, "step": self.step, "state": self._state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Go on from ``state_dict``."""
         self.accuracy, self.step, self._state = state["accuracy"], state["step"], state["state"]
