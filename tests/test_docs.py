@@ -66,6 +66,7 @@ def test_every_relative_link_leads_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.slow
 def test_the_example_with_an_own_model_and_data_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     command = "compare --data docs/examples/own.py:data --model docs/examples/own.py:model --methods none,batch,bnp"
@@ -76,6 +77,7 @@ def test_the_example_with_an_own_model_and_data_runs(tmp_path, monkeypatch):
     assert {t.state for t in finals} == {"finished"}
 
 
+@pytest.mark.slow
 def test_the_example_on_volumes_finds_their_ellipsoids(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["volumes.py", "bnp", "0.03"])
     runpy.run_path(str(ROOT / "docs/examples/volumes.py"), run_name="__main__")

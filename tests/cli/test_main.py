@@ -43,6 +43,7 @@ def study(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_compare_writes_a_report_that_holds_everything(study):
     assert {"report.html", "report.md", "results.json", "trials.csv", "study.json"} <= {p.name for p in study.iterdir()}
     record = read_results(study / "results.json")
@@ -55,12 +56,14 @@ def test_compare_writes_a_report_that_holds_everything(study):
     assert record.environment["torch"]
 
 
+@pytest.mark.slow
 def test_the_same_command_runs_nothing_again(study):
     before = read_results(study / "results.json").trials
     assert run("compare", *QUICK, "--out", study) == 0  # results equal in their wall times too: they are the same runs
     assert read_results(study / "results.json").trials == before
 
 
+@pytest.mark.slow
 def test_report_is_made_again_from_the_store(study):
     before = (study / "report.html").read_bytes()
     (study / "report.html").unlink()
@@ -68,6 +71,7 @@ def test_report_is_made_again_from_the_store(study):
     assert (study / "report.html").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_report_is_not_replaced_by_an_empty_one_when_the_trials_are_gone(study, tmp_path, capsys):
     for name in ("study.json", "report.md"):
         (tmp_path / name).write_bytes((study / name).read_bytes())
@@ -76,6 +80,7 @@ def test_a_report_is_not_replaced_by_an_empty_one_when_the_trials_are_gone(study
     assert (tmp_path / "report.md").read_bytes() == (study / "report.md").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_terminal_without_unicode_gets_the_report_and_errors_in_one_line(study):
     environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
 
@@ -91,6 +96,7 @@ def test_a_terminal_without_unicode_gets_the_report_and_errors_in_one_line(study
     assert refused.stderr.startswith("error: Error parsing --seeds: give a whole number, not 'many' (see normkit")
 
 
+@pytest.mark.slow
 def test_another_configuration_in_the_same_folder_is_refused(study, capsys):
     changed = [*QUICK[:-1], "--momentum", "0.5", "--out", study]
     assert run("compare", *changed) == 2
@@ -157,11 +163,13 @@ def test_a_storage_that_does_not_open_leaves_nothing_behind(tmp_path, capsys):
     assert not (tmp_path / "out" / "study.json").exists()
 
 
+@pytest.mark.slow
 def test_a_study_moved_to_another_storage_is_refused(study, tmp_path, capsys):
     assert run("compare", *QUICK, "--out", study, "--storage", f"sqlite:///{tmp_path / 'other.db'}") == 2
     assert "the folder's own file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_is_no_error():
     command = f"{sys.executable} -m normkit.cli.main recipes | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, check=False)
@@ -246,6 +254,7 @@ def test_a_damaged_study_file_is_named(tmp_path, capsys):
     assert "is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_users_model_and_data_are_compared(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom torch import nn\n"
@@ -264,6 +273,7 @@ def test_a_users_model_and_data_are_compared(tmp_path):
     assert {t.state for t in record.trials} == {"finished"}
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_run_at_a_batch_size_says_so_and_the_study_goes_on(tmp_path):
     out = tmp_path / "out"
     assert (
@@ -293,6 +303,7 @@ def test_a_method_that_cannot_run_at_a_batch_size_says_so_and_the_study_goes_on(
     assert all("more than 1 value per channel" in t.error for t in finals if t.key.method == "batch")
 
 
+@pytest.mark.slow
 def test_importing_normkit_is_quick_and_needs_torch_alone():
     code = (
         "import sys, time, torch, torch.fx; start = time.process_time(); import normkit; took = time.process_time() - start\n"
@@ -306,6 +317,7 @@ def test_importing_normkit_is_quick_and_needs_torch_alone():
     assert min(float(process.stdout) for process in took) < 0.15
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "out"
     listening = (  # a shell's background jobs, and with them this test, may have been told to ignore Ctrl-C

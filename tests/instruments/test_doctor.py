@@ -180,6 +180,7 @@ def test_statistics_that_were_never_updated(model):
     assert finding.severity == "advice"
 
 
+@pytest.mark.slow
 def test_missing_synchronisation_on_two_ranks(tmp_path):
     mp.spawn(doctor_ranks.examine, (str(tmp_path),), nprocs=2)
     found = json.loads((tmp_path / "found.json").read_text())

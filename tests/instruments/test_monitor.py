@@ -174,6 +174,7 @@ def test_monitor_plots_its_loss_band():
     assert monitor.plot().collections
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_process_measures_and_rank_0_writes():
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(monitor_ranks.watch, (folder,), nprocs=2)

@@ -151,6 +151,7 @@ def test_the_monitor_watches_without_disturbing(tmp_path):
     assert not watched._forward_hooks
 
 
+@pytest.mark.slow
 def test_the_example_runs():
     path = Path(__file__).parents[2] / "docs" / "examples" / "huggingface_callbacks.py"
     spec = importlib.util.spec_from_file_location("huggingface_callbacks", path)

@@ -141,6 +141,7 @@ def test_several_optimizers_are_refused_with_the_remedy():
         fit(Module(net(), optimizers=2), [BNPCallback()])
 
 
+@pytest.mark.slow
 def test_the_example_runs():
     path = Path(__file__).parents[2] / "docs" / "examples" / "lightning_callbacks.py"
     spec = importlib.util.spec_from_file_location("lightning_callbacks", path)

@@ -152,6 +152,7 @@ def _rank(rank, store, results):
     torch.save(out, f"{results}-{rank}")
 
 
+@pytest.mark.slow
 def test_two_ranks_get_the_statistics_of_all_rows(tmp_path):
     mp.spawn(_rank, (tmp_path / "store", tmp_path / "out"), nprocs=2)
     both = [x for batch in data(2, 6) for x in batch.split(3)]

@@ -381,6 +381,7 @@ def rank(index, folder):
         collectives.clear()
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_process_with_both_halves_and_one_all_reduce_per_step(tmp_path):
     mp.spawn(rank, args=(str(tmp_path),), nprocs=2)
     for name, options in RANKED.items():

@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch.optim import SGD
 from normkit import BNP
 from tests.gloo import one_of
 
+pytestmark = pytest.mark.slow  # two processes
 STEPS, RANKS = 3, 2
 
 

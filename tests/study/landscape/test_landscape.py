@@ -184,6 +184,7 @@ def test_a_moments_trace_ends_with_the_same_model_as_an_unwatched_run():
     assert [loss for _, loss in seen.losses] == losses
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_report(tmp_path, capsys):
     arguments = [
         "landscape",
@@ -241,6 +242,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_experiment_is_a_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("normkit.study.papers.how_bn_helps.MEASUREMENTS", 1)
     monkeypatch.setattr(
@@ -259,6 +261,7 @@ def test_the_experiment_is_a_command(tmp_path, capsys, monkeypatch):
     assert "how-bn-helps" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_compare_adds_the_landscape_to_its_report_and_keeps_it_in_the_store(tmp_path):
     arguments = ["compare", "--methods", "none,batch", "--batch-sizes", "16", "--seeds", "1", "--budget", "64"]
     arguments += ["--lr", "0.1", "--limit", "200", "--landscape", "--quiet", "--workers", "1", "--out", str(tmp_path)]

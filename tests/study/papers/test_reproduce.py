@@ -92,6 +92,7 @@ def test_adam_moves_the_grid_of_methods_that_use_it_only():
     assert learning_rates(config, "sgd-g", 64) == [0.2]
 
 
+@pytest.mark.slow
 def test_a_run_puts_our_figures_beside_the_papers(tmp_path, monkeypatch):
     monkeypatch.setitem(
         PRESETS,
@@ -186,6 +187,7 @@ def test_rates_that_are_not_known_are_not_invented():
         reproduce("revisited-cifar10", scale=1, out=None, changes={"methods": ("bnp",)}, paper_rates=True, **options)
 
 
+@pytest.mark.slow
 def test_at_the_papers_rates_nothing_is_searched_and_the_page_has_the_test(tmp_path, monkeypatch):
     monkeypatch.setattr("normkit.study.papers.scaling.SMALLEST_BUDGET", 64)
     changes = {"data": "digits", "batch_sizes": (16,), "methods": ("batch", "revisited"), "seeds": 5, "flip": False}

@@ -15,7 +15,10 @@ from tests.study.report.fake_study import realistic, record, result
 from tests.study.report.test_render import HOSTILE, hostile
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH to open the report in")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH to open the report in"),
+]
 
 STUDIES = {
     "whole": partial(realistic, seeds=5),

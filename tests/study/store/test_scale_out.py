@@ -24,6 +24,7 @@ pytest.importorskip("psycopg2", reason="needs a PostgreSQL driver")
 if postgres.programs() is None:
     pytest.skip("PostgreSQL is not installed", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
 CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), seeds=2, lr_points=2, budget=96)
 
 

@@ -83,6 +83,7 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path):
         make(tmp_path, StudyConfig(methods=("batch",), batch_sizes=(8,), seeds=4, lr_points=2))
 
 
+@pytest.mark.slow
 def test_the_slot_of_a_killed_process_is_run_again_and_counted_once(tmp_path):
     make(tmp_path)
     (killed,) = run_scripts(tmp_path, "make(folder).claim(); os.kill(os.getpid(), signal.SIGKILL)")
@@ -181,6 +182,7 @@ while len(store.results()) < 5:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_study_and_no_slot_is_done_twice(tmp_path):
     lines = [line for process in run_scripts(tmp_path, _WORKER, _WORKER) for line in process.stdout.splitlines()]
     assert len(lines) == len(set(lines)) == len(slots(CONFIG))
@@ -189,6 +191,7 @@ def test_two_processes_share_one_study_and_no_slot_is_done_twice(tmp_path):
     assert all(t.state == TrialState.COMPLETE for t in store.storage.get_all_trials(store.study_id))
 
 
+@pytest.mark.slow
 def test_workers_killed_at_random_moments_lose_and_double_nothing(tmp_path):
     url, config = f"sqlite:///{tmp_path / 'study.db'}", StudyConfig(batch_sizes=(32,), seeds=10, lr=0.1)
     killed = idle_worker.run(idle_worker.starter(url, config, 0.02), workers=3, kills=6, every=0.4)

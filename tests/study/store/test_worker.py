@@ -15,6 +15,7 @@ from normkit.study.errors import StudyError
 from normkit.study.plan import slots
 from normkit.study.store.worker import LONGEST_REST, SHORTEST_REST, Place, rest, run_workers
 
+pytestmark = pytest.mark.slow  # each test starts processes
 CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), seeds=2, lr_points=2, budget=96)
 
 _RUN = """

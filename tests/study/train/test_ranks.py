@@ -14,6 +14,7 @@ from normkit.study.train.loop import Loop, evaluate
 from normkit.study.train.trial import load, make
 from tests.study.train.ranks_program import CONFIG, METHODS, WHOLE, key
 
+pytestmark = pytest.mark.slow  # torchrun
 TORCHRUN = [
     sys.executable,
     *("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"),
