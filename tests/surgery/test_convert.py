@@ -8,9 +8,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import normkit
+from normkit.inspection.norms import is_batchnorm
 from normkit.methods.batchless.layer import BatchlessNorm
 from normkit.methods.catalog import TARGETS as CATALOG
-from normkit.methods.catalog import Removed, is_batchnorm
+from normkit.methods.catalog import Removed
 from normkit.surgery._convert import convert, revert
 from normkit.surgery.conversion_state import origin_of
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import normkit
-from normkit.inspection.graph import is_norm, producers
-from normkit.methods.catalog import is_batchnorm
+from normkit.inspection.graph import producers
+from normkit.inspection.norms import is_batchnorm, is_norm
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # whatever the imports of others warn about

@@ -69,6 +69,28 @@ def test_relatives_of_batch_norm_get_its_statistics(to):
         torch.testing.assert_close(other[i].running_var, plain[i].running_var, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("p", [1, 2, torch.inf])
+def test_l_p_layers_get_the_mean_of_all_rows_and_the_average_l_p_mean_of_the_batches(p):
+    norm, (first, second, third) = normkit.LpNorm1d(3, p, dtype=torch.float64), torch.randn(3, 4, 3).double().unbind()
+    batches = [first, second, torch.cat([third, third + 1])]
+    recalibrate(norm, batches)
+    sizes = torch.tensor([len(batch) for batch in batches], dtype=torch.float64)
+    means = [torch.linalg.vector_norm(b, ord=p, dim=0) / len(b) ** (1 / p) for b in batches]
+    torch.testing.assert_close(norm.running_mean, torch.cat(batches).mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        norm.running_scale, (torch.stack(means) * sizes[:, None]).sum(0) / 16, rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("to", ["l1", "l2", "linf"])
+def test_an_l_p_network_evaluates_as_it_trains_after_recalibration_on_one_batch(to):
+    model, (batch,) = convert(net(), to), data(1)
+    recalibrate(model, [batch])
+    for dropout in (m for m in model.modules() if isinstance(m, nn.Dropout)):
+        dropout.p = 0.0
+    torch.testing.assert_close(model.eval()(batch), model.train()(batch), rtol=1e-9, atol=1e-9)
+
+
 def test_statistics_of_a_revert_are_brought_up_to_date():
     model, batches = net(), data()
     expected = recalibrate(net(), batches).eval()(batches[0])
@@ -132,7 +154,7 @@ def test_a_batch_that_overflows_does_not_count():
 @pytest.mark.parametrize(
     ("model", "batches", "message"),
     [
-        (nn.Linear(2, 2), [torch.zeros(2, 2)], "no batch normalization that tracks statistics and no batchless layer"),
+        (nn.Linear(2, 2), [torch.zeros(2, 2)], "no normalization layer with running statistics"),
         (nn.BatchNorm1d(2), iter(()), "batches is empty"),
         (normkit.BatchlessNorm1d(2), [], "batches is empty"),
         (nn.BatchNorm1d(2), torch.zeros(4, 2), r"batches is one tensor of shape \(4, 2\); give several, or \[batch\]"),

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from normkit.inspection.graph import PRODUCERS, Dataflow, dataflow, is_norm
+from normkit.inspection.graph import Dataflow, dataflow
+from normkit.inspection.norms import PRODUCERS, is_norm
 
 _PASSES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 

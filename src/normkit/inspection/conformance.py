@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from normkit.methods.catalog import features_of
+from normkit.inspection.norms import features_of, stated_type
 
 _SPACES = ((6,), (3, 2), (3, 2, 1))
 
@@ -21,7 +21,7 @@ def computes_as_its_type(norm: nn.Module) -> bool:
     Args:
         norm: A normalization layer that has its shape.
     """
-    parent: Any = next(c for c in type(norm).__mro__ if c.__module__.startswith(("torch.nn.", "normkit.")))
+    parent = stated_type(norm)
     own: Any = type(norm)
     if own.forward is parent.forward:
         return True

@@ -1,16 +1,20 @@
-"""The statistics of what reaches each of a model's layers, one layer after the other."""
+"""Run a model: on a batch, without being observed, with hooks on some layers, or layer after layer."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from normkit.inspection.counting import no_counting
-from normkit.moments import Moments, Tally, observe
+from normkit.inspection.norms import observe_input
+from normkit.inspection.probe import Probe
+from normkit.moments import Moments, Tally
 
 Forward = Callable[[nn.Module, Any], Any]
+Hook: TypeAlias = Callable[[str, nn.Module, Any, Any], None]
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
@@ -58,13 +62,12 @@ def layerwise(
 
     Args:
         model: The model, in the mode in which it is to run.
-        layers: Layers of it; channels in dimension ``feature_dim`` of the layer, 1 where it has no such attribute. A
-            second argument of theirs, or ``mask``, tells which rows count.
+        layers: Layers of it. A second argument of theirs, or ``mask``, tells which rows count.
         batches: The batches.
         forward: How to run the model on a batch.
 
     Yields:
-        A layer that was reached, and the moments of all rows of its input.
+        A layer that was reached, and the merged :func:`normkit.inspection.norms.observe_input` of all its inputs.
     """
     for layer, calls in _calls(model, layers, batches[0], forward).items():
         seen = Tally()
@@ -99,7 +102,7 @@ def _observe_inputs(model: nn.Module, layer: nn.Module, calls: int, batch: Any, 
         nonlocal left
         mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
         x = args[0] if args else next(iter(kwargs.values()))
-        seen.add(observe(x, getattr(layer, "feature_dim", 1), mask))
+        seen.add(observe_input(layer, x, mask))
         left -= 1
         if left == 0:
             raise _Enough
@@ -111,3 +114,43 @@ def _observe_inputs(model: nn.Module, layer: nn.Module, calls: int, batch: Any, 
         pass
     finally:
         hook.remove()
+
+
+@contextmanager
+def watched(
+    layers: Iterable[tuple[str, nn.Module]], after: Hook | None = None, *, before: Hook | None = None
+) -> Generator[None, None, None]:
+    """Call ``after(name, module, inputs, output)`` and ``before(name, module, inputs, None)`` at every forward."""
+
+    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        assert before is not None
+        before(name, module, (args, kwargs), None)
+
+    def leave(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        assert after is not None
+        after(name, module, (args, kwargs), output)
+
+    handles = []
+    try:
+        for name, module in layers:
+            if before is not None:
+                handles.append(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
+            if after is not None:
+                handles.append(module.register_forward_hook(partial(leave, name), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def in_order(probe: Probe) -> list[tuple[str, nn.Module]]:
+    """Modules that own parameters themselves, in the order in which one forward pass first reaches them."""
+    owners = [(n, m) for n, m in probe.model.named_modules() if next(m.parameters(recurse=False), None) is not None]
+    seen: dict[str, nn.Module] = {}
+
+    def enter(name: str, module: nn.Module, _: Any, __: Any) -> None:
+        seen.setdefault(name, module)
+
+    with watched(owners, before=enter), torch.no_grad():
+        probe.loss()
+    return list(seen.items())

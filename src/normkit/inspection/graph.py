@@ -16,25 +16,12 @@ from functools import cached_property
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
-PRODUCERS = (nn.Linear, _ConvNd)
-"""Layers with a weight whose output a normalization can take (transposed and lazy ones included)."""
+from normkit.inspection.markers import Leaf
+from normkit.inspection.norms import PRODUCERS, aligned, is_frozen_norm, is_norm
 
-_TORCH_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_RECTIFIERS = {"relu", "relu6", "threshold"}
 _METADATA = {"shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_cuda", "stride", "is_floating_point"}
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is a normalization layer: torch's, a subclass of one, or one that batch norm converts to."""
-    return isinstance(module, _TORCH_NORMS) or hasattr(type(module), "from_batchnorm")
-
-
-def is_frozen_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is a batch normalization without parameters: all four of its tensors are buffers."""
-    names = {name for name, _ in module.named_buffers()} - {"num_batches_tracked"}
-    return names == {"weight", "bias", "running_mean", "running_var"} and not any(True for _ in module.parameters())
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -43,7 +30,7 @@ def is_leaf(module: nn.Module) -> bool:
         return False
     if isinstance(module, PRODUCERS) or is_norm(module) or is_frozen_norm(module):
         return True
-    return type(module).__module__.startswith(("torch.nn.", "normkit.methods."))
+    return isinstance(module, Leaf) or type(module).__module__.startswith("torch.nn.")
 
 
 @dataclass(frozen=True)
@@ -147,14 +134,26 @@ def producers(model: nn.Module, flow: Dataflow | None = None) -> dict[str, str]:
     }
 
 
-def outputs(layer: nn.Linear | _ConvNd) -> int:
-    """Number of output features or channels of a layer."""
-    return layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
+def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Normalization, linear and convolution layers with their paths."""
+    return [(name, m) for name, m in model.named_modules() if is_norm(m) or isinstance(m, PRODUCERS)]
 
 
-def aligned(layer: nn.Linear | _ConvNd, norm: nn.Module) -> bool:
-    """Whether the channels of the normalization, as far as it tells them, can be the outputs of the layer."""
-    return getattr(norm, "num_features", getattr(norm, "num_channels", 0)) in (0, outputs(layer))
+def rectified(model: nn.Module) -> frozenset[str]:
+    """Paths of the layers whose output goes through a ReLU and nowhere else, as far as the model traces."""
+    flow, modules = dataflow(model), dict(model.named_modules())
+
+    def rectifies(index: int) -> bool:
+        step = flow.steps[index]
+        if step.name == "module" and step.path is not None:
+            return isinstance(modules[step.path], nn.ReLU | nn.ReLU6)
+        return step.name in _RECTIFIERS
+
+    def ends_in_relu(index: int) -> bool:
+        consumers = flow.consumers(index)
+        return len(consumers) == 1 and rectifies(consumers[0])
+
+    return frozenset(n for n, _ in layers(model) if flow.calls(n) and all(map(ends_in_relu, flow.calls(n))))
 
 
 def source_of(flow: Dataflow, modules: dict[str, nn.Module], path: str) -> str | None:

@@ -1,24 +1,27 @@
-"""Which layers a model has, in which order they run, and with which statistics they normalize."""
+"""Normalization layers: this package's say of themselves what they are, torch's own types are described here.
 
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+Whoever asks about a layer asks the functions of this module, so that none needs to know which layers there are.
+"""
+
+import math
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normkit import moments
-from normkit.inspection.graph import dataflow, is_norm
-from normkit.inspection.probe import Probe
-from normkit.methods.batchless.layer import BatchlessNorm
-from normkit.methods.lp_norm import LpNorm, lp_statistics
+from normkit.inspection.markers import Leaf
+from normkit.moments import Moments, observe
 
-WEIGHTED = (nn.Linear, _ConvNd)
-Hook: TypeAlias = Callable[[str, nn.Module, Any, Any], None]
-_RECTIFIERS = {"relu", "relu6", "threshold"}
+PRODUCERS = (nn.Linear, _ConvNd)
+"""Layers with a weight whose output a normalization can take (transposed and lazy ones included)."""
+
+_TORCH_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+Source: TypeAlias = Literal["batch", "instance", "running", "learned", "none"]
 
 
 class Statistics(NamedTuple):
@@ -28,28 +31,107 @@ class Statistics(NamedTuple):
     variance: Tensor
 
 
-def uses_batch_statistics(module: nn.Module) -> bool:
-    """Whether the module normalizes with statistics of the batch in its present mode."""
-    return isinstance(module, _BatchNorm | LpNorm) and (module.training or module.running_mean is None)
+class NormTraits(Leaf):
+    """What a normalization layer of this package says of itself; a mixin.
+
+    A class that states ``statistics`` in its own body defines what its subclasses compute: a user's subclass whose forward
+    computes something else is told from it. The methods are batch normalization's; a layer with other statistics
+    overrides them.
+
+    Attributes:
+        statistics: What it normalizes by in train mode: the batch, each instance, its running statistics, learned parameters, or
+            nothing at all.
+        per_channel: Whether each channel is normalized by itself.
+        centers: Whether the mean is removed.
+        hidden: Whether it stands between layers, where another normalization can take its place.
+        noisy: Whether noise is added to the normalized values in train mode.
+        keeps_scale: Why a factor on its input is not removed although it divides by statistics; empty if it is removed.
+        feature_dim: Dimension that holds the features.
+    """
+
+    statistics: ClassVar[Source] = "none"
+    per_channel: ClassVar[bool] = True
+    centers: ClassVar[bool] = True
+    hidden: ClassVar[bool] = True
+    noisy: ClassVar[bool] = False
+    keeps_scale: ClassVar[str] = ""
+    feature_dim: Any = 1
+
+    def batch_statistics(self: Any, x: Tensor) -> tuple[Statistics, Tensor]:
+        """See :func:`batch_statistics`."""
+        seen = observe(x, feature_dim(self))
+        return Statistics(seen.mean, seen.variance + self.eps), self.eps / (seen.variance + self.eps)
+
+    def normalize_by_batch(self: Any, x: Tensor) -> Tensor:
+        """See :func:`normalize_by_batch`."""
+        return F.batch_norm(x, None, None, self.weight, self.bias, True, 0, self.eps)
+
+    def observe_input(self: Any, x: Tensor, mask: Tensor | None = None) -> Moments:
+        """See :func:`observe_input`."""
+        return observe(x, feature_dim(self), mask)
+
+    def adopt_statistics(self: Any, moments: Moments) -> None:
+        """See :func:`adopt_statistics`."""
+        self.running_mean.copy_(moments.mean)
+        self.running_var.copy_(moments.m2 / (moments.count - 1).clamp(min=1))  # unbiased, as batch normalization's
 
 
-def running_statistics(module: nn.Module) -> Statistics | None:
-    """A copy of the statistics with which a layer evaluates, or None where it has none of its own."""
-    if not isinstance(module, _BatchNorm | LpNorm | BatchlessNorm):
-        return None
-    if module.running_mean is None or module.running_var is None:
-        return None
-    return Statistics(module.running_mean.detach().clone(), module.running_var.detach() + module.eps)
+def _traits(norm: nn.Module) -> Any:
+    """The class whose methods describe ``norm``: its own, or batch normalization's."""
+    return type(norm) if isinstance(norm, NormTraits) else NormTraits
 
 
-def batch_statistics(module: nn.Module, x: Tensor) -> tuple[Statistics, Tensor]:
-    """The statistics with which a layer would normalize ``x``, and the share of eps in its divisor, per channel."""
-    eps: float = module.eps  # pyright: ignore[reportAssignmentType]
-    if isinstance(module, LpNorm):
-        mean, scale = lp_statistics(x.detach(), module.p)
-        return Statistics(mean, (scale + eps).square()), eps / (scale + eps)
-    seen = moments.observe(x, feature_dim(module))
-    return Statistics(seen.mean, seen.variance + eps), eps / (seen.variance + eps)
+def statistics_of(module: nn.Module) -> Source:
+    """What ``module`` normalizes by in train mode; ``none`` for a module that is no normalization."""
+    if isinstance(module, NormTraits):
+        return module.statistics
+    if isinstance(module, _BatchNorm):
+        return "batch"
+    return "instance" if isinstance(module, _TORCH_NORMS) else "none"
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a normalization between layers: torch's, this package's, or a subclass of one."""
+    return statistics_of(module) != "none" and (not isinstance(module, NormTraits) or module.hidden)
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a batch normalization without parameters: all four of its tensors are buffers."""
+    names = {name for name, _ in module.named_buffers()} - {"num_batches_tracked"}
+    return names == {"weight", "bias", "running_mean", "running_var"} and not any(True for _ in module.parameters())
+
+
+def is_batchnorm(norm: nn.Module) -> bool:
+    """Whether ``norm`` is torch's batch normalization or a user's subclass of it, and not one of this package's."""
+    return isinstance(norm, _BatchNorm) and not isinstance(norm, NormTraits)
+
+
+def is_placeholder(module: nn.Module) -> bool:
+    """Whether ``module`` stands where a normalization was and normalizes nothing."""
+    return isinstance(module, NormTraits) and module.statistics == "none"
+
+
+def is_noisy(norm: nn.Module) -> bool:
+    """Whether ``norm`` adds noise in train mode."""
+    return isinstance(norm, NormTraits) and norm.noisy
+
+
+def stated_type(norm: nn.Module) -> Any:
+    """The class that says what ``norm`` computes: torch's, or one of this package's, of which its type is a subclass."""
+    return next(
+        c
+        for c in type(norm).__mro__
+        if c.__module__.startswith("torch.nn.") or (issubclass(c, NormTraits) and "statistics" in vars(c))
+    )
+
+
+def features_of(norm: nn.Module) -> int:
+    """Number of features of a normalization layer."""
+    if isinstance(norm, nn.GroupNorm):
+        return norm.num_channels
+    if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+        return math.prod(norm.normalized_shape)
+    return int(vars(norm)["num_features"])
 
 
 def feature_dim(module: nn.Module) -> int:
@@ -57,74 +139,84 @@ def feature_dim(module: nn.Module) -> int:
     return -1 if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm) else getattr(module, "feature_dim", 1)
 
 
-def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Normalization, linear and convolution layers with their paths."""
-    return [(name, m) for name, m in model.named_modules() if is_norm(m) or isinstance(m, WEIGHTED)]
+def outputs(layer: nn.Linear | _ConvNd) -> int:
+    """Number of output features or channels of a layer."""
+    return layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
 
 
-def rectified(model: nn.Module) -> frozenset[str]:
-    """Paths of the layers whose output goes through a ReLU and nowhere else, as far as the model traces."""
-    flow, modules = dataflow(model), dict(model.named_modules())
-
-    def rectifies(index: int) -> bool:
-        step = flow.steps[index]
-        if step.name == "module" and step.path is not None:
-            return isinstance(modules[step.path], nn.ReLU | nn.ReLU6)
-        return step.name in _RECTIFIERS
-
-    def ends_in_relu(index: int) -> bool:
-        consumers = flow.consumers(index)
-        return len(consumers) == 1 and rectifies(consumers[0])
-
-    return frozenset(n for n, _ in layers(model) if flow.calls(n) and all(map(ends_in_relu, flow.calls(n))))
+def aligned(layer: nn.Linear | _ConvNd, norm: nn.Module) -> bool:
+    """Whether the channels of the normalization, as far as it tells them, can be the outputs of the layer."""
+    return getattr(norm, "num_features", getattr(norm, "num_channels", 0)) in (0, outputs(layer))
 
 
-def tensor_in(value: Any) -> Tensor | None:
-    """The first floating-point tensor of two or more dimensions in what a module takes or returns."""
-    if isinstance(value, Tensor):
-        return value if value.ndim > 1 and value.is_floating_point() else None
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if isinstance(value, list | tuple):
-        return next((t for t in map(tensor_in, value) if t is not None), None)
-    return None
+def scale_obstacle(norm: nn.Module) -> str | None:
+    """Why ``norm`` does not remove a factor on one channel of its input, or None where it does."""
+    if isinstance(norm, nn.GroupNorm):
+        channels = norm.num_channels // norm.num_groups
+        several = f"GroupNorm normalizes {channels} channels together: one filter may not be scaled"
+        return None if channels == 1 else several
+    if isinstance(norm, NormTraits):
+        if norm.keeps_scale:
+            return norm.keeps_scale
+        own = norm.per_channel and norm.statistics in ("batch", "instance")
+    else:
+        own = isinstance(norm, _BatchNorm | _InstanceNorm)
+    return None if own else f"{type(norm).__name__} does not normalize each channel by its own batch statistics"
 
 
-@contextmanager
-def watched(
-    layers: Iterable[tuple[str, nn.Module]], after: Hook | None = None, *, before: Hook | None = None
-) -> Generator[None, None, None]:
-    """Call ``after(name, module, inputs, output)`` and ``before(name, module, inputs, None)`` at every forward."""
-
-    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        assert before is not None
-        before(name, module, (args, kwargs), None)
-
-    def leave(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        assert after is not None
-        after(name, module, (args, kwargs), output)
-
-    handles = []
-    try:
-        for name, module in layers:
-            if before is not None:
-                handles.append(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
-            if after is not None:
-                handles.append(module.register_forward_hook(partial(leave, name), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def removes_mean(norm: nn.Module) -> bool:
+    """Whether a constant added to a channel of its input makes no difference to a normalization per channel."""
+    return not isinstance(norm, NormTraits) or norm.centers
 
 
-def in_order(probe: Probe) -> list[tuple[str, nn.Module]]:
-    """Modules that own parameters themselves, in the order in which one forward pass first reaches them."""
-    owners = [(n, m) for n, m in probe.model.named_modules() if next(m.parameters(recurse=False), None) is not None]
-    seen: dict[str, nn.Module] = {}
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Whether the module normalizes with statistics of the batch in its present mode."""
+    return statistics_of(module) == "batch" and (module.training or module.running_mean is None)
 
-    def enter(name: str, module: nn.Module, _: Any, __: Any) -> None:
-        seen.setdefault(name, module)
 
-    with watched(owners, before=enter), torch.no_grad():
-        probe.loss()
-    return list(seen.items())
+def running_tensors(norm: nn.Module) -> dict[str, Tensor]:
+    """The tensors ``norm`` evaluates with beside its parameters, by the names that batch normalization gives them."""
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    tensors = {name: t for name in names if (t := getattr(norm, name, None)) is not None}
+    return {name: t.detach().clone() if isinstance(t, nn.Parameter) else t for name, t in tensors.items()}
+
+
+def running_statistics(module: nn.Module) -> Statistics | None:
+    """A copy of the statistics with which a layer evaluates, or None where it has none of its own."""
+    if statistics_of(module) not in ("batch", "running", "learned"):
+        return None
+    mean, var, eps = (getattr(module, name) for name in ("running_mean", "running_var", "eps"))
+    return None if mean is None or var is None else Statistics(mean.detach().clone(), var.detach() + eps)
+
+
+def can_adopt_statistics(module: nn.Module) -> bool:
+    """Whether the running statistics of a normalization between layers can be set, see :func:`adopt_statistics`."""
+    follows = is_norm(module) and statistics_of(module) in ("batch", "running", "learned")
+    return follows and getattr(module, "running_mean", None) is not None
+
+
+def batch_statistics(module: nn.Module, x: Tensor) -> tuple[Statistics, Tensor]:
+    """The statistics with which a layer would normalize ``x``, and the share of eps in its divisor, per channel."""
+    return _traits(module).batch_statistics(module, x)
+
+
+def normalize_by_batch(norm: nn.Module, x: Tensor) -> Tensor:
+    """The output of a layer for ``x`` by the statistics of ``x``, without noise; running statistics stay."""
+    return _traits(norm).normalize_by_batch(norm, x)
+
+
+def observe_input(norm: nn.Module, x: Tensor, mask: Tensor | None = None) -> Moments:
+    """What a layer's running statistics are made of, from one input; observations merge as moments do.
+
+    Args:
+        norm: A layer; its features are in dimension ``feature_dim``, 1 where it has no such attribute.
+        x: Its input.
+        mask: Rows that count, see :func:`normkit.moments.observe`.
+    """
+    return _traits(norm).observe_input(norm, x, mask)
+
+
+@torch.no_grad()
+def adopt_statistics(norm: nn.Module, moments: Moments) -> None:
+    """Set a layer's running statistics to merged observations of :func:`observe_input`."""
+    _traits(norm).adopt_statistics(norm, moments)

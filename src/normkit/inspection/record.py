@@ -96,3 +96,14 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for part in value:
             yield from tensors_in(part)
+
+
+def tensor_in(value: Any) -> Tensor | None:
+    """The first floating-point tensor of two or more dimensions in what a module takes or returns."""
+    if isinstance(value, Tensor):
+        return value if value.ndim > 1 and value.is_floating_point() else None
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, list | tuple):
+        return next((t for t in map(tensor_in, value) if t is not None), None)
+    return None

@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 from normkit import moments
-from normkit.inspection.norms import feature_dim, layers, tensor_in, watched
+from normkit.inspection.forward import watched
+from normkit.inspection.graph import layers
+from normkit.inspection.norms import feature_dim
 from normkit.inspection.probe import Objective, Probe
+from normkit.inspection.record import tensor_in
 from normkit.instruments.result import Result, axes, label
 
 if TYPE_CHECKING:

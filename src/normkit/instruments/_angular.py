@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.optim import SGD, AdamW, Optimizer
 
 from normkit.inspection.graph import producers
+from normkit.inspection.norms import statistics_of
 from normkit.inspection.probe import unwrap
 from normkit.instruments.result import Result, axes, label
-from normkit.methods.lp_norm import LpNorm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,7 +118,7 @@ def rotation(
     modules, groups = dict(model.named_modules()), {p: g for g in optimizer.param_groups for p in g["params"]}
     found = []
     for norm_path, path in fed_by.items():
-        if not isinstance(modules[norm_path], _BatchNorm | LpNorm):
+        if statistics_of(modules[norm_path]) != "batch":
             continue
         weight = modules[path]._parameters.get("weight")
         if weight is None or weight not in groups:  # parametrized, or not trained

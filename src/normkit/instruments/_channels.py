@@ -6,18 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from normkit.inspection.graph import is_norm
-from normkit.inspection.norms import (
-    Statistics,
-    batch_statistics,
-    feature_dim,
-    layers,
-    rectified,
-    running_statistics,
-    tensor_in,
-    watched,
-)
+from normkit.inspection.forward import watched
+from normkit.inspection.graph import layers, rectified
+from normkit.inspection.norms import Statistics, batch_statistics, feature_dim, is_norm, running_statistics
 from normkit.inspection.probe import Objective, Probe
+from normkit.inspection.record import tensor_in
 from normkit.instruments.result import Result, axes, label
 
 if TYPE_CHECKING:

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from normkit.inspection.norms import WEIGHTED, tensor_in, watched
+from normkit.inspection.forward import watched
+from normkit.inspection.norms import PRODUCERS
 from normkit.inspection.probe import Objective, Probe
+from normkit.inspection.record import tensor_in
 from normkit.instruments.result import Result, axes, label
 
 if TYPE_CHECKING:
@@ -119,7 +121,7 @@ def conditioning(
     batches = iter(batches)
     for batch in batches:
         with Probe(model, objective, batch) as probe, torch.no_grad():
-            known = {n: m for n, m in probe.model.named_modules() if isinstance(m, WEIGHTED)}
+            known = {n: m for n, m in probe.model.named_modules() if isinstance(m, PRODUCERS)}
             if missing := set(layers or ()) - known.keys():
                 raise ValueError(f"layers {sorted(missing)} are no linear or convolution layers of the model")
             with watched([(n, m) for n, m in known.items() if layers is None or n in layers], look):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from normkit.inspection.graph import is_norm
-from normkit.inspection.norms import in_order
+from normkit.inspection.forward import in_order
+from normkit.inspection.norms import is_norm
 from normkit.inspection.probe import Objective, Probe, dot, norm, unwrap
 from normkit.instruments.result import Result, axes, label
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from normkit.inspection.norms import in_order
+from normkit.inspection.forward import in_order
 from normkit.inspection.probe import Objective, Probe, dot, norm
 from normkit.instruments.result import Result, axes, label
 

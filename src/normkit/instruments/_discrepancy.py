@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from normkit.inspection.norms import WEIGHTED, layers, tensor_in, watched
+from normkit.inspection.forward import watched
+from normkit.inspection.graph import layers
+from normkit.inspection.norms import PRODUCERS
 from normkit.inspection.probe import Objective, Probe
+from normkit.inspection.record import tensor_in
 from normkit.instruments.result import Result, axes, label
 
 if TYPE_CHECKING:
@@ -80,7 +83,7 @@ def discrepancy(model: nn.Module, objective: Objective, batch: Any, *, dropout: 
 
     def try_alone(name: str, module: nn.Module, inputs: Any, _: Any) -> None:
         # before the forward, which moves running statistics towards this batch
-        if module.training and not getattr(module, "inplace", False) and not isinstance(module, WEIGHTED):
+        if module.training and not getattr(module, "inplace", False) and not isinstance(module, PRODUCERS):
             args, kwargs = inputs
             modes = [(m, m.training) for m in module.modules()]
             module.eval()

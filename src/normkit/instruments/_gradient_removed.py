@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normkit.inspection.norms import tensor_in, uses_batch_statistics, watched
+from normkit.inspection.forward import watched
+from normkit.inspection.norms import is_noisy, uses_batch_statistics
 from normkit.inspection.probe import Objective, Probe
+from normkit.inspection.record import tensor_in
 from normkit.instruments.result import Result, axes, label
-from normkit.methods.noisy_norm import NoisyBatchNorm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +85,7 @@ def watch_gradients(probe: Probe, found: dict[str, tuple[Tensor, Tensor]]) -> An
     wanted = [
         (name, m)
         for name, m in probe.model.named_modules()
-        if isinstance(m, _BatchNorm) and not isinstance(m, NoisyBatchNorm) and uses_batch_statistics(m)
+        if isinstance(m, _BatchNorm) and not is_noisy(m) and uses_batch_statistics(m)
     ]
     return watched(wanted, look)
 

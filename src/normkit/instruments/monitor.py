@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from normkit.inspection.graph import producers
-from normkit.inspection.norms import rectified
+from normkit.inspection.graph import producers, rectified
 from normkit.inspection.probe import Objective, Probe, unwrap
 from normkit.instruments._angular import rotation
 from normkit.instruments._channels import Channels, LayerChannels, watch_channels

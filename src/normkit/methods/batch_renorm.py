@@ -4,13 +4,14 @@ Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized
 arXiv 1702.03275.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from normkit.methods.method import Successor
 from normkit.moments import statistics_dtype
 
 
@@ -70,7 +71,7 @@ def renorm_correction(
     return Correction(r, d, mean, std)
 
 
-class _BatchRenorm(_BatchNorm):
+class _BatchRenorm(Successor, _BatchNorm):
     """``y = ((x - mean_B) / std_B * r + d) * weight + bias`` in train mode; see [`normkit.functional.renorm_correction`][].
 
     Evaluation, state-dict keys and the meaning of all tensors are those of batch normalization. The bounds start at
@@ -94,6 +95,9 @@ class _BatchRenorm(_BatchNorm):
     Raises:
         ValueError: A bound or a step is out of range.
     """
+
+    statistics = "batch"
+    keeps_scale = "batch renormalization divides by running statistics in part, and these follow a scale slowly"
 
     def __init__(
         self,
@@ -119,22 +123,6 @@ class _BatchRenorm(_BatchNorm):
             raise ValueError(f"warmup is {warmup}; it must lie between 0 and r_steps={r_steps}, d_steps={d_steps}")
         self.r_max, self.d_max = r_max, d_max
         self.warmup, self.r_steps, self.d_steps = warmup, r_steps, d_steps
-
-    @classmethod
-    def from_batchnorm(cls, norm: _BatchNorm, **settings: float) -> "_BatchRenorm":
-        """A layer with the parameter objects, the statistics and the eps of ``norm``; evaluation is the same.
-
-        Args:
-            norm: Any batch normalization. Its number of batches tracked becomes the position in the schedule.
-            settings: Other arguments of the layer.
-        """
-        like = next((t for t in (*norm.parameters(), *norm.buffers())), torch.empty(0))
-        options: dict[str, Any] = {"device": like.device, "dtype": like.dtype, **settings}
-        layer = cls(norm.num_features, norm.eps, affine=False, **options)
-        layer.weight, layer.bias, layer.affine = norm.weight, norm.bias, norm.affine
-        for name, buffer in norm.named_buffers(recurse=False):
-            setattr(layer, name, buffer.clone())
-        return layer.train(norm.training)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """``r_max`` and ``d_max`` at the current step."""

@@ -14,9 +14,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from normkit.inspection.norms import (
+    NormTraits,
+    features_of,
+    is_batchnorm,
+    running_statistics,
+    running_tensors,
+    statistics_of,
+)
 from normkit.methods.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
-from normkit.methods.lp_norm import LpNorm, LpNorm1d, LpNorm2d, LpNorm3d
+from normkit.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
+from normkit.methods.method import share_affine
 from normkit.methods.noisy_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
 
 Dims = Callable[[], int]
@@ -47,7 +56,7 @@ class Target:
     freezes_bias: bool = False
 
 
-class Removed(nn.Identity):
+class Removed(NormTraits, nn.Identity):
     """Stands where a normalization was: adds a trainable bias per channel, or does nothing.
 
     The layer it replaced moves along with it (device, dtype), so that it can come back.
@@ -57,10 +66,17 @@ class Removed(nn.Identity):
         channel_dim: 1 for feature maps; -1 where ``shape`` is that of the last dimensions.
     """
 
+    statistics = "none"
+
     def __init__(self, shape: tuple[int, ...] | None = None, channel_dim: int = 1) -> None:
         super().__init__()
         self.channel_dim = channel_dim
         self.bias = None if shape is None else nn.Parameter(torch.zeros(shape))
+
+    @property
+    def feature_dim(self) -> int:
+        """Dimension of the channels."""
+        return self.channel_dim
 
     def forward(self, input: Tensor) -> Tensor:
         """``input``, plus the bias of its channel if there is one."""
@@ -92,15 +108,6 @@ def group_count(features: int) -> int:
     return max(g for g in range(1, max(1, min(32, features // 4)) + 1) if features % g == 0)
 
 
-def features_of(norm: nn.Module) -> int:
-    """Number of features of a normalization layer."""
-    if isinstance(norm, nn.GroupNorm):
-        return norm.num_channels
-    if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
-        return math.prod(norm.normalized_shape)
-    return int(vars(norm)["num_features"])
-
-
 def spatial_dims(path: str, norm: nn.Module, producer: nn.Module | None, model: nn.Module) -> int:
     """Dimensions that ``norm`` sees, from itself, the layer before it, or the model's convolutions.
 
@@ -123,44 +130,25 @@ def spatial_dims(path: str, norm: nn.Module, producer: nn.Module | None, model: 
     return found.pop()
 
 
-def is_batchnorm(norm: nn.Module) -> bool:
-    """Whether ``norm`` is torch's batch normalization or a user's subclass of it, and not one of this package's."""
-    return isinstance(norm, _BatchNorm) and not hasattr(type(norm), "from_batchnorm")
-
-
 def _to_batchnorm(source: nn.Module, dims: Dims) -> _BatchNorm:
     """``source`` if it is a batch normalization, else one with its parameters and the statistics that it has."""
-    if isinstance(source, _BatchNorm) and is_batchnorm(source):
+    if is_batchnorm(source):
         return source
     like = next((t for t in (*source.parameters(), *source.buffers())), torch.empty(0))
     options = {name: vars(source)[name] for name in ("eps", "momentum") if name in vars(source)}
-    if isinstance(source, LpNorm):
-        options["track_running_stats"] = source.running_mean is not None
+    if statistics_of(source) == "batch":
+        options["track_running_stats"] = running_statistics(source) is not None
     cls = _FAMILIES["batch"][dims()]
     new = cls(features_of(source), affine=False, device=like.device, dtype=like.dtype, **options)
     new._buffers.update({name: t for name, t in running_tensors(source).items() if name in new._buffers})
-    _share_affine(source, new)
+    share_affine(source, new)
     return new.train(source.training)
-
-
-def running_tensors(norm: nn.Module) -> dict[str, Tensor]:
-    """What ``norm`` evaluates with beside its parameters, by the names that batch normalization gives it."""
-    names = ("running_mean", "running_var", "num_batches_tracked")
-    tensors = {name: t for name in names if (t := getattr(norm, name, None)) is not None}
-    return {name: t.detach().clone() if isinstance(t, nn.Parameter) else t for name, t in tensors.items()}
 
 
 def _to_groups(source: nn.Module, groups: int) -> nn.Module:
     new = nn.GroupNorm(groups, features_of(source), eps=vars(source)["eps"], affine=False)
-    _share_affine(source, new)
+    share_affine(source, new)
     return new
-
-
-def _share_affine(source: nn.Module, new: nn.Module) -> None:
-    for name in ("weight", "bias"):
-        setattr(new, name, source._parameters.get(name))
-    if "affine" in vars(new):
-        vars(new)["affine"] = new.weight is not None
 
 
 def _to_removed(source: nn.Module, _: Dims) -> nn.Module:
@@ -183,7 +171,7 @@ def _ours(family: str, lost: str = "", takes_tokens: bool = False, **fixed: Any)
             new = classes[1](source.normalized_shape[-1], affine=source.elementwise_affine, **options)
         else:
             new = classes[dims()].from_batchnorm(_to_batchnorm(source, dims), **fixed, **settings)
-        _share_affine(source, new)
+        share_affine(source, new)
         return new
 
     def is_native(module: nn.Module) -> bool:

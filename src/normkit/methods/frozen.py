@@ -8,27 +8,35 @@ running statistics of the pretraining become constants:
 """
 
 import logging
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from normkit.methods.method import Successor
+
 _logger = logging.getLogger("normkit")
 
 
-class FrozenBatchNorm(_BatchNorm):
+class FrozenBatchNorm(Successor, _BatchNorm):
     """Batch normalization that uses its running statistics in train mode, too, and never changes them.
 
     Arguments and state-dict keys are those of ``torch.nn.BatchNorm2d``. Scale and shift are trained.
     """
 
+    statistics = "running"
+    carries = ("eps", "momentum")
+
     @classmethod
-    def from_batchnorm(cls, norm: _BatchNorm) -> "FrozenBatchNorm":
+    def from_batchnorm(cls, norm: nn.Module, *args: Any, **settings: Any) -> "FrozenBatchNorm":
         """A layer with the parameter objects, the statistics and the eps of ``norm``; evaluation is the same.
 
         Args:
             norm: Any batch normalization that tracks statistics.
+            *args: Further arguments of the layer.
+            **settings: Likewise, by name.
 
         Returns:
             The new layer.
@@ -36,16 +44,12 @@ class FrozenBatchNorm(_BatchNorm):
         Raises:
             ValueError: ``norm`` keeps no running statistics, so there is nothing to freeze.
         """
-        if norm.running_mean is None:
+        if getattr(norm, "running_mean", None) is None:
             raise ValueError(
                 f"{type(norm).__name__} keeps no running statistics (track_running_stats=False), so there is nothing to "
                 "freeze; leave it out with `where`"
             )
-        layer = cls(norm.num_features, norm.eps, norm.momentum, affine=False)
-        layer.weight, layer.bias, layer.affine = norm.weight, norm.bias, norm.affine
-        for name, buffer in norm.named_buffers(recurse=False):
-            setattr(layer, name, buffer.clone())
-        return layer.train(norm.training)  # pyright: ignore[reportReturnType]
+        return super().from_batchnorm(norm, *args, **settings)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` of shape ``(N, C, ...)`` with the running statistics."""

@@ -9,9 +9,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from normkit.moments import statistics_dtype
+from normkit.inspection.norms import Statistics
+from normkit.methods.method import Successor
+from normkit.moments import Moments, observe, statistics_dtype
 
 
 def lp_statistics(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -39,7 +40,7 @@ def lp_statistics(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return x.mean(dim=dims, dtype=dtype), norm / rows ** (1 / p)
 
 
-class LpNorm(nn.Module):
+class LpNorm(Successor, nn.Module):
     r"""``y = (x - mean) / (N_p + eps) * weight + bias`` per channel, with ``N_p`` of the uncentred batch.
 
     See ``lp_statistics``. Evaluation uses running averages of the mean and of ``N_p``, as batch normalization does.
@@ -60,6 +61,8 @@ class LpNorm(nn.Module):
         ValueError: ``p`` is something else.
     """
 
+    statistics = "batch"
+    carries = ("eps", "momentum", "track_running_stats")
     dimensions: tuple[int, ...] = ()
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -93,37 +96,6 @@ class LpNorm(nn.Module):
         counter = torch.zeros((), dtype=torch.long, device=device) if track_running_stats else None
         self.register_buffer("num_batches_tracked", counter)
 
-    @classmethod
-    def from_batchnorm(cls, norm: _BatchNorm, p: float = 2) -> "LpNorm":
-        """A layer with the affine parameters of ``norm`` whose evaluation output is that of ``norm``.
-
-        The running ``N_p`` starts at the divisor that ``norm`` uses and moves to this layer's as training goes on.
-
-        Args:
-            norm: Any batch normalization.
-            p: 1, 2 or ``math.inf``.
-
-        Returns:
-            The new layer; it shares the ``weight`` and ``bias`` objects, so that optimizers keep them.
-        """
-        device = next((t.device for t in (*norm.parameters(), *norm.buffers())), None)
-        layer = cls(
-            norm.num_features,
-            p,
-            eps=norm.eps,
-            momentum=norm.momentum,
-            affine=norm.affine,
-            track_running_stats=norm.running_mean is not None,
-            device=device,
-        )
-        if norm.affine:
-            layer.weight, layer.bias = norm.weight, norm.bias
-        if norm.running_mean is not None and norm.running_var is not None:
-            layer.running_mean = norm.running_mean.clone()
-            layer.running_var = norm.running_var.clone()
-            layer.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
-        return layer.train(norm.training)  # pyright: ignore[reportReturnType]
-
     @property
     def running_scale(self) -> Tensor | None:
         """Running average of ``N_p``, ``(C,)``."""
@@ -150,6 +122,9 @@ class LpNorm(nn.Module):
                 self._track(mean, scale)
         else:
             mean, scale = running_mean, running_scale
+        return self._normalize(x, mean, scale)
+
+    def _normalize(self, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
         shape = (1, -1) + (1,) * (x.ndim - 2)
         gain = 1 / (scale + self.eps)
         if self.weight is not None:
@@ -171,6 +146,30 @@ class LpNorm(nn.Module):
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight if weight is not None else 1.0)
         running = self.running_scale.lerp(scale.to(self.running_var.dtype), weight if weight is not None else 1.0)
         self.running_var.copy_((running + self.eps).square() - self.eps)
+
+    def batch_statistics(self, x: Tensor) -> tuple[Statistics, Tensor]:
+        """The mean and ``(N_p + eps)^2`` of ``x``, and the share of eps in the divisor."""
+        mean, scale = lp_statistics(x.detach(), self.p)
+        return Statistics(mean, (scale + self.eps).square()), self.eps / (scale + self.eps)
+
+    def normalize_by_batch(self, x: Tensor) -> Tensor:
+        """The output in train mode; running statistics stay."""
+        return self._normalize(x, *lp_statistics(x, self.p))
+
+    def observe_input(self, x: Tensor, mask: Tensor | None = None) -> Moments:
+        """``(mean, N_p)`` of one batch as the mean of its rows: merged, ``N_p`` is averaged over batches as in training."""
+        rows = observe(x, 1, mask)
+        scale = lp_statistics(x.detach(), self.p)[1].to(rows.mean.dtype)
+        both = torch.cat([rows.mean, torch.where(rows.count > 0, scale, 0)])
+        return Moments(rows.count, both, torch.zeros_like(both))
+
+    def adopt_statistics(self, moments: Moments) -> None:
+        """Take the averages of the mean and of ``N_p``."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        mean, scale = moments.mean.chunk(2)
+        self.running_mean.copy_(mean)
+        self.running_var.copy_((scale + self.eps).square() - self.eps)
 
     def extra_repr(self) -> str:
         """The settings."""

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from normkit.inspection.markers import Leaf
+from normkit.methods.method import Successor
+
 
 def moment_noise(x: Tensor) -> Tensor:
     """``s x + m`` with scales and shifts that are drawn anew with every call.
@@ -30,7 +33,7 @@ def moment_noise(x: Tensor) -> Tensor:
     return scale * x + shift
 
 
-class MomentNoise(nn.Module):
+class MomentNoise(Leaf, nn.Module):
     """``moment_noise`` in train mode, the identity in eval mode: the noise for a net without normalization."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,7 +41,7 @@ class MomentNoise(nn.Module):
         return moment_noise(x) if self.training else x
 
 
-class NoisyBatchNorm(_BatchNorm):
+class NoisyBatchNorm(Successor, _BatchNorm):
     """Batch normalization with ``moment_noise`` after its affine map in train mode, plain in eval mode.
 
     State-dict keys are those of ``torch.nn.BatchNorm2d``.
@@ -53,14 +56,9 @@ class NoisyBatchNorm(_BatchNorm):
         dtype: Their dtype.
     """
 
-    @classmethod
-    def from_batchnorm(cls, norm: _BatchNorm) -> "NoisyBatchNorm":
-        """A layer with all parameters, statistics and settings of ``norm``; it shares the parameter objects."""
-        layer = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        layer.weight, layer.bias = norm.weight, norm.bias
-        for name, buffer in norm.named_buffers(recurse=False):
-            setattr(layer, name, buffer.clone())
-        return layer.train(norm.training)  # pyright: ignore[reportReturnType]
+    statistics = "batch"
+    noisy = True
+    carries = ("eps", "momentum", "track_running_stats")
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize, then add the noise in train mode."""

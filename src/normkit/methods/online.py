@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from normkit.inspection.counting import disable_dynamo
-from normkit.moments import keep_fp32, statistics_dtype
+from normkit.methods.method import Successor, WideStatistics
+from normkit.moments import statistics_dtype
 
 
 def affine_recurrence(factor: Tensor, increment: Tensor, start: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def layer_scaling(y: Tensor, eps: float = 1e-5) -> Tensor:
     return (wide * (wide.square().mean(list(range(1, y.ndim)), keepdim=True) + eps).rsqrt()).to(y.dtype)
 
 
-class OnlineNorm(nn.Module):
+class OnlineNorm(WideStatistics, Successor, nn.Module):
     """Online Normalization (arXiv 1905.05894); its equations are at the top of ``normkit.methods.online``.
 
     Evaluation normalizes with the running statistics, followed by scale, shift and layer scaling. A batch of N samples is
@@ -177,6 +177,8 @@ class OnlineNorm(nn.Module):
         ValueError: A decay is not between 0 and 1.
     """
 
+    statistics = "running"
+    wide = ("running_mean", "running_var", "error_y", "error_1")
     dimensions: tuple[int, ...] = ()
     running_mean: Tensor
     running_var: Tensor
@@ -206,26 +208,6 @@ class OnlineNorm(nn.Module):
         for name in ("running_mean", "running_var", "error_y", "error_1"):
             start = torch.ones if name == "running_var" else torch.zeros
             self.register_buffer(name, start(num_features, device=device, dtype=wide))
-
-    @classmethod
-    def from_batchnorm(cls, norm: _BatchNorm, **settings: float) -> "OnlineNorm":
-        """A layer with the parameter objects, the running statistics and the eps of ``norm``.
-
-        Args:
-            norm: Any batch normalization; without running statistics they start at (0, 1).
-            settings: Other arguments of the layer.
-
-        Returns:
-            The new layer; layer scaling apart, its evaluation is that of ``norm``.
-        """
-        like = next((t for t in (*norm.parameters(), *norm.buffers())), torch.empty(0))
-        options: dict[str, Any] = {"device": like.device, "dtype": like.dtype, **settings}
-        layer = cls(norm.num_features, norm.eps, affine=False, **options)
-        layer.weight, layer.bias, layer.affine = norm.weight, norm.bias, norm.affine
-        if norm.running_mean is not None and norm.running_var is not None:
-            layer.running_mean.copy_(norm.running_mean)
-            layer.running_var.copy_(norm.running_var)
-        return layer.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` of shape ``(N, C, ...)``, in train mode one sample after the other.
@@ -257,16 +239,6 @@ class OnlineNorm(nn.Module):
             scale = (variances[:-1] + self.eps).rsqrt()
         y: Tensor = _Normalize.apply(x, means[:-1], scale, self.error_y, self.error_1, self.backward_decay)
         return y
-
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            assert old is not None
-            assert new is not None
-            self._buffers[name] = keep_fp32(new, old)
-        return self
 
     def extra_repr(self) -> str:
         """The settings."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from normkit.inspection.branches import branch_ends
-from normkit.inspection.graph import PRODUCERS, Dataflow, is_norm
+from normkit.inspection.graph import Dataflow
+from normkit.inspection.norms import PRODUCERS, is_norm
 
 
 def last_norms(model: nn.Module, flow: Dataflow | None = None) -> list[str]:

@@ -12,19 +12,15 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normkit.inspection.conformance import scales_with_its_filters
-from normkit.inspection.graph import PRODUCERS, Dataflow, aligned, dataflow, is_norm, outputs
+from normkit.inspection.graph import Dataflow, dataflow
+from normkit.inspection.norms import PRODUCERS, aligned, is_norm, outputs, removes_mean, scale_obstacle
 from normkit.inspection.probe import Objective, Probe
-from normkit.methods.batch_renorm import _BatchRenorm
-from normkit.methods.lp_norm import LpNorm
 
 Rule: TypeAlias = Literal["exact", "paper"]
 
-_PER_CHANNEL = (_BatchNorm, _InstanceNorm, LpNorm)
 _PASS = {"contiguous"}
 # Positively homogeneous, channel by channel: a scale passes through, but a bias behind them is no constant any more.
 _HOMOGENEOUS = {"relu", "leaky_relu", "dropout", *(f"dropout{d}d" for d in (1, 2, 3))}
@@ -164,7 +160,7 @@ def _follow(flow: Dataflow, modules: dict[str, nn.Module], index: int, free: boo
                 return found
             norms += found
         elif module is not None and is_norm(module):
-            obstacle = _obstacle(module, training)
+            obstacle = _obstacle(module, free, training)
             if obstacle is not None:
                 return f"{step.path}: {obstacle}"
             norms.append(step.path or "")
@@ -180,19 +176,13 @@ def _follow(flow: Dataflow, modules: dict[str, nn.Module], index: int, free: boo
     return norms or "its output is not used"
 
 
-def _obstacle(norm: nn.Module, training: bool) -> str | None:
-    """Why a normalization does not remove the scale of one channel."""
-    if isinstance(norm, nn.GroupNorm):
-        channels = norm.num_channels // norm.num_groups
-        return (
-            None
-            if channels == 1
-            else f"GroupNorm normalizes {channels} channels together: one filter may not be scaled"
-        )
-    if isinstance(norm, _BatchRenorm):
-        return "batch renormalization divides by running statistics in part, and these follow a scale slowly"
-    if not isinstance(norm, _PER_CHANNEL):
-        return f"{type(norm).__name__} does not normalize each channel by its own batch statistics"
+def _obstacle(norm: nn.Module, free: bool, training: bool) -> str | None:
+    """Why a normalization does not remove the scale of one channel; ``free`` of a bias or not."""
+    obstacle = scale_obstacle(norm)
+    if obstacle is not None:
+        return obstacle
+    if not removes_mean(norm) and not free:
+        return f"{type(norm).__name__} leaves the bias of the layer before it in place, which is not scaled along"
     if training and not norm.training and getattr(norm, "running_mean", None) is not None:
         return "frozen: it normalizes by running statistics"
     return None

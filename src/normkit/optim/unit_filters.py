@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from normkit.inspection.graph import dataflow
-from normkit.methods.riemannian.filters import local
 from normkit.optim.invariance import Invariance, weight_users
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @torch.no_grad()

@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 
 from normkit._errors import closest
 from normkit.inspection.conformance import computes_as_its_type, honours_bias
-from normkit.inspection.graph import PRODUCERS, is_norm, outputs, producers
+from normkit.inspection.graph import producers
+from normkit.inspection.norms import PRODUCERS, is_norm, outputs
 from normkit.methods.catalog import TARGETS, Removed, spatial_dims
-from normkit.optim.regroup import check_optimizer, regroup
+from normkit.optim.param_groups import check_optimizer, regroup
 from normkit.surgery.conversion_state import Origin, Producer, default_bias, lend, origin_of, restored, translate
 
 Where = Callable[[str, nn.Module], bool] | Iterable[str] | None

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from normkit.inspection.graph import is_norm, outputs
-from normkit.methods.catalog import TARGETS, features_of
+from normkit.inspection.norms import features_of, is_norm, outputs
+from normkit.methods.catalog import TARGETS
 from normkit.methods.revisited.revisit import Revision, revision_of
 from normkit.surgery.conversion_state import origin_of
 

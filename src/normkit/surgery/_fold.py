@@ -16,10 +16,10 @@ from torch.nn.utils import parametrize
 
 from normkit.inspection.conformance import honours_bias
 from normkit.inspection.forward import Forward, evaluating, run_batch
-from normkit.inspection.graph import PRODUCERS, dataflow, is_frozen_norm, is_norm, sole_consumer, source_of
+from normkit.inspection.graph import dataflow, sole_consumer, source_of
+from normkit.inspection.markers import is_attachment
+from normkit.inspection.norms import PRODUCERS, NormTraits, is_frozen_norm, is_norm, is_placeholder
 from normkit.inspection.record import record, tensors_in
-from normkit.methods.catalog import Removed
-from normkit.methods.revisited.input_norm import InputNorm
 from normkit.methods.revisited.revisit import FeatureScale
 from normkit.surgery.affine import affine_of, fold_before, fold_behind
 
@@ -89,12 +89,12 @@ def _grouped(reasons: dict[str, str], modules: dict[str, nn.Module]) -> str:
 
 
 def _is_candidate(module: nn.Module) -> bool:
-    return is_norm(module) or is_frozen_norm(module) or isinstance(module, (InputNorm, Removed))
+    return isinstance(module, NormTraits) or is_norm(module) or is_frozen_norm(module)
 
 
 def _try(norm: nn.Module, source: nn.Module | None, consumer: nn.Module | None) -> nn.Module | str:
     """Fold ``norm`` into one of its neighbours; what stands in its place, or why that cannot be."""
-    if isinstance(norm, Removed) and norm.bias is None:
+    if is_placeholder(norm) and norm.bias is None:
         return nn.Identity()
     affine = affine_of(norm)
     if isinstance(affine, str):
@@ -153,7 +153,7 @@ def _bare_copy(model: nn.Module) -> nn.Module:
     saved = [(table, dict(table)) for table in tables if isinstance(table, dict)]
     try:
         for table, hooks in saved:
-            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+            for key in [key for key, hook in hooks.items() if is_attachment(hook)]:
                 del table[key]
         bare = copy.deepcopy(model)
     finally:
@@ -177,12 +177,6 @@ def _take_feature_scale(layer: nn.Module) -> None:
         for key, scale in scales.items():
             layer.weight.mul_(scale.factor)
             del layer._forward_pre_hooks[key]
-
-
-def _is_ours(hook: Any) -> bool:
-    """Whether the hook is this package's and only observes."""
-    hook = getattr(hook, "hook", hook)  # torch wraps the hooks of state dicts
-    return not isinstance(hook, FeatureScale) and str(getattr(hook, "__module__", "")).startswith("normkit.")
 
 
 def _check_same(expected: Any, actual: Any) -> None:

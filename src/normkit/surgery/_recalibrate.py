@@ -3,22 +3,26 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from normkit.inspection.forward import Forward, check_batches, evaluating, layerwise, run_batch
-from normkit.methods.batchless.layer import BatchlessNorm
-from normkit.moments import Moments, Tally, empty, observe, reduce
-
-Layer = _BatchNorm | BatchlessNorm
+from normkit.inspection.norms import (
+    adopt_statistics,
+    can_adopt_statistics,
+    features_of,
+    normalize_by_batch,
+    observe_input,
+    statistics_of,
+)
+from normkit.moments import Moments, Tally, reduce
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward: Forward = run_batch) -> nn.Module:
-    """Recompute the statistics of batch and batchless normalization layers at the current weights.
+    """Recompute the running statistics of all normalization layers that have some, at the current weights.
 
-    All rows of all batches count equally, on all ranks of a process group together. With batch normalization alone that
-    is one pass, in which every layer normalises by the batch as in training, with dropout and noise off. With batchless
+    All rows of all batches count equally, on all ranks of a process group together. With layers that normalize by the batch
+    (batch normalization, its relatives, l_p normalization) that is one pass, in which every layer normalizes by the
+    batch as in training, with dropout and noise off; l_p means are averaged over the batches. With batchless
     layers it is layer after layer, in the order of execution, so that each is fitted to what the already fitted ones
     before it produce; the batches are kept in memory for that.
 
@@ -41,33 +45,27 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward: Forward = 
         >>> norm.running_mean.item(), round(norm.running_var.item(), 4)
         (4.0, 6.6667)
     """
-    layers: list[Layer] = [
-        m
-        for m in model.modules()
-        if isinstance(m, BatchlessNorm) or (isinstance(m, _BatchNorm) and m.running_mean is not None)
-    ]
+    layers = [module for module in model.modules() if can_adopt_statistics(module)]
     if not layers:
-        raise ValueError(
-            "recalibrate: the model has no batch normalization that tracks statistics and no batchless layer"
-        )
+        raise ValueError("recalibrate: the model has no normalization layer with running statistics")
     check_batches(batches, "recalibrate")
     with evaluating(model):
-        if any(isinstance(layer, BatchlessNorm) for layer in layers):
+        if any(statistics_of(layer) == "learned" for layer in layers):
             _layer_after_layer(model, layers, list(batches), forward)
         else:
             _in_one_pass(model, layers, batches, forward)
     return model
 
 
-def _in_one_pass(model: nn.Module, layers: list[Layer], batches: Iterable[Any], forward: Forward) -> None:
+def _in_one_pass(model: nn.Module, layers: list[nn.Module], batches: Iterable[Any], forward: Forward) -> None:
     tallies = {layer: Tally() for layer in layers}
 
     def as_in_training(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> Tensor | None:
         x = args[0] if args else kwargs["input"]
-        tallies[layer].add(observe(x, 1))
+        tallies[layer].add(observe_input(layer, x))
         if x.numel() == x.shape[1]:
             return None  # one value per channel is its own mean; the running statistics have to do
-        return F.batch_norm(x, None, None, layer.weight, layer.bias, True, 0, layer.eps)
+        return normalize_by_batch(layer, x)
 
     hooks = [layer.register_forward_hook(as_in_training, with_kwargs=True) for layer in layers]
     seen = 0
@@ -84,7 +82,7 @@ def _in_one_pass(model: nn.Module, layers: list[Layer], batches: Iterable[Any], 
         _set(layer, moments)
 
 
-def _layer_after_layer(model: nn.Module, layers: list[Layer], batches: list[Any], forward: Forward) -> None:
+def _layer_after_layer(model: nn.Module, layers: list[nn.Module], batches: list[Any], forward: Forward) -> None:
     _require(len(batches))
     tensors = [t for layer in layers for t in (*layer.parameters(), *layer.buffers())]
     old = [t.clone() for t in tensors]
@@ -104,17 +102,13 @@ def _require(batches: int) -> None:
         )
 
 
-def _nothing(layer: Layer) -> Moments:
+def _nothing(layer: nn.Module) -> Moments:
+    """The observation of no input."""
     like = next(iter((*layer.buffers(), *layer.parameters())))
-    return empty(layer.num_features, device=like.device)
+    return observe_input(layer, like.new_empty(0, features_of(layer)))
 
 
-def _set(layer: Layer, moments: Moments) -> None:
+def _set(layer: nn.Module, moments: Moments) -> None:
     """Write the statistics; a layer that no batch reached keeps its own."""
-    if moments.count < 1:
-        return
-    if isinstance(layer, BatchlessNorm):
-        layer.set_statistics(moments.mean, moments.variance)
-    elif layer.running_mean is not None and layer.running_var is not None:
-        layer.running_mean.copy_(moments.mean)
-        layer.running_var.copy_(moments.m2 / (moments.count - 1).clamp(min=1))  # unbiased, as batch normalization's
+    if moments.count >= 1:
+        adopt_statistics(layer, moments)

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from normkit.inspection.graph import outputs
-from normkit.methods.catalog import Removed
+from normkit.inspection.norms import is_placeholder, outputs
 
 Producer = nn.Linear | _ConvNd
 
@@ -56,8 +55,8 @@ def affine_of(norm: nn.Module) -> Affine | str:
 
 @torch.no_grad()
 def _read(layer: Any) -> Affine | str:
-    channel_dim: int = getattr(layer, "channel_dim", getattr(layer, "feature_dim", 1))
-    if isinstance(layer, Removed) and layer.bias is not None:
+    channel_dim: int = getattr(layer, "feature_dim", 1)
+    if is_placeholder(layer) and layer.bias is not None:
         return Affine(torch.ones_like(layer.bias), layer.bias, channel_dim)
     weight, bias, mean, var = (getattr(layer, name, None) for name in ("weight", "bias", "running_mean", "running_var"))
     if mean is None or var is None:

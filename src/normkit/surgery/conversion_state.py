@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
-from normkit.methods.catalog import TARGETS, Removed, running_tensors, spatial_dims
+from normkit.inspection.markers import attachment
+from normkit.inspection.norms import is_placeholder, running_tensors
+from normkit.methods.catalog import TARGETS, spatial_dims
 from normkit.methods.revisited.revisit import mark, revision_of
 
 Producer = nn.Linear | _ConvNd
@@ -66,11 +68,11 @@ def restored(layer: nn.Module, origin: Origin) -> nn.Module:
     """A copy of the layer that ``layer`` replaced, holding the tensors it would have now."""
     module = _twin(origin.module)
     parameters, buffers = module._parameters, module._buffers
-    if not isinstance(layer, Removed):
+    if not is_placeholder(layer):
         parameters.update({name: p for name, p in layer._parameters.items() if name in ("weight", "bias")})
     now = {**layer._buffers, **running_tensors(layer)}
     buffers.update({name: now[name] for name, buffer in buffers.items() if buffer is not None and name in now})
-    bias = (layer if origin.biased is None else origin.biased).bias if isinstance(layer, Removed) else None
+    bias = (layer if origin.biased is None else origin.biased).bias if is_placeholder(layer) else None
     mean = buffers.get("running_mean")
     if mean is not None and bias is not None:
         buffers["running_mean"] = mean.to(bias.device) - bias.detach().to(mean.dtype)
@@ -91,6 +93,7 @@ def _twin(module: nn.Module) -> nn.Module:
     return twin
 
 
+@attachment
 def translate(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a converted layer load a state dict of the layer it replaced, or of one that was its kind from the start."""
     origin = origin_of(layer)
@@ -110,6 +113,7 @@ def translate(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> 
         state.update({prefix + name: own[name] for name in dict(layer.named_buffers()).keys() & own.keys() - given})
 
 
+@attachment
 def default_bias(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A state dict from before a normalization was removed has no bias for the layer before it: it is 0."""
     if prefix + "weight" in state and layer.bias is not None:

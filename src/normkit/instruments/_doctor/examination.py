@@ -13,18 +13,18 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from normkit.inspection.graph import dataflow, is_norm, producers
+from normkit.inspection.forward import watched
+from normkit.inspection.graph import dataflow, producers, rectified
 from normkit.inspection.norms import (
     Statistics,
     batch_statistics,
     feature_dim,
-    rectified,
+    is_norm,
     running_statistics,
-    tensor_in,
     uses_batch_statistics,
-    watched,
 )
 from normkit.inspection.probe import Objective, Probe
+from normkit.inspection.record import tensor_in
 from normkit.instruments._channels import LayerChannels, watch_channels
 from normkit.instruments._discrepancy import Discrepancy, discrepancy
 

@@ -14,23 +14,22 @@ ways, and evaluate the same.
 """
 
 import warnings
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from normkit.inspection.counting import disable_dynamo, is_counting, on_first_backward
 from normkit.methods.batchless.functions import Gradient, affine_map, moments_about
-from normkit.moments import Moments, Tally, empty, keep_fp32, observe_unchecked, statistics_dtype
+from normkit.methods.method import Successor, WideStatistics
+from normkit.moments import Moments, Tally, empty, observe_unchecked, statistics_dtype
 
 Scale = Literal["log", "abs"]
-_Self = TypeVar("_Self", bound="BatchlessNorm")
 
 PATIENCE = 8  # backward passes after which a layer that nobody attached complains
 
 
-class BatchlessNorm(nn.Module):
+class BatchlessNorm(WideStatistics, Successor, nn.Module):
     """Normalization by a learned Gaussian per channel (arXiv 2212.14729), ``y = (x - mu) / sigma * gamma + beta``.
 
     The same affine map in train and in eval mode; mu and sigma are fitted by the likelihood ``log sigma + n^2 / 2``. Use
@@ -47,6 +46,7 @@ class BatchlessNorm(nn.Module):
             fit, which has 0. None before the first step.
     """
 
+    statistics = "learned"
     dims: tuple[int, ...] = ()
 
     def __init__(
@@ -123,6 +123,10 @@ class BatchlessNorm(nn.Module):
         """Set mu to ``mean`` and sigma to ``sqrt(variance + eps)``."""
         self.running_mean.copy_(mean)
         self.running_var.copy_(variance)
+
+    def adopt_statistics(self, moments: Moments) -> None:
+        """Take the mean and the variance of the rows."""
+        self.set_statistics(moments.mean, moments.variance)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize ``x``.
@@ -206,46 +210,6 @@ class BatchlessNorm(nn.Module):
         self.instances = 0
         rows = self.tally.take() or empty(self.num_features, dtype=like.dtype, device=like.device)
         return rows, like.new_full((), instances)
-
-    @classmethod
-    def from_batchnorm(cls: type[_Self], bn: nn.Module, **options: Any) -> _Self:
-        """A layer that computes what ``bn`` computes in eval mode.
-
-        Running statistics, gamma and beta are copied. Without running statistics the layer starts at (0, 1).
-
-        Args:
-            bn: A batch normalization layer whose channels are known.
-            **options: Further arguments of the layer (``projected``, ``gradient``, ...).
-
-        Returns:
-            The new layer, on the device and in the mode of ``bn``.
-
-        Raises:
-            TypeError: ``bn`` is no batch normalization, or a lazy one that has seen no input.
-        """
-        if not isinstance(bn, nn.modules.batchnorm._BatchNorm) or isinstance(bn.weight, nn.UninitializedParameter):
-            raise TypeError(f"from_batchnorm: expected a BatchNorm layer with known channels, got {bn}")
-        sample = next((t for t in (bn.weight, bn.running_mean) if t is not None), torch.empty(0))
-        layer = cls(
-            bn.num_features,
-            **{"affine": bn.affine, "eps": bn.eps, "device": sample.device, "dtype": sample.dtype, **options},
-        )
-        for name in ("weight", "bias") if bn.affine and layer.affine else ():
-            given = getattr(bn, name)  # there are batch normalizations with a scale alone
-            own = (
-                None if given is None else nn.Parameter(given.detach().to(sample.dtype, copy=True), given.requires_grad)
-            )
-            setattr(layer, name, own)
-        if bn.running_mean is not None and bn.running_var is not None:
-            layer.set_statistics(bn.running_mean, bn.running_var)
-        return layer.train(bn.training)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        before = self.running_mean.data, self.running_var.data
-        super()._apply(fn, recurse)
-        for statistic, old in zip((self.running_mean, self.running_var), before, strict=True):
-            statistic.data = keep_fp32(statistic.data, old)
-        return self
 
     def extra_repr(self) -> str:
         """The arguments that differ from the defaults."""

@@ -19,7 +19,7 @@ from normkit.methods.batchless.fit import RATE, Fit, LikelihoodParameters
 from normkit.methods.batchless.layer import BatchlessNorm, batchless_layers
 from normkit.methods.batchless.weights import FeedingLayer, feeding_layers, project_weights
 from normkit.moments import Moments, reduce_together
-from normkit.optim.regroup import check_optimizer
+from normkit.optim.param_groups import check_optimizer
 from normkit.optim.step_hooks import StepHandle, before_step, effective_lr
 
 LARGEST_VARIANCE_RATIO = 1.5  # mean square of n from which the gradients of a step shrink, for projected layers

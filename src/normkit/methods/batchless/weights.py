@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from normkit.inspection.counting import disable_dynamo, is_counting, on_first_backward
 from normkit.inspection.graph import producers
+from normkit.inspection.markers import attachment
 from normkit.methods.batchless.functions import per_feature
 from normkit.methods.batchless.layer import BatchlessNorm
 from normkit.moments import sum_and_square_sum
@@ -91,6 +92,7 @@ class FeedingLayer:
         """Forget what was seen since the last step."""
         self._seen: tuple[int, Tensor, Tensor] | None = None
 
+    @attachment
     @disable_dynamo
     def _see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if not (self.norm.training and output.requires_grad and is_counting() and self._own == id(self)):

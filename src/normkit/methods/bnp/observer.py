@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
 from normkit.inspection.counting import disable_dynamo, is_counting, on_first_backward
+from normkit.inspection.markers import attachment
 from normkit.moments import sum_and_square_sum
 
 Layer: TypeAlias = nn.Linear | _ConvNd
@@ -215,6 +216,7 @@ def _make_zeros(features: int, device: torch.device) -> Tensor:
 _zeros = disable_dynamo(_make_zeros)
 
 
+@attachment
 class Hook:
     """The forward hook of an observed layer; in a copied or pickled model it does nothing."""
 
@@ -237,6 +239,7 @@ def _ignoring() -> Callable[..., None]:
     return _ignore
 
 
+@attachment
 def _ignore(*_: Any) -> None:
     """What the hook of an observed layer becomes in a copy of the model."""
 

@@ -4,7 +4,7 @@ Revisiting Batch Normalization, Jim Davis, Logan Frank, arXiv 2110.13989 (versio
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from normkit.inspection.graph import PRODUCERS, dataflow
-from normkit.moments import Moments, keep_fp32, merge, observe, statistics_dtype
+from normkit.inspection.graph import dataflow
+from normkit.inspection.norms import PRODUCERS, NormTraits
+from normkit.methods.method import WideStatistics
+from normkit.moments import Moments, merge, observe, statistics_dtype
 
 INPUT_SCALE = 0.58
 """About the standard deviation of ReLU(N(0, 1)), ``sqrt(1/2 - 1/(2 pi)) = 0.5838``: inputs scaled like activations."""
 
 
-class InputNorm(nn.Module):
+class InputNorm(WideStatistics, NormTraits, nn.Module):
     r"""Normalizes raw inputs per channel (arXiv 2110.13989v1): ``y = weight * (x - mean) / sqrt(var + eps)``, no shift.
 
     For the first place of a model, on images in [0, 1], sequences or tabular features. In train mode the statistics are
@@ -42,6 +44,8 @@ class InputNorm(nn.Module):
         ([-1.0, 1.0], 2.0)
     """
 
+    statistics = "batch"
+    hidden = False
     running_mean: Tensor
     running_var: Tensor
     rows_seen: Tensor
@@ -63,6 +67,11 @@ class InputNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels, device=device, dtype=wide))
         self.register_buffer("running_var", torch.ones(channels, device=device, dtype=wide))
         self.register_buffer("rows_seen", torch.zeros((), device=device, dtype=torch.long))
+
+    @property
+    def feature_dim(self) -> int:
+        """Dimension of the channels."""
+        return self.channel_dim
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x``, ``(N, C, ...)`` or, with ``channel_dim=-1``, ``(N, ..., C)``.
@@ -97,14 +106,6 @@ class InputNorm(nn.Module):
         self.running_mean.copy_(seen.mean)
         self.running_var.copy_(torch.where(seen.count > 0, seen.variance, self.running_var))
         self.rows_seen.copy_(seen.count.long())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        before = self.running_mean, self.running_var
-        super()._apply(fn, recurse)
-        self.running_mean, self.running_var = (
-            keep_fp32(new, old) for new, old in zip((self.running_mean, self.running_var), before, strict=True)
-        )
-        return self
 
     def extra_repr(self) -> str:
         """Arguments of the layer."""

@@ -19,10 +19,9 @@ from torch.nn.parameter import is_lazy
 
 from normkit.inspection.graph import dataflow
 from normkit.methods.revisited.input_norm import InputNorm
+from normkit.optim.param_groups import LR_MARK
 
 Arm: TypeAlias = Literal["paper", "logit_scale", "shift_lr", "both", "scale_lr"]
-
-_MARK = "normkit_revision"
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,11 @@ class Revision:
     scale_lr: float = 1.0
     shift_lr: float = 1.0
     logit_scale: float = 1.0
+
+    @property
+    def lr_factors(self) -> dict[str, float]:
+        """Factors on the learning rates of a layer's parameters, by name."""
+        return {"weight": self.scale_lr, "bias": self.shift_lr}
 
     def __str__(self) -> str:
         return (
@@ -86,18 +90,12 @@ class FeatureScale:
 def mark(module: nn.Module, change: Revision | None) -> None:
     """Note on a normalization layer what was done to it; survives ``deepcopy`` and pickling."""
     if change is not None:
-        setattr(module, _MARK, change)
+        setattr(module, LR_MARK, change)
 
 
 def revision_of(model: nn.Module) -> Revision | None:
     """What [`normkit.revisit`][] did to a model (or to one normalization layer), or None."""
-    return next((m for module in model.modules() if (m := vars(module).get(_MARK)) is not None), None)
-
-
-def lr_factors(module: nn.Module) -> dict[str, float]:
-    """Factors on the learning rates of the module's own ``weight`` and ``bias``; empty where nothing was revisited."""
-    change = vars(module).get(_MARK)
-    return {} if change is None else {"weight": change.scale_lr, "bias": change.shift_lr}
+    return next((m for module in model.modules() if (m := vars(module).get(LR_MARK)) is not None), None)
 
 
 @torch.no_grad()

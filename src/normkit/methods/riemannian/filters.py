@@ -13,6 +13,7 @@ from torch import Tensor
 
 from normkit.methods.riemannian.sphere import norm
 from normkit.moments import statistics_dtype
+from normkit.optim.unit_filters import local
 
 
 @dataclass(slots=True)
@@ -42,11 +43,6 @@ class Filters:
     def in_place(self) -> bool:
         """Whether the rows can be updated where they lie."""
         return self.y.dtype == self.tau.dtype and self.y.is_contiguous() and self.tau.is_contiguous()
-
-
-def local(x: Tensor) -> Tensor:
-    """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
-    return x.to_local() if hasattr(x, "to_local") else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def memory_order(x: Tensor) -> tuple[int, ...] | None:

@@ -17,8 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 import normkit
-from normkit.inspection.graph import is_norm
-from normkit.inspection.norms import WEIGHTED
+from normkit.inspection.norms import PRODUCERS, is_norm
 from normkit.inspection.probe import Objective
 from normkit.instruments import Monitor, activations, covariate_shift, snapshot
 from normkit.methods.noisy_norm import MomentNoise
@@ -117,7 +116,7 @@ def watch(
     """
     plain, _ = task.build("batch")
     places = _some([path for path, module in plain.named_modules() if is_norm(module)])
-    weighted = _some([path for path, module in plain.named_modules() if isinstance(module, WEIGHTED)][1:])
+    weighted = _some([path for path, module in plain.named_modules() if isinstance(module, PRODUCERS)][1:])
     model, optimizer = task.build(method)
     present = {path for path, _ in model.named_modules()}
     places, weighted = ([path for path in paths if path in present] for paths in (places, weighted))

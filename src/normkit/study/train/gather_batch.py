@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from normkit.inspection.counting import disable_dynamo
+from normkit.inspection.markers import attachment
 from normkit.inspection.norms import uses_batch_statistics
-from normkit.methods.revisited.input_norm import InputNorm
 
 
 class WholeBatch:
@@ -30,10 +30,11 @@ class WholeBatch:
         network.register_forward_pre_hook(self._begin)
         network.register_forward_hook(self._end, always_call=True)
         for module in model.modules():
-            if isinstance(module, InputNorm) or uses_batch_statistics(module):
+            if uses_batch_statistics(module):
                 module.register_forward_pre_hook(self._gather, with_kwargs=True)
                 module.register_forward_hook(self._own)
 
+    @attachment
     @disable_dynamo
     def _begin(self, network: nn.Module, args: tuple[Tensor, ...]) -> None:
         if network.training:
@@ -42,9 +43,11 @@ class WholeBatch:
             dist.all_reduce(sizes)
             self._sizes = sizes.tolist()
 
+    @attachment
     def _end(self, *_: Any) -> None:
         self._sizes = None
 
+    @attachment
     @disable_dynamo
     def _gather(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -56,6 +59,7 @@ class WholeBatch:
         rows = _AllRows.apply(x, start, stop, total)
         return ((rows, *rest), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): rows})
 
+    @attachment
     @disable_dynamo
     def _own(self, layer: nn.Module, _: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
         if self._sizes is None or not layer.training:
