@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import normkit
+from normkit.instruments._doctor.checks import DISEASES as CHECKS
 from tests.instruments import doctor_ranks
 from tests.instruments.doctor_ranks import objective
+
+PAGE = Path(__file__).parents[2] / "docs" / "doctor.md"
+NAMED = re.findall(r"^\| ([a-z][^|]*) \|.*(?:sick|advice).*\|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def batches(count=6, size=64, seed=1):
@@ -48,6 +54,7 @@ def find(model, disease, batch=None, **options):
         if disease in finding.disease:
             assert finding.remedy
             assert finding.disease in str(found)
+            assert any(name.startswith(finding.disease) for name in NAMED)
             assert found.healthy == all(f.severity == "advice" for f in found.findings)
             return finding
     raise AssertionError(f"not found: {disease}; found was\n{found}")
@@ -220,3 +227,7 @@ def test_json_has_it_all(model):
     found = json.loads(json.dumps(normkit.doctor(model, objective, batches(1)).to_dict(), allow_nan=False))
     assert found["healthy"] is False
     assert found["findings"][0].keys() == {"disease", "severity", "layers", "remedy"}
+
+
+def test_the_page_has_a_line_for_each_check_and_no_other():  # and find() looks up the name of each
+    assert len(NAMED) == len(set(NAMED)) == len(CHECKS)

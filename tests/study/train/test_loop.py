@@ -11,11 +11,11 @@ from torch.nn.functional import log_softmax
 import normkit
 from normkit.study.config import StudyConfig
 from normkit.study.data.batches import batches
-from normkit.study.records import TrialKey
 from normkit.study.train import loop as loop_module
 from normkit.study.train.checkpoint import CheckpointFile
 from normkit.study.train.loop import Loop, evaluate, training_step
 from normkit.study.train.trial import load, make, run_trial
+from tests.study.train.trials import key, without_time
 
 CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(16,), budget=200)
 
@@ -23,14 +23,6 @@ CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(16,), budget=200)
 @pytest.fixture(scope="module")
 def data():
     return load(CONFIG)
-
-
-def key(method="batch", *, size=16, lr=0.01, seed=0, phase="final"):
-    return TrialKey(phase, method, size, lr, seed)
-
-
-def without_time(result):
-    return dataclasses.replace(result, seconds=0.0)
 
 
 class Killed(BaseException):

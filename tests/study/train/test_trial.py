@@ -1,30 +1,25 @@
 """A trial: deterministic, the same data and weights for every method, nothing raised."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 
 from normkit.study.config import StudyConfig
 from normkit.study.data.batches import batches
-from normkit.study.records import TrialKey
 from normkit.study.train import loop, trial
 from normkit.study.train.trial import evaluate, load, make, run_trial, train_eval_gap
+from tests.study.train.trials import key as any_key
+from tests.study.train.trials import without_time
 
 CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(16,), budget=160)
+key = partial(any_key, lr=0.05)
 
 
 @pytest.fixture(scope="module")
 def data():
     return load(CONFIG)
-
-
-def key(method="batch", *, size=16, lr=0.05, seed=0, phase="final"):
-    return TrialKey(phase, method, size, lr, seed)
-
-
-def without_time(result):
-    return dataclasses.replace(result, seconds=0.0)
 
 
 def test_the_same_key_gives_the_same_result_bit_for_bit(data):
