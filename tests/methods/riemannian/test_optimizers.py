@@ -386,6 +386,7 @@ def test_weights_loaded_off_the_sphere_return_to_it_at_the_next_step(rule):
     assert all(torch.allclose(p, q, rtol=0, atol=1e-12) for p, q in zip(params, scaled, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_compiled_step_equals_the_eager_one(rule):
     results = []

@@ -72,6 +72,7 @@ def test_changed_data_or_model_behind_the_same_name_are_refused(config, tmp_path
         hold(notes, config, load(config))
 
 
+@pytest.mark.slow
 def test_the_command_line_refuses_what_has_changed_and_keeps_the_results(config, tmp_path, capsys):
     command = ["compare", "--data", config.data, "--model", config.model, "--methods", "batch", "--batch-sizes", "8"]
     command += ["--budget", "16", "--seeds", "1", "--lr", "0.1", "--quiet", "--out", str(tmp_path / "out")]

@@ -13,9 +13,9 @@ from normkit.study.config import StudyConfig
 from normkit.study.environment import redact
 from normkit.study.errors import StudyError
 from normkit.study.folder import StudyFolder
-from normkit.study.plan import slots
+from normkit.study.plan import Slot, slots
 from normkit.study.records import CurvePoint, TrialResult
-from normkit.study.store.store import Store, _slot, alive, owner
+from normkit.study.store.store import Store, alive, owner
 from normkit.study.store.worker import lock_file
 from tests.study.store import idle_worker
 
@@ -117,10 +117,10 @@ def test_a_trial_whose_workers_died_three_times_is_closed_as_failed(tmp_path):
     for _ in range(2):
         assert store.free_dead([owner()], error="killed") == 1
         assert store.results() == []
-        claim = next(c for c in iter(store.claim, None) if c.slot == slot)
-        others = [t for s, t in store._trials().items() if s != slot and t.state == TrialState.RUNNING]
-        for trial in others:  # give the other slot back
-            store.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+        claims = list(iter(store.claim, None))
+        claim = next(c for c in claims if c.slot == slot)
+        for other in set(claims) - {claim}:  # give the other slot back
+            store.storage.set_trial_state_values(other.trial_id, TrialState.WAITING)
     assert store.free_dead([owner()], error="killed") == 1
     assert [(r.key, r.state, r.error) for r in store.results()] == [(claim.key, "failed", "killed (3 times)")]
 
@@ -197,7 +197,9 @@ def test_workers_killed_at_random_moments_lose_and_double_nothing(tmp_path):
     killed = idle_worker.run(idle_worker.starter(url, config, 0.02), workers=3, kills=6, every=0.4)
     assert killed > 0
     store = Store(url, "idle", lock_file(url))
-    recorded = [_slot(t) for t in store.storage.get_all_trials(store.study_id) if "result" in t.user_attrs]
+    recorded = [
+        Slot(**t.user_attrs["slot"]) for t in store.storage.get_all_trials(store.study_id) if "result" in t.user_attrs
+    ]
     assert len(recorded) == len(set(recorded)) == len(slots(config)) == len(store.results())
 
 
