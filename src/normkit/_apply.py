@@ -14,9 +14,12 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from normkit.methods.batchless.layer import batchless_layers
 from normkit.methods.batchless.training import attach, initialize
 from normkit.methods.bnp.bnp import BNP
+from normkit.methods.frozen import warn_if_untrained
 from normkit.methods.revisited.input_norm import with_input_norm
 from normkit.methods.revisited.revisit import Arm, revisit
 from normkit.methods.riemannian.optimizers import SGDG, AdamG
+from normkit.methods.weight_standardization.normalizer_free import attach_clipping, normalizer_free
+from normkit.methods.weight_standardization.standardize import standardize_weights
 from normkit.methods.zero_gamma import zero_gamma
 from normkit.optim.invariance import Rule
 from normkit.optim.param_groups import param_groups
@@ -159,6 +162,26 @@ def _batchless(
     return build
 
 
+def _frozen(request: Request) -> tuple[nn.Module, Optimizer]:
+    with _conversion(request.model, "frozen") as model:
+        warn_if_untrained(model)
+        return model, sgd(request, model)
+
+
+def _standardized_groups(request: Request) -> tuple[nn.Module, Optimizer]:
+    with _conversion(request.model, "group") as model:
+        standardize_weights(model)
+        return model, sgd(request, model)
+
+
+def _normalizer_free(request: Request) -> tuple[nn.Module, Optimizer]:
+    with _conversion(request.model, "none") as model:
+        normalizer_free(model)
+        stepped = sgd(request, model, typed=True)
+        attach_clipping(model, stepped)
+        return model, stepped
+
+
 def _zero_gamma(request: Request) -> tuple[nn.Module, Optimizer]:
     return zero_gamma(request.model), sgd(request, request.model)
 
@@ -202,6 +225,35 @@ _RECIPES: tuple[Recipe, ...] = (
         "Ba et al. 2016, arXiv 1607.06450",
         0.1,
         _converted("layer"),
+    ),
+    Recipe("instance", "Instance normalization", "Ulyanov et al. 2016, arXiv 1607.08022", 0.1, _converted("instance")),
+    Recipe(
+        "group+ws",
+        "Group normalization behind standardized filters",
+        "Qiao et al. 2019, arXiv 1903.10520",
+        0.1,
+        _standardized_groups,
+    ),
+    Recipe(
+        "frozen",
+        "Batch normalization with the statistics it has, scale and shift trained",
+        "Ren et al. 2015, arXiv 1506.01497",
+        0.1,
+        _frozen,
+    ),
+    Recipe(
+        "online",
+        "Running statistics per sample, gradients projected over time",
+        "Chiley et al. 2019, arXiv 1905.05894",
+        0.1,
+        _converted("online"),
+    ),
+    Recipe(
+        "normalizer-free",
+        "No layers: scaled standardized filters, SkipInit, adaptive clipping",
+        "Brock et al. 2021, arXiv 2102.06171",
+        0.1,
+        _normalizer_free,
     ),
     Recipe(
         "batch-renorm",

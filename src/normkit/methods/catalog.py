@@ -24,9 +24,11 @@ from normkit.inspection.norms import (
 )
 from normkit.methods.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
+from normkit.methods.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from normkit.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
 from normkit.methods.method import share_affine
 from normkit.methods.noisy_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
+from normkit.methods.online import OnlineNorm1d, OnlineNorm2d, OnlineNorm3d
 
 Dims = Callable[[], int]
 """Tells on demand whether a layer sees sequences (1), images (2) or volumes (3); raises where that is unknown."""
@@ -46,6 +48,7 @@ class Target:
         freezes_bias: Whether the bias of the layer before is no longer trained: the new layer takes a constant out, but,
             without the projection of batch normalization's backward pass, does not stop it from being trained, and it
             would grow for nothing.
+        needs_positions: Whether it needs several values per channel and sample, so that flat features cannot have it.
     """
 
     build: Callable[..., nn.Module]
@@ -54,6 +57,7 @@ class Target:
     takes_tokens: bool = False
     configurable: bool = False
     freezes_bias: bool = False
+    needs_positions: bool = False
 
 
 class Removed(NormTraits, nn.Identity):
@@ -188,6 +192,8 @@ _FAMILIES: dict[str, dict[int, Any]] = {
     "batchless": {1: BatchlessNorm1d, 2: BatchlessNorm2d, 3: BatchlessNorm3d},
     "lp": {1: LpNorm1d, 2: LpNorm2d, 3: LpNorm3d},
     "noisy": {1: NoisyBatchNorm1d, 2: NoisyBatchNorm2d, 3: NoisyBatchNorm3d},
+    "frozen": {1: FrozenBatchNorm1d, 2: FrozenBatchNorm2d, 3: FrozenBatchNorm3d},
+    "online": {1: OnlineNorm1d, 2: OnlineNorm2d, 3: OnlineNorm3d},
 }
 
 _UNUSED = "running statistics are kept but neither used nor updated"
@@ -212,7 +218,15 @@ TARGETS: dict[str, Target] = {
         lambda m: isinstance(m, nn.LayerNorm) or (isinstance(m, nn.GroupNorm) and m.num_groups == 1),
         _UNUSED,
     ),
+    "instance": Target(
+        lambda source, _: _to_groups(source, features_of(source)),  # a group per channel
+        lambda m: isinstance(m, nn.GroupNorm) and m.num_groups == m.num_channels,
+        _UNUSED,
+        needs_positions=True,
+    ),
     "batch-renorm": _ours("renorm", _FIT),
+    "frozen": _ours("frozen", "statistics are never updated"),
+    "online": _ours("online", _FIT + ", and every sample is scaled by its features' root mean square"),
     "batchless": _ours("batchless", _FIT, takes_tokens=True, projected=False),
     "batchless-projected": _ours("batchless", _FIT, takes_tokens=True, projected=True),
     "l1": _ours("lp", _FIT, p=1),

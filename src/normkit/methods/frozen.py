@@ -17,6 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normkit.methods.method import Successor
 
+from normkit.methods.method import Successor
+
 _logger = logging.getLogger("normkit")
 
 
@@ -29,27 +31,8 @@ class FrozenBatchNorm(Successor, _BatchNorm):
     statistics = "running"
     carries = ("eps", "momentum")
 
-    @classmethod
-    def from_batchnorm(cls, norm: nn.Module, *args: Any, **settings: Any) -> "FrozenBatchNorm":
-        """A layer with the parameter objects, the statistics and the eps of ``norm``; evaluation is the same.
-
-        Args:
-            norm: Any batch normalization that tracks statistics.
-            *args: Further arguments of the layer.
-            **settings: Likewise, by name.
-
-        Returns:
-            The new layer.
-
-        Raises:
-            ValueError: ``norm`` keeps no running statistics, so there is nothing to freeze.
-        """
-        if getattr(norm, "running_mean", None) is None:
-            raise ValueError(
-                f"{type(norm).__name__} keeps no running statistics (track_running_stats=False), so there is nothing to "
-                "freeze; leave it out with `where`"
-            )
-        return super().from_batchnorm(norm, *args, **settings)
+    statistics = "learned"
+    carries = ("eps", "momentum")
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` of shape ``(N, C, ...)`` with the running statistics."""

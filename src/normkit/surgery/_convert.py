@@ -6,6 +6,7 @@ optimizer goes on, handles still remove their hooks, and state dicts of the one 
 has a meaning.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from normkit.inspection.norms import PRODUCERS, is_norm, outputs
 from normkit.methods.catalog import TARGETS, Removed, spatial_dims
 from normkit.optim.param_groups import check_optimizer, regroup
 from normkit.surgery.conversion_state import Origin, Producer, default_bias, lend, origin_of, restored, translate
+
+_logger = logging.getLogger("normkit")
 
 Where = Callable[[str, nn.Module], bool] | Iterable[str] | None
 
@@ -205,6 +208,14 @@ def _plan(
     several = isinstance(source, nn.LayerNorm) and len(source.normalized_shape) > 1
     if (several or isinstance(source, nn.RMSNorm)) and to != "none":
         return None
+    if target.needs_positions and _is_flat(source, producer, model):
+        _logger.warning(
+            "convert: %s (%s) normalizes flat features, of which %r would leave nothing: it stays as it is",
+            path,
+            type(source).__name__,
+            to,
+        )
+        return None
     if not computes_as_its_type(source):
         raise ValueError(
             f"{path}: {type(source).__name__} computes something else than torch's layer that it derives from (an activation "
@@ -230,6 +241,14 @@ def _plan(
     vars(new)["normkit_origin"] = Origin(module, to, settings, biased, frozen)
     new.register_load_state_dict_pre_hook(translate)
     return _Swap(layer, new, was)
+
+
+def _is_flat(norm: nn.Module, producer: Producer | None, model: nn.Module) -> bool:
+    """Whether ``norm`` sees one value per channel and sample, as far as can be told."""
+    if producer is not None:
+        return isinstance(producer, nn.Linear)
+    sequences = any(isinstance(m, nn.Conv1d | nn.ConvTranspose1d) for m in model.modules())
+    return isinstance(norm, nn.BatchNorm1d) and not sequences
 
 
 def _carry_out(
