@@ -9,7 +9,9 @@ import torch.nn.functional as F
 import normkit
 from tests.cases import CHANNELS_LAST, MODELS
 
-NEEDS = {"zero-gamma": {"residual"}, "sgd-g-paper": MODELS.keys() - {"mlp"}, "adam-g-paper": MODELS.keys() - {"mlp"}}
+NEEDS = {"zero-gamma": {"residual"}} | dict.fromkeys(
+    ("sgd-g-paper", "adam-g-paper", "instance"), MODELS.keys() - {"mlp"}
+)
 CASES = [(recipe, name) for recipe in normkit.recipes() for name in MODELS if name in NEEDS.get(recipe, MODELS)]
 ON_IMAGES = [recipe for recipe, name in CASES if name == "images"]
 every_recipe_on_every_model = pytest.mark.parametrize(("recipe", "name"), CASES)

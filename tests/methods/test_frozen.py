@@ -70,11 +70,6 @@ def test_one_value_per_channel_is_no_trouble():
     assert FrozenBatchNorm2d(3)(torch.randn(1, 3, 1, 1)).isfinite().all()
 
 
-def test_without_running_statistics_there_is_nothing_to_freeze():
-    with pytest.raises(ValueError, match="nothing to freeze"):
-        FrozenBatchNorm2d.from_batchnorm(nn.BatchNorm2d(3, track_running_stats=False))
-
-
 def test_layers_that_have_seen_no_data_are_named(caplog):
     seen = FrozenBatchNorm2d.from_batchnorm(pretrained(nn.BatchNorm2d, (1, 3, 4, 2)))
     with caplog.at_level(logging.WARNING, logger="normkit"):

@@ -53,7 +53,7 @@ X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 
 
 TARGETS = [name for name in CATALOG if name != "batch"]
-SAME_IN_EVAL = [name for name in TARGETS if name not in ("none", "group", "layer")]
+SAME_IN_EVAL = [name for name in TARGETS if name not in ("none", "group", "layer", "instance", "online")]
 
 
 @pytest.mark.parametrize("to", TARGETS)
@@ -61,7 +61,9 @@ def test_convert_then_revert_is_the_identity_in_eval(to):
     model = trained_net().eval()
     expected, keys, layers = model(X), list(model.state_dict()), list(model)
     assert convert(model, to) is model
-    assert not any(is_batchnorm(m) for m in model.modules())
+    assert [path for path, m in model.named_modules() if is_batchnorm(m)] == (
+        ["9"] if to == "instance" else []
+    )  # it is flat
     if to in SAME_IN_EVAL:
         torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-5)
     else:
@@ -81,7 +83,7 @@ def test_after_training_revert_keeps_the_function_in_eval(to):
     assert type(model[1]) is nn.BatchNorm2d
 
 
-@pytest.mark.parametrize("to", [to for to in TARGETS if to != "none"])
+@pytest.mark.parametrize("to", [to for to in TARGETS if to not in ("none", "online")])
 def test_state_dicts_load_both_ways(to):
     plain, converted = trained_net(), convert(small_net(), to)
     converted.load_state_dict(plain.state_dict())
@@ -108,6 +110,13 @@ def test_what_a_model_without_its_norms_saves_misses_theirs_and_revert_is_the_re
         plain.load_state_dict(model.state_dict())
     plain.load_state_dict(revert(copy.deepcopy(model)).state_dict())
     assert "revert(copy.deepcopy(model)).state_dict()" in str(normkit.describe(model)[0])
+
+
+def test_online_normalization_saves_two_errors_more_and_revert_is_the_remedy():
+    model, plain = convert(trained_net(), "online"), small_net()
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\).*"1\.error_y", "1\.error_1"'):
+        plain.load_state_dict(model.state_dict())
+    plain.load_state_dict(revert(copy.deepcopy(model)).state_dict())
 
 
 @pytest.mark.parametrize("to", TARGETS)
@@ -323,7 +332,11 @@ def test_every_kind_of_channels_first_norm_converts_and_comes_back(layer, shape,
     conv = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)](8, 8, *[1] * (len(shape) > 2))
     model = nn.Sequential(conv, layer)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    convert(model, to)
+    if to == "instance" and len(shape) == 2:
+        with pytest.warns(UserWarning, match="cannot become 'instance'"):
+            convert(model, to)
+    else:
+        convert(model, to)
     model(torch.randn(shape))
     model.eval()(torch.randn(shape))
     assert revert(model)[1] is layer

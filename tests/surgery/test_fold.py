@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import normkit
-from normkit.methods.online import OnlineNorm2d
 from normkit.inspection.record import record
+from normkit.methods.online import OnlineNorm2d
 
 
 def randomized(model):

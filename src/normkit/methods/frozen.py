@@ -8,14 +8,11 @@ running statistics of the pretraining become constants:
 """
 
 import logging
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from normkit.methods.method import Successor
 
 from normkit.methods.method import Successor
 
@@ -29,9 +26,6 @@ class FrozenBatchNorm(Successor, _BatchNorm):
     """
 
     statistics = "running"
-    carries = ("eps", "momentum")
-
-    statistics = "learned"
     carries = ("eps", "momentum")
 
     def forward(self, input: Tensor) -> Tensor:
