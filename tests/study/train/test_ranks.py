@@ -20,8 +20,9 @@ TORCHRUN = [
     *("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"),
 ]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-# Accumulated gradients leave these with statistics of each micro-batch, which are other ones on two ranks.
-BY_BATCH = ("batch", "l1", "l2", "linf", "noisy-batch", "batch-renorm", "sgd-g", "adam-g", "revisited")
+# Accumulated gradients leave these with statistics of each micro-batch, which are other ones on two ranks; online
+# normalization follows the samples that its own rank sees.
+BY_BATCH = ("online", "batch", "l1", "l2", "linf", "noisy-batch", "batch-renorm", "sgd-g", "adam-g", "revisited")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,9 @@ def test_two_ranks_accumulate_as_one_process_does(outcome, method, data):
     assert outcome["micro"][method]["losses"] == pytest.approx(losses, rel=2e-3)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "noisy-batch"])  # whose noise is each rank's own
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if m not in ("noisy-batch", "online")]
+)  # noise, statistics of a rank
 def test_two_ranks_train_on_whole_batches_as_one_process_does(outcome, method, data):
     losses, test = one_process(WHOLE, method, data)
     assert outcome["whole"][method]["losses"] == pytest.approx(losses, rel=2e-3)
