@@ -64,6 +64,22 @@ def _residual() -> nn.Module:
     return nn.Sequential(*first, Residual(branch), *head(4))
 
 
+def batches(
+    shape: tuple[int, ...], count: int = 1, size: int = 8, *, seed: int = 1, dtype: torch.dtype = torch.float32
+) -> list[tuple[Tensor, Tensor]]:
+    """Return batches of normal inputs of this shape with labels of three classes."""
+    draw = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(size, *shape, generator=draw, dtype=dtype), torch.randint(3, (size,), generator=draw))
+        for _ in range(count)
+    ]
+
+
+def batch_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the cross entropy of a batch: the objective of instruments and training."""
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
 class Case(NamedTuple):
     """A model with batch normalization for three classes, and the shape of one example."""
 
@@ -77,11 +93,7 @@ class Case(NamedTuple):
 
     def batches(self, count: int = 1, size: int = 8, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
         """Return ``count`` batches, always the same ones."""
-        draw = torch.Generator().manual_seed(1)
-        return [
-            (1 + torch.randn(size, *self.shape, dtype=dtype, generator=draw), torch.randint(3, (size,), generator=draw))
-            for _ in range(count)
-        ]
+        return [(1 + x, y) for x, y in batches(self.shape, count, size, dtype=dtype)]
 
 
 MODELS = {

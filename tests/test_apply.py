@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import normkit
-from tests.cases import CHANNELS_LAST, MODELS
+from tests.cases import CHANNELS_LAST, MODELS, batch_loss
 
 NEEDS = {"zero-gamma": {"residual"}} | dict.fromkeys(
     ("sgd-g-paper", "adam-g-paper", "instance"), MODELS.keys() - {"mlp"}
@@ -25,9 +24,9 @@ def applied(recipe, name, dtype=torch.float64):
 def train(model, optimizer, batches):
     """The loop of anyone; the losses."""
     losses = []
-    for x, y in batches:
+    for batch in batches:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
+        loss = batch_loss(model, batch)
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())

@@ -8,12 +8,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import normkit
+from tests.cases import batch_loss
 from tests.gloo import one_of
-
-
-def objective(model, batch):
-    x, y = batch
-    return nn.functional.cross_entropy(model(x), y)
 
 
 def batches(count, size, seed):
@@ -31,6 +27,6 @@ def batches(count, size, seed):
 def examine(rank, folder):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
-    found = normkit.doctor(DistributedDataParallel(net), objective, batches(4, 8, seed=rank))
+    found = normkit.doctor(DistributedDataParallel(net), batch_loss, batches(4, 8, seed=rank))
     if rank == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found.to_dict()))

@@ -8,6 +8,7 @@ from torch import nn
 
 from normkit.instruments import activations, channels, discrepancy
 from normkit.methods.lp_norm import LpNorm1d
+from tests.cases import batch_loss
 
 
 def mean_output(model, batch):
@@ -96,11 +97,6 @@ def test_activations_and_their_drift():
     assert activations(net, mean_output, x).drift(first) == {"0": (3.0, 7.5)}
 
 
-def classify(model, batch):
-    x, y = batch
-    return nn.functional.cross_entropy(model(x), y)
-
-
 def test_discrepancy_is_that_of_the_two_modes_and_names_the_layer():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5, 5), nn.BatchNorm1d(5))
@@ -108,7 +104,7 @@ def test_discrepancy_is_that_of_the_two_modes_and_names_the_layer():
     for _ in range(200):
         net(batch[0])
     net[1].running_mean += 3.0  # the disease
-    found = discrepancy(net, classify, batch)
+    found = discrepancy(net, batch_loss, batch)
     with torch.no_grad():
         train, evaluation = net(batch[0]), net.eval()(batch[0])
     p = train.log_softmax(1)
@@ -126,8 +122,8 @@ def test_discrepancy_is_that_of_the_two_modes_and_names_the_layer():
 def test_dropout_is_a_discrepancy_unless_left_out():
     net = nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.5), nn.Linear(50, 3))
     batch = torch.randn(8, 4), torch.randint(3, (8,))
-    assert {layer.layer: layer.local for layer in discrepancy(net, classify, batch).layers}["1"] > 0.3
-    found = discrepancy(net, classify, batch, dropout=False)
+    assert {layer.layer: layer.local for layer in discrepancy(net, batch_loss, batch).layers}["1"] > 0.3
+    found = discrepancy(net, batch_loss, batch, dropout=False)
     assert found.train_loss == found.eval_loss
 
 
@@ -135,6 +131,6 @@ def test_layers_kept_in_eval_mode_stay_there():
     net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     net[1].eval()
     batch = torch.randn(8, 4), torch.randint(3, (8,))
-    found = discrepancy(net, classify, batch)
+    found = discrepancy(net, batch_loss, batch)
     assert found.flips == 0
     assert not net[1].training

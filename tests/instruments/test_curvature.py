@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from normkit.instruments import curvature
+from tests.cases import batch_loss
 
 
 def problem(norm):
@@ -16,11 +17,6 @@ def problem(norm):
     net = nn.Sequential(nn.Linear(3, 4), *middle, nn.Tanh(), nn.Linear(4, 3)).double()
     batch = torch.randn(20, 3, dtype=torch.float64), torch.randint(3, (20,))
     return net, batch
-
-
-def loss_of(model, batch):
-    x, y = batch
-    return nn.functional.cross_entropy(model(x), y)
 
 
 def hessian(net, batch):
@@ -47,8 +43,8 @@ def hessian(net, batch):
 def test_directional_curvature_and_stability_equal_those_of_the_hessian(norm):
     net, batch = problem(norm)
     H = hessian(net, batch)
-    g = torch.cat([x.flatten() for x in torch.autograd.grad(loss_of(net, batch), list(net.parameters()))])
-    found = curvature(net, loss_of, batch, lr=0.3)
+    g = torch.cat([x.flatten() for x in torch.autograd.grad(batch_loss(net, batch), list(net.parameters()))])
+    found = curvature(net, batch_loss, batch, lr=0.3)
     expected = (g @ H @ g / g.square().sum()).item()
     assert found.directional == pytest.approx(expected, rel=1e-7)
     assert found.stability == pytest.approx(0.15 * expected, rel=1e-7)
@@ -59,7 +55,7 @@ def test_directional_curvature_and_stability_equal_those_of_the_hessian(norm):
 def test_largest_eigenvalue_and_trace_equal_those_of_the_hessian(norm):
     net, batch = problem(norm)
     H = hessian(net, batch)
-    found = curvature(net, loss_of, batch, power_iterations=300, trace_samples=400).whole
+    found = curvature(net, batch_loss, batch, power_iterations=300, trace_samples=400).whole
     assert found.lambda_max == pytest.approx(torch.linalg.eigvalsh(H)[-1].item(), rel=1e-4)
     assert found.residual < 1e-3
     assert abs(found.trace - H.trace().item()) < 4 * found.trace_error
@@ -69,7 +65,7 @@ def test_largest_eigenvalue_and_trace_equal_those_of_the_hessian(norm):
 def test_layers_are_the_diagonal_blocks():
     net, batch = problem(True)
     H = hessian(net, batch)
-    found = curvature(net, loss_of, batch, power_iterations=300, trace_samples=300, per_layer=True).layers
+    found = curvature(net, batch_loss, batch, power_iterations=300, trace_samples=300, per_layer=True).layers
     start = 0
     assert list(found) == ["0", "1", "3"]
     for name, spectrum in found.items():
@@ -82,9 +78,9 @@ def test_layers_are_the_diagonal_blocks():
 
 def test_a_warm_start_needs_fewer_iterations():
     net, batch = problem(True)
-    first = curvature(net, loss_of, batch, power_iterations=300)
-    cold = curvature(net, loss_of, batch, power_iterations=2)
-    warm = curvature(net, loss_of, batch, power_iterations=2, start=first)
+    first = curvature(net, batch_loss, batch, power_iterations=300)
+    cold = curvature(net, batch_loss, batch, power_iterations=2)
+    warm = curvature(net, batch_loss, batch, power_iterations=2, start=first)
     assert abs(warm.whole.lambda_max - first.whole.lambda_max) < 1e-3 * first.whole.lambda_max
     assert warm.whole.residual < cold.whole.residual / 10
 
@@ -109,15 +105,15 @@ def test_train_and_eval_mode_have_their_own_curvature():
     for mode in (True, False):
         net.train(mode)
         H[mode] = torch.linalg.eigvalsh(hessian(net, batch))[-1].item()
-        found = curvature(net, loss_of, batch, power_iterations=300)
+        found = curvature(net, batch_loss, batch, power_iterations=300)
         assert found.whole.lambda_max == pytest.approx(H[mode], rel=1e-3)
     assert not math.isclose(H[True], H[False], rel_tol=0.05)
 
 
 def test_single_precision_is_good_to_a_percent():
     net, batch = problem(True)
-    exact = curvature(net, loss_of, batch).directional
-    single = curvature(net.float(), loss_of, (batch[0].float(), batch[1])).directional
+    exact = curvature(net, batch_loss, batch).directional
+    single = curvature(net.float(), batch_loss, (batch[0].float(), batch[1])).directional
     assert single == pytest.approx(exact, rel=0.01)
 
 
@@ -133,5 +129,5 @@ def test_curvlinops_finds_the_same_largest_eigenvalue():
         net, nn.CrossEntropyLoss(), list(net.parameters()), [batch], check_deterministic=False
     )
     (expected,) = eigsh(operator.to_scipy(), k=1, which="LA", return_eigenvectors=False)
-    found = curvature(net, loss_of, batch, power_iterations=300)
+    found = curvature(net, batch_loss, batch, power_iterations=300)
     assert found.whole.lambda_max == pytest.approx(float(expected), rel=1e-4)

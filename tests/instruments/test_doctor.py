@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import normkit
 from normkit.instruments._doctor.checks import DISEASES as CHECKS
+from tests.cases import batch_loss
 from tests.instruments import doctor_ranks
-from tests.instruments.doctor_ranks import objective
 
 PAGE = Path(__file__).parents[2] / "docs" / "doctor.md"
 NAMED = re.findall(r"^\| ([a-z][^|]*) \|.*(?:sick|advice).*\|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
@@ -37,7 +37,7 @@ def trained():
     optimizer = torch.optim.SGD(normkit.param_groups(model, lr=0.05, weight_decay=1e-4), lr=0.05)
     for batch in batches(80, seed=0):
         optimizer.zero_grad()
-        objective(model, batch).backward()
+        batch_loss(model, batch).backward()
         optimizer.step()
     return model
 
@@ -49,7 +49,7 @@ def model(trained):
 
 def find(model, disease, batch=None, **options):
     """The layers with the disease, and its severity."""
-    found = normkit.doctor(model, objective, batches() if batch is None else batch, **options)
+    found = normkit.doctor(model, batch_loss, batches() if batch is None else batch, **options)
     for finding in found.findings:
         if disease in finding.disease:
             assert finding.remedy
@@ -63,7 +63,7 @@ def find(model, disease, batch=None, **options):
 def test_a_healthy_model_is_left_in_peace_in_either_mode(model):
     optimizer = torch.optim.SGD(normkit.param_groups(model, lr=0.05, weight_decay=1e-4), lr=0.05)
     for mode in (True, False):
-        found = normkit.doctor(model.train(mode), objective, batches(), optimizer=optimizer)
+        found = normkit.doctor(model.train(mode), batch_loss, batches(), optimizer=optimizer)
         assert found.healthy, found
         assert found.findings == ()
         assert found.layers == 3
@@ -81,9 +81,9 @@ def test_other_methods_are_not_taken_for_sick(recipe):
     model, optimizer = normkit.apply(recipe, model, lr=0.01, batches=[draw()[0]])
     for _ in range(100):
         optimizer.zero_grad()
-        objective(model, draw()).backward()
+        batch_loss(model, draw()).backward()
         optimizer.step()
-    found = normkit.doctor(model, objective, [draw() for _ in range(4)], optimizer=optimizer)
+    found = normkit.doctor(model, batch_loss, [draw() for _ in range(4)], optimizer=optimizer)
     assert found.healthy, found
 
 
@@ -201,7 +201,7 @@ def test_the_model_is_left_as_it_was(model):
         parameter.grad = torch.ones_like(parameter)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    normkit.doctor(model, objective, batches(2))
+    normkit.doctor(model, batch_loss, batches(2))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all((p.grad == 1).all() for p in model.parameters())
     assert torch.equal(state, torch.get_rng_state())
@@ -217,14 +217,14 @@ def test_errors_of_the_objective_pass_through(model):
 
 def test_bad_arguments(model):
     with pytest.raises(ValueError, match="there is none"):
-        normkit.doctor(model, objective, [])
+        normkit.doctor(model, batch_loss, [])
     with pytest.raises(ValueError, match="accumulate is 0"):
-        normkit.doctor(model, objective, batches(1), accumulate=0)
+        normkit.doctor(model, batch_loss, batches(1), accumulate=0)
 
 
 def test_json_has_it_all(model):
     model[5].running_var[2] = math.nan
-    found = json.loads(json.dumps(normkit.doctor(model, objective, batches(1)).to_dict(), allow_nan=False))
+    found = json.loads(json.dumps(normkit.doctor(model, batch_loss, batches(1)).to_dict(), allow_nan=False))
     assert found["healthy"] is False
     assert found["findings"][0].keys() == {"disease", "severity", "layers", "remedy"}
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from normkit.instruments import landscape
+from tests.cases import batch_loss
 
 
 class Point(nn.Module):
@@ -51,25 +52,20 @@ def test_batch_normalized_net_equals_the_definition_done_by_hand():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
     batch = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))
-    found = landscape(net, cross_entropy, batch, lr=0.3, steps=3, span=(0.5, 2))
-    g = torch.autograd.grad(cross_entropy(net, batch), list(net.parameters()))
+    found = landscape(net, batch_loss, batch, lr=0.3, steps=3, span=(0.5, 2))
+    g = torch.autograd.grad(batch_loss(net, batch), list(net.parameters()))
     size = sum(x.square().sum() for x in g).sqrt()
     for k, eta in enumerate((0.15, 0.3, 0.6)):
         moved = copy.deepcopy(net)
         with torch.no_grad():
             for p, d in zip(moved.parameters(), g, strict=True):
                 p -= eta * d
-        loss = cross_entropy(moved, batch)
+        loss = batch_loss(moved, batch)
         there = torch.autograd.grad(loss, list(moved.parameters()))
         change = sum((a - b).square().sum() for a, b in zip(there, g, strict=True)).sqrt()
         assert found.losses[k] == pytest.approx(loss.item(), rel=1e-10)
         assert found.gradient_changes[k] == pytest.approx(change.item(), rel=1e-10)
         assert found.slopes[k] == pytest.approx((change / (eta * size)).item(), rel=1e-10)
-
-
-def cross_entropy(model, batch):
-    x, y = batch
-    return nn.functional.cross_entropy(model(x), y)
 
 
 def test_dropout_draws_the_same_mask_at_every_step():

@@ -12,6 +12,7 @@ from torch import nn
 
 import normkit
 from normkit.instruments import Monitor, angular, channels, curvature, gradient_removed, landscape, snapshot
+from tests.cases import batch_loss, batches
 from tests.instruments import monitor_ranks
 
 
@@ -22,23 +23,14 @@ def make_net():
     )
 
 
-def objective(model, batch):
-    x, y = batch
-    return nn.functional.cross_entropy(model(x), y)
-
-
 def make_batches(count):
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(8, 1, 4, 4, generator=generator), torch.randint(3, (8,), generator=generator))
-        for _ in range(count)
-    ]
+    return batches((1, 4, 4), count)
 
 
 def train(model, optimizer, batches, monitor=None):
     for batch in batches:
         optimizer.zero_grad()
-        loss = objective(model, batch)
+        loss = batch_loss(model, batch)
         loss.backward()
         if monitor is not None:
             monitor.observe(batch, loss)
@@ -52,7 +44,7 @@ def test_a_watched_run_is_bit_identical_to_an_unwatched_one(recipe):
         model, optimizer = normkit.apply(
             recipe, make_net(), lr=0.05, weight_decay=1e-3, batches=[x for x, _ in make_batches(2)]
         )
-        monitor = Monitor(model, objective, optimizer, every=2) if watch else None
+        monitor = Monitor(model, batch_loss, optimizer, every=2) if watch else None
         train(model, optimizer, make_batches(4), monitor)
         finals.append(model.state_dict())
     for name in finals[0]:
@@ -65,16 +57,16 @@ def test_records_are_those_of_the_instruments():
     batches = make_batches(3)
     expected = {}
     walk = {"steps": 3, "span": (0.01, 30)}
-    with Monitor(model, objective, optimizer, every=2, **walk) as monitor:
+    with Monitor(model, batch_loss, optimizer, every=2, **walk) as monitor:
         for step, batch in enumerate(batches):
             optimizer.zero_grad()
-            loss = objective(model, batch)
+            loss = batch_loss(model, batch)
             loss.backward()
             if step == 2:
-                expected["walk"] = landscape(model, objective, batch, lr=0.1, **walk)
-                expected["curvature"] = curvature(model, objective, batch, lr=0.1)
-                expected["removed"] = gradient_removed(model, objective, batch)
-                expected["channels"] = channels(model, objective, batch)
+                expected["walk"] = landscape(model, batch_loss, batch, lr=0.1, **walk)
+                expected["curvature"] = curvature(model, batch_loss, batch, lr=0.1)
+                expected["removed"] = gradient_removed(model, batch_loss, batch)
+                expected["channels"] = channels(model, batch_loss, batch)
                 before = snapshot(model)
                 size = math.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
             monitor.observe(batch, loss)
@@ -96,7 +88,7 @@ def test_records_are_those_of_the_instruments():
 def test_one_json_line_per_step_and_one_measurement_per_cadence(tmp_path):
     model = make_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Monitor(model, objective, optimizer, every=3, path=tmp_path / "run.jsonl") as monitor:
+    with Monitor(model, batch_loss, optimizer, every=3, path=tmp_path / "run.jsonl") as monitor:
         train(model, optimizer, make_batches(7), monitor)
     lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(7))
@@ -109,7 +101,7 @@ def test_one_json_line_per_step_and_one_measurement_per_cadence(tmp_path):
 def test_a_diverging_run_is_written_as_json_all_the_same(tmp_path):
     model = make_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
-    with Monitor(model, objective, optimizer, every=1, path=tmp_path / "run.jsonl") as monitor:
+    with Monitor(model, batch_loss, optimizer, every=1, path=tmp_path / "run.jsonl") as monitor:
         train(model, optimizer, make_batches(3), monitor)
     lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] is None
@@ -118,7 +110,7 @@ def test_a_diverging_run_is_written_as_json_all_the_same(tmp_path):
 def test_a_warm_up_may_start_at_zero():
     model = make_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with Monitor(model, objective, optimizer) as monitor:
+    with Monitor(model, batch_loss, optimizer) as monitor:
         train(model, optimizer, make_batches(1), monitor)
     assert "landscape" not in monitor.history[0]
     assert "curvature" in monitor.history[0]
@@ -130,7 +122,7 @@ def test_tensorboard_gets_the_same_figures(tmp_path):
 
     model = make_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Monitor(model, objective, optimizer, every=2, tensorboard=tmp_path) as monitor:
+    with Monitor(model, batch_loss, optimizer, every=2, tensorboard=tmp_path) as monitor:
         train(model, optimizer, make_batches(3), monitor)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -147,12 +139,12 @@ def test_bfloat16_autocast_is_measured():
 
     def autocast(model, batch):
         with torch.autocast("cpu", torch.bfloat16):
-            return objective(model, batch)
+            return batch_loss(model, batch)
 
-    half, full = (Monitor(model, f, optimizer, every=1) for f in (autocast, objective))
+    half, full = (Monitor(model, f, optimizer, every=1) for f in (autocast, batch_loss))
     batch = make_batches(1)[0]
     for monitor in (half, full):
-        monitor.observe(batch, objective(model, batch))
+        monitor.observe(batch, batch_loss(model, batch))
     a, b = half.history[0]["landscape"], full.history[0]["landscape"]
     assert a["loss_low"] == pytest.approx(b["loss_low"], rel=0.05)
     assert a["beta"] == pytest.approx(b["beta"], rel=0.3)
@@ -161,7 +153,7 @@ def test_bfloat16_autocast_is_measured():
 def test_the_cadence_must_be_positive():
     model = make_net()
     with pytest.raises(ValueError, match="every is 0"):
-        Monitor(model, objective, torch.optim.SGD(model.parameters(), lr=0.1), every=0)
+        Monitor(model, batch_loss, torch.optim.SGD(model.parameters(), lr=0.1), every=0)
 
 
 def test_monitor_plots_its_loss_band():
@@ -169,7 +161,7 @@ def test_monitor_plots_its_loss_band():
     matplotlib.use("Agg")
     model = make_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Monitor(model, objective, optimizer, every=1) as monitor:
+    with Monitor(model, batch_loss, optimizer, every=1) as monitor:
         train(model, optimizer, make_batches(2), monitor)
     assert monitor.plot().collections
 

@@ -1,6 +1,7 @@
 """The rules of the instruments: for every recipe, everything is bit for bit as before, also after a failure."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import normkit
 from normkit import instruments
+from tests.cases import batch_loss
+from tests.cases import batches as any_batches
 
 
 class Net(nn.Module):
@@ -42,12 +45,7 @@ def objective(model, batch):
     return nn.functional.cross_entropy(model(x), y)
 
 
-def batches(count, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(6, 1, 4, 4, generator=generator), torch.randint(3, (6,), generator=generator))
-        for _ in range(count)
-    ]
+batches = partial(any_batches, (1, 4, 4), size=6, seed=0)
 
 
 def seeded(seed=0):
@@ -207,19 +205,14 @@ def test_a_compiled_model_is_measured_with_its_hooks():
     seeded()
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     x, y = torch.randn(8, 4), torch.randint(3, (8,))
-    expected = instruments.channels(model, objective_without_noise, (x, y))
+    expected = instruments.channels(model, batch_loss, (x, y))
     compiled = torch.compile(model, backend="eager")
     compiled(x)
-    assert instruments.channels(compiled, objective_without_noise, (x, y)).layers[0].layer == expected.layers[0].layer
+    assert instruments.channels(compiled, batch_loss, (x, y)).layers[0].layer == expected.layers[0].layer
     model.compile(backend="eager")
     model(x)
-    found = instruments.channels(model, objective_without_noise, (x, y))
+    found = instruments.channels(model, batch_loss, (x, y))
     assert [layer.layer for layer in found.layers] == ["1"]
-
-
-def objective_without_noise(model, batch):
-    x, y = batch
-    return nn.functional.cross_entropy(model(x), y)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -238,9 +231,9 @@ def test_activation_checkpointing_changes_nothing(reentrant):
     seeded()
     batch = torch.randn(8, 4), torch.randint(3, (8,))
     plain, saving = Checkpointed(False), Checkpointed(True)
-    expected = instruments.landscape(plain, objective_without_noise, batch, lr=0.1, steps=3)
+    expected = instruments.landscape(plain, batch_loss, batch, lr=0.1, steps=3)
     photo = photograph(saving, torch.optim.SGD(saving.parameters()))
-    found = instruments.landscape(saving, objective_without_noise, batch, lr=0.1, steps=3)
+    found = instruments.landscape(saving, batch_loss, batch, lr=0.1, steps=3)
     assert found.losses == pytest.approx(expected.losses, rel=1e-6)
     assert found.gradient_changes == pytest.approx(expected.gradient_changes, rel=1e-4)
     assert_same(photo, photograph(saving, torch.optim.SGD(saving.parameters())))

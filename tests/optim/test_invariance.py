@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import normkit
 from normkit.optim.invariance import TOLERANCE, scale_invariance
 from normkit.study.models.wide_resnet import wide_resnet
+from tests.cases import batch_loss
 
 
 class Classifier(nn.Module):
@@ -66,11 +67,6 @@ class Untraceable(Classifier):
         return super().forward(x if x.sum() > 0 else -x)
 
 
-def objective(model, batch):
-    x, y = batch
-    return F.cross_entropy(model(x), y)
-
-
 def batch():
     generator = torch.Generator().manual_seed(1)
     return torch.randn(16, 3, 8, 8, generator=generator), torch.arange(16) % 2
@@ -90,7 +86,7 @@ def test_structure_tells_which_weights_may_be_scaled_filter_by_filter():
 
 
 def test_a_measured_gradient_confirms_structure():
-    report = scale_invariance(build(), objective, batch())
+    report = scale_invariance(build(), batch_loss, batch())
     assert verdicts(report) == Classifier.expected
     for name, expected in Classifier.expected.items():
         assert (report[f"{name}.weight"].alignment <= TOLERANCE) == expected
@@ -118,7 +114,7 @@ def test_models_that_do_not_trace_are_decided_by_measurement():
     by_structure = scale_invariance(build(Untraceable))
     assert not any(entry.invariant for entry in by_structure.values())
     assert "give objective and batch" in by_structure["plain.weight"].reason
-    measured = scale_invariance(build(Untraceable), objective, batch())
+    measured = scale_invariance(build(Untraceable), batch_loss, batch())
     assert verdicts(measured) == Classifier.expected
     assert measured["biased.weight"].norms == ("norm2",)
 
@@ -128,7 +124,7 @@ def test_measuring_leaves_the_model_as_it_was():
     model.plain.weight.grad = torch.ones_like(model.plain.weight)
     state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     model.norm2.eval()
-    scale_invariance(model, objective, batch())
+    scale_invariance(model, batch_loss, batch())
     assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
     assert torch.equal(random, torch.get_rng_state())
     assert model.plain.weight.grad.eq(1).all()
@@ -139,7 +135,7 @@ def test_measuring_leaves_the_model_as_it_was():
 
 def test_a_loss_that_sees_the_weight_otherwise_is_noticed():
     def penalised(model, batch):
-        return objective(model, batch) + model.plain.weight.square().sum()
+        return batch_loss(model, batch) + model.plain.weight.square().sum()
 
     entry = scale_invariance(build(), penalised, batch())["plain.weight"]
     assert not entry.invariant
@@ -195,7 +191,7 @@ def test_bad_requests_are_refused():
     with pytest.raises(ValueError, match="rule='both'"):
         scale_invariance(build(), rule="both")
     with pytest.raises(ValueError, match="give both"):
-        scale_invariance(build(), objective)
+        scale_invariance(build(), batch_loss)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -258,7 +254,7 @@ def test_recipes_train_and_the_request_is_the_manifolds_rate(name):
     assert rates["weights"] == pytest.approx(0.1 / (20 if name.startswith("sgd-g") else 5))
     losses = []
     for _ in range(30):
-        loss = objective(model, batch())
+        loss = batch_loss(model, batch())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
