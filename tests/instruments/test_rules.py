@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normkit
 from normkit import instruments
+from normkit.inspection.counting import input_counters
 from tests.cases import batch_loss
 from tests.cases import batches as any_batches
 
@@ -96,12 +97,13 @@ def photograph(model, optimizer):
             for state in optimizer.state.values()
             for k, v in state.items()
         },
-        "observed": [(path, bits_of(m.tally.pending)) for path, m in model.named_modules() if hasattr(m, "tally")],
+        "rows": {path: [c.pending for c in counters(m)] for path, m in model.named_modules()},
     }
 
 
-def bits_of(moments):
-    return None if moments is None else tuple(map(bits, moments))
+def counters(module):
+    own = [module.counter] if hasattr(module, "counter") else []
+    return own + input_counters(module)
 
 
 def same(a, b):

@@ -1,14 +1,33 @@
-"""Count the rows of a layer's input, once per forward pass that trains."""
+"""Count the rows of a layer's input whose gradients lie in ``.grad``, until the optimizer steps.
+
+One :class:`RowCounter` per layer keeps what each forward pass has to say about its rows. The rows belong to the backward pass
+that fills ``.grad``:
+
+- a forward pass without gradients, or one that no backward pass reaches, never counts;
+- a backward pass inside the loss (``torch.autograd.grad``: physics-informed losses, gradient penalties, MAML) does not count its
+  rows; the pass that fills the gradients does;
+- a forward pass counts once, however many backward passes run through it and whether checkpointing runs it again;
+- the rows are dropped together with the gradients, by ``zero_grad`` or by ``grad = None``.
+"""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+Rows = TypeVar("Rows")
+
+PATIENCE = 8
+"""Backward passes without a step after which a counter warns."""
+
+_pauses = 0  # of the whole process, not of a thread: checkpointed forwards are recomputed on autograd's own threads
 
 
 def disable_dynamo(function: _Function) -> _Function:
@@ -25,12 +44,9 @@ def disable_dynamo(function: _Function) -> _Function:
     return torch._disable_dynamo(call)  # pyright: ignore[reportReturnType, reportPrivateImportUsage]
 
 
-_pauses = 0  # of the whole process, not of a thread: checkpointed forwards are recomputed on autograd's own threads
-
-
 @contextmanager
 def no_counting() -> Iterator[None]:
-    """Let nothing inside be observed: for forward and backward passes that measure and do not train."""
+    """Count no rows inside: for forward and backward passes that measure and do not train."""
     global _pauses  # noqa: PLW0603
     _pauses += 1
     try:
@@ -40,25 +56,226 @@ def no_counting() -> Iterator[None]:
 
 
 def is_counting() -> bool:
-    """Whether forward passes count at present; a layer spares itself the statistics when they do not."""
+    """Return whether forward passes count at present; a layer spares itself the statistics when they do not."""
     return _pauses == 0
 
 
-def on_first_backward(output: Tensor, count: Callable[[], None]) -> None:
-    """Call ``count`` when, and only when, a gradient reaches ``output``; once, however many backward passes run.
+def _leaf(tensor: Tensor) -> Node:
+    """Return the node that accumulates the gradient of ``tensor``, or of the leaf nearest to it."""
+    queue = [get_gradient_edge(tensor).node]
+    known = set(queue)
+    for node in queue:
+        if not node.next_functions:
+            return node
+        for following, _ in node.next_functions:
+            if following is not None and following not in known:
+                known.add(following)
+                queue.append(following)
+    return queue[-1]
 
-    So evaluation and probing forwards never count, and a forward recomputed by activation checkpointing counts exactly
-    once in both of its modes: reentrant (first pass without grad: nothing to flow back) and not (recomputed graph:
-    never run backward).
+
+def _is_filled(leaf: Node) -> bool:
+    """Return whether the present backward pass accumulates into the leaf (``autograd.grad`` hands gradients out)."""
+    try:
+        return torch._C._will_engine_execute_node(leaf)  # pyright: ignore[reportAttributeAccessIssue]
+    except RuntimeError:  # torch's answer where ``autograd.grad`` was asked for this very leaf
+        return False
+
+
+class Collector:
+    """Who takes the rows that counters count.
+
+    In a copy nobody takes them, until the copy of their owner, which steps with the copy of the optimizer, calls
+    :meth:`claim`. So a model and an optimizer that are copied together go on together, and a model that is copied alone warns.
+
+    Attributes:
+        collects: Whether somebody takes the rows.
+        copied: Whether this is a copy that nobody has claimed.
 
     Args:
-        output: Of a forward pass with gradients.
-        count: What to call.
+        owner: Name of the method, for messages.
+        remedy: How to let an optimizer take the rows, for messages.
+        collects: Whether somebody takes the rows from now on.
     """
-    waiting = [count]
 
-    def arrived(_: Tensor) -> None:
-        if waiting:
-            waiting.pop()()
+    def __init__(self, owner: str, remedy: str, *, collects: bool = True, copied: bool = False) -> None:
+        self.owner, self.remedy, self.collects, self.copied = owner, remedy, collects, copied
+        self._warned = False
 
-    output.register_hook(arrived)
+    def __reduce__(self) -> tuple[Callable[..., "Collector"], tuple[Any, ...]]:
+        return _unclaimed, (self.owner, self.remedy, self.collects or self.copied)
+
+    def claim(self) -> None:
+        """Collect, here and from now on."""
+        self.collects, self.copied = True, False
+
+    def release(self) -> None:
+        """Collect no longer."""
+        self.collects = False
+
+    def warn(self, passes: int) -> None:
+        """Warn, once, where rows are counted and nobody takes them.
+
+        Args:
+            passes: How many backward passes there were since the last step.
+        """
+        if self._warned or not (self.copied or passes >= PATIENCE):
+            return
+        self._warned = True
+        if self.copied:
+            fault = (
+                "this copy of a model is trained without the optimizer that its layers were attached to, so the method has "
+                f"no effect; copy both together, copy.deepcopy((model, optimizer)), or {self.remedy}"
+            )
+        elif self.collects:
+            fault = (
+                f"{passes} backward passes, each followed by zero_grad, and no step of the attached optimizer, so the method "
+                f"has no effect; attach to the optimizer whose step() changes the weights, after remove() here: {self.remedy}"
+            )
+        else:
+            fault = (
+                f"{passes} backward passes, and no optimizer is attached, so the method has no effect; {self.remedy}"
+            )
+        warnings.warn(f"{self.owner}: {fault}", stacklevel=2)
+
+
+def _unclaimed(owner: str, remedy: str, copied: bool) -> Collector:
+    return Collector(owner, remedy, collects=False, copied=copied)
+
+
+class _Forward(Generic[Rows]):
+    """One forward pass: its rows, None once they are counted."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows: Rows | None = rows
+
+
+class RowCounter(Generic[Rows]):
+    """Counts the rows of one layer; see the module's first lines for what counts.
+
+    A copy starts without rows, as torch's copies of parameters start without gradients.
+
+    Args:
+        collector: Who takes the rows.
+    """
+
+    def __init__(self, collector: Collector) -> None:
+        self.collector = collector
+        self._kept: list[Rows] = []  # of outputs without gradients
+        self._filled: list[Rows] = []  # of the gradients in ``.grad``
+        self._reached: list[_Forward[Rows]] = []  # by backward passes that filled nothing
+        self._task = -1  # the latest backward pass that filled gradients
+        self._dropped = True  # whether there was none since the gradients were dropped
+        self._passes = 0  # that began with no gradient, since the last step
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        RowCounter.take(self)
+        self.discard()
+
+    @property
+    def pending(self) -> list[Rows]:
+        """The rows that :meth:`take` would return."""
+        reached = [forward.rows for forward in self._reached if forward.rows is not None]
+        return self._kept + self._filled or reached
+
+    def count(self, output: Tensor, rows: Rows, weight: Tensor | None = None) -> None:
+        """Count ``rows`` once a backward pass through ``output`` fills the gradient of ``weight``.
+
+        Args:
+            output: Output of the layer. Without gradients the rows count at once, and no ``zero_grad`` drops them.
+            rows: What the forward pass has to say about its rows.
+            weight: A parameter of the layer; default the parameter nearest to ``output`` in the graph.
+        """
+        if not output.requires_grad:
+            self._note_pass()
+            if self.collector.collects:
+                self._kept.append(rows)
+            return
+        forward = _Forward(rows)
+        own = weight is not None and weight.requires_grad and weight.is_leaf
+        leaf = _leaf(weight if weight is not None and weight.requires_grad else output)
+        waiting: list[RemovableHandle] = []
+
+        def fill(*_: Tensor) -> None:
+            while waiting:
+                waiting.pop().remove()
+            if forward.rows is not None:
+                rows, forward.rows = forward.rows, None
+                self._fill(rows, leaf if own else None)
+
+        def arrived(_: Tensor) -> None:
+            if forward.rows is None:
+                return
+            if _is_filled(leaf):
+                fill()
+            elif not waiting and self.collector.collects:
+                self._reached.append(forward)
+                if torch.is_grad_enabled():  # create_graph: a later pass may fill the gradient through this one alone
+                    waiting.append(leaf.variable.register_post_accumulate_grad_hook(fill))  # pyright: ignore
+
+        output.register_hook(arrived)
+
+    def discard(self) -> None:
+        """Forget the rows whose gradients were dropped."""
+        self._filled.clear()
+        self._dropped = True
+
+    def take(self) -> list[Rows]:
+        """Return the rows of the forward passes that counted since the last call, one entry for each.
+
+        Where no backward pass filled the gradient (``p.grad = autograd.grad(...)`` assigns it), the rows that ``autograd.grad``
+        reached count.
+        """
+        taken = self.pending
+        for forward in self._reached:
+            forward.rows = None
+        self._kept, self._filled, self._reached, self._passes = [], [], [], 0
+        return taken
+
+    def _fill(self, rows: Rows, leaf: Node | None) -> None:
+        task = torch._C._current_graph_task_id()  # pyright: ignore[reportAttributeAccessIssue]
+        if task != self._task:
+            self._task = task
+            if leaf is not None and leaf.variable.grad is None:  # pyright: ignore[reportAttributeAccessIssue]
+                self.discard()
+            if self._dropped or not self.collector.collects:
+                self._note_pass()
+            self._dropped = False
+        if self.collector.collects:
+            self._filled.append(rows)
+
+    def _note_pass(self) -> None:
+        self._passes += 1
+        if self.collector.copied or self._passes >= PATIENCE:
+            self.collector.warn(self._passes)
+
+
+class InputCounter(RowCounter[Rows]):
+    """Counts the rows of a layer's input in a forward hook, :meth:`_after_forward`."""
+
+    def __init__(self, collector: Collector) -> None:
+        super().__init__(collector)
+        self._handles: list[RemovableHandle] = []
+
+    def watch(self, layer: nn.Module) -> None:
+        """Hook into ``layer``; hooks that came along when it was copied, and that nobody claimed, go."""
+        for other in input_counters(layer):
+            if other.collector.copied:
+                other.remove()
+        self._handles.append(layer.register_forward_hook(self._after_forward, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _after_forward(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        """Count the rows of one forward."""
+        raise NotImplementedError
+
+
+def input_counters(layer: nn.Module) -> list[InputCounter[Any]]:
+    """Return the counters that are hooked into ``layer``."""
+    owners = [getattr(hook, "__self__", None) for hook in layer._forward_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, InputCounter)]

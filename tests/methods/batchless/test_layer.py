@@ -11,6 +11,7 @@ from torch import nn
 
 import normkit
 from normkit.functional import gaussian_nll_gradients
+from normkit.inspection.counting import Collector
 from normkit.methods.batchless.fit import LikelihoodParameters
 from normkit.methods.batchless.functions import moments_about
 from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d
@@ -29,6 +30,11 @@ def layer(cls, *, seed=0, **options):
         with torch.no_grad():
             norm.weight.uniform_(0.5, 2)
             norm.bias.normal_()
+    return norm
+
+
+def counting(norm):
+    norm.set_collector(Collector("the test", "collect"))
     return norm
 
 
@@ -54,7 +60,7 @@ def two_path(norm, x):
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(("cls", "_", "shape"), CASES)
 def test_plain_gradients_are_those_of_the_two_path_loss(cls, _, shape, affine, scale):
-    norm = layer(cls, affine=affine, scale=scale, gradient="plain", eps=0.0)
+    norm = counting(layer(cls, affine=affine, scale=scale, gradient="plain", eps=0.0))
     x = (torch.randn(shape).double() * 2 + 1).requires_grad_()
     coefficients = torch.randn(shape).double()
     trained = [x, *(p for p in norm.parameters() if p.requires_grad)]
@@ -72,7 +78,7 @@ def test_plain_gradients_are_those_of_the_two_path_loss(cls, _, shape, affine, s
 
 @pytest.mark.parametrize("name", ["mean", "variance"])
 def test_a_small_step_follows_the_natural_gradient(name):
-    norm = layer(BatchlessNorm2d)
+    norm = counting(layer(BatchlessNorm2d))
     x = torch.randn(4, 3, 5, 2).double() * 2 + 1
     mean, sigma = norm.running_mean.clone(), norm.sigma
     d_mean, d_rho = gaussian_nll_gradients(observe(x, 1), mean, sigma, eps=norm.eps)
@@ -91,7 +97,7 @@ def test_three_instances_are_three_whatever_their_lengths_and_order():
     short, long = torch.randn(2, 3, 4).double(), torch.randn(1, 3, 9).double()
     rows = torch.cat([part.transpose(0, 1).flatten(1) for part in (short, long)], 1)
     for parts in ((short, long), (long, short)):
-        norm = BatchlessNorm1d(3, affine=False, dtype=torch.float64)
+        norm = counting(BatchlessNorm1d(3, affine=False, dtype=torch.float64))
         for part in parts:
             norm(part)  # without affine raw inputs count at once
         collect([norm])[0].natural_gradient_step(0.9)
@@ -179,7 +185,7 @@ def step_once(arrange, feature_dim, options):
 
 
 def test_masked_rows_are_normalized_but_not_counted():
-    norm = layer(BatchlessNorm1d, feature_dim=-1)
+    norm = counting(layer(BatchlessNorm1d, feature_dim=-1))
     x = torch.randn(2, 4, 3).double().requires_grad_()
     mask = torch.tensor([[True, True, False, False], [True, True, True, False]])
     y = norm(x, mask)
@@ -262,7 +268,7 @@ def test_mismatch_is_zero_at_a_perfect_fit_and_grows_with_the_misfit():
     x = torch.randn(1000, 2).double()
     var, mean = torch.var_mean(x, 0, correction=0)
     for factor, expected in ((1.0, 0.0), (0.5, 1.5), (2.0, -0.375)):
-        norm = BatchlessNorm1d(2, dtype=torch.float64, eps=0.0)
+        norm = counting(BatchlessNorm1d(2, dtype=torch.float64, eps=0.0))
         norm.set_statistics(mean, factor**2 * var)
         norm(x).sum().backward()
         collect([norm])

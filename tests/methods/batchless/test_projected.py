@@ -9,6 +9,7 @@ from torch import nn
 
 import normkit
 from normkit.functional import projected_weight_gradient
+from normkit.inspection.counting import Collector
 from normkit.methods.batchless import weights as batchless_weights
 from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d
 from normkit.moments import sum_and_square_sum
@@ -94,7 +95,8 @@ def test_statistics_that_are_not_finite_take_nothing_out_along_the_mean():
     layer.weight.grad = grad.clone()
     overflowed, none = torch.full((6,), torch.inf), torch.zeros(6)
     sums = torch.tensor(10.0), overflowed, overflowed
-    batchless_weights.project_weights([batchless_weights.FeedingLayer(norm, layer)], [sums])
+    feeder = batchless_weights.FeedingLayer(norm, layer, Collector("the test", "collect"))
+    batchless_weights.project_weights([feeder], [sums])
     expected = projected_weight_gradient(grad, layer.weight.detach(), none, none)
     torch.testing.assert_close(layer.weight.grad, expected, rtol=0, atol=0)
     assert (expected - grad).abs().max() > 0.01  # what scales the filters is gone

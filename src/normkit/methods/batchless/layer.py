@@ -13,20 +13,20 @@ What is kept is mu and sigma^2 - eps, under the names of batch normalization's r
 ways, and evaluate the same.
 """
 
-import warnings
+import functools
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from normkit.inspection.counting import disable_dynamo, is_counting, on_first_backward
+from normkit.inspection.counting import Collector, RowCounter, disable_dynamo, is_counting
 from normkit.methods.batchless.functions import Gradient, affine_map, moments_about
 from normkit.methods.method import Successor, WideStatistics
-from normkit.moments import Moments, Tally, empty, observe_unchecked, statistics_dtype
+from normkit.moments import Moments, empty, merge, observe_unchecked, statistics_dtype
 
 Scale = Literal["log", "abs"]
 
-PATIENCE = 8  # backward passes after which a layer that nobody attached complains
+ATTACH = "call normkit.attach(model, optimizer) after building the optimizer"
 
 
 class BatchlessNorm(WideStatistics, Successor, nn.Module):
@@ -101,11 +101,7 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
         self.running_mean = nn.Parameter(torch.zeros(num_features, device=device, dtype=wide), requires_grad=False)
         self.running_var = nn.Parameter(torch.ones(num_features, device=device, dtype=wide), requires_grad=False)
         self.mismatch: Tensor | None = None
-        self.tally = Tally()
-        self.instances = 0  # whose rows are in the tally
-        self.follows_gradients = True
-        self._collector: int | None = None
-        self._uncollected = 0
+        self.counter: RowCounter[tuple[Moments, int]] = RowCounter(self._no_collector())  # of moments and instances
         self.register_load_state_dict_pre_hook(_without_count)
 
     @property
@@ -167,49 +163,26 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
         else:
             moments = observe_unchecked(x, self.feature_dim, mask)
 
-        instances = len(y)  # not y itself: its hook must not keep it alive
+        self.counter.count(y, (moments, len(y)), self.weight)
 
-        def add() -> None:
-            self.tally.add(moments)
-            self.instances += instances
-
-        self.follows_gradients = y.requires_grad
-        if y.requires_grad:
-            on_first_backward(y, add)
-        else:  # raw inputs without affine: no gradient will ever come by, and none is dropped
-            add()
-        if self.is_collected:
-            return
-        self._uncollected += 1
-        if self._uncollected == PATIENCE:
-            warnings.warn(
-                f"{type(self).__name__}: mean and variance have not moved in {PATIENCE} training passes, for no optimizer "
-                "collects them; call normkit.attach(model, optimizer) after building the optimizer",
-                stacklevel=4,
-            )
+    def _no_collector(self) -> Collector:
+        return Collector(type(self).__name__, ATTACH, collects=False)
 
     @property
     def is_collected(self) -> bool:
-        """Whether an optimizer collects what this very module observes (a copy of it has to be attached anew)."""
-        return self._collector == id(self)
+        """Whether an optimizer fits mu and sigma to what this very layer counts (a layer copied alone has none)."""
+        return self.counter.collector.collects
 
-    def set_collected(self, yes: bool) -> None:
-        """Note that an optimizer collects from now on, or no longer."""
-        self._collector = id(self) if yes else None
-        self._uncollected = 0
-        self.discard()
-
-    def discard(self) -> None:
-        """Forget what was observed since the last step."""
-        self.tally.take()
-        self.instances = 0
+    def set_collector(self, collector: Collector | None) -> None:
+        """Count anew, for ``collector`` or for nobody."""
+        self.counter = RowCounter(collector or self._no_collector())
 
     def take(self) -> tuple[Moments, Tensor]:
-        """Moments of the rows since the last call, if need be of none, and of how many instances they are, ``()``."""
-        like, instances = self.running_mean.detach(), self.instances
-        self.instances = 0
-        rows = self.tally.take() or empty(self.num_features, dtype=like.dtype, device=like.device)
-        return rows, like.new_full((), instances)
+        """Return the moments of the rows since the last call, if need be of none, and the number of instances, ``()``."""
+        like, counted = self.running_mean.detach(), self.counter.take()
+        start = empty(self.num_features, dtype=like.dtype, device=like.device)
+        rows = functools.reduce(merge, [moments for moments, _ in counted]) if counted else start
+        return rows, like.new_full((), sum(instances for _, instances in counted))
 
     def extra_repr(self) -> str:
         """The arguments that differ from the defaults."""

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from normkit.inspection.counting import Collector
 from normkit.inspection.forward import check_batches, evaluating, layerwise, run_batch
 from normkit.methods.batchless.fit import RATE, Fit, LikelihoodParameters
-from normkit.methods.batchless.layer import BatchlessNorm, batchless_layers
+from normkit.methods.batchless.layer import ATTACH, BatchlessNorm, batchless_layers
 from normkit.methods.batchless.weights import FeedingLayer, feeding_layers, project_weights
 from normkit.moments import Moments, reduce_together
 from normkit.optim.param_groups import check_optimizer
-from normkit.optim.step_hooks import StepHandle, before_step, effective_lr
+from normkit.optim.step_hooks import StepHandle, attach_to_step, effective_lr
 
 LARGEST_VARIANCE_RATIO = 1.5  # mean square of n from which the gradients of a step shrink, for projected layers
 
@@ -67,47 +68,87 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
             "attach: the batchless layers are sharded over ranks (fully_shard), and mean and variance must be whole; use "
             "DistributedDataParallel"
         )
-    for layer in layers:
-        layer.set_collected(True)
-    plain = {layer: LikelihoodParameters(layer) for layer in layers if layer.gradient == "plain"}
-    fitted: dict[str, nn.Parameter] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, BatchlessNorm) and module in plain:
-            fitted[f"{path}.running_mean"], fitted[f"{path}.rho"] = plain[module].parameters()
-    _move_to_own_group(optimizer, fitted)
-    feeding = feeding_layers(model)
+    fitter = _Fitter(model, layers, rate)
+    handle = attach_to_step(
+        optimizer,
+        "batchless",
+        fitter.before_step,
+        after=fitter.after_step,
+        discard=fitter.on_zero_grad,
+        on_remove=fitter.release,
+    )
+    try:
+        _move_to_own_group(optimizer, fitter.parameters)
+        fitter.start()
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+class _Fitter:
+    """Fits mu and sigma of a model's batchless layers before each step of the optimizer that trains the model.
+
+    Args:
+        model: The model.
+        layers: Its batchless layers.
+        rate: Learning rate of the natural gradient.
+
+    Attributes:
+        parameters: By name, what the optimizer trains with the plain gradient.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[BatchlessNorm], rate: float) -> None:
+        self.model, self.layers, self.rate = model, layers, rate
+        self.collector = Collector("BatchlessNorm", ATTACH)
+        self.plain = {layer: LikelihoodParameters(layer) for layer in layers if layer.gradient == "plain"}
+        self.feeding: list[FeedingLayer] = []
+        self.parameters: dict[str, nn.Parameter] = {}
+        for path, module in model.named_modules():
+            if isinstance(module, BatchlessNorm) and module in self.plain:
+                own = self.plain[module].parameters()
+                self.parameters[f"{path}.running_mean"], self.parameters[f"{path}.rho"] = own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.collector.claim()  # the rows of a model that was copied together with this
+
+    def start(self) -> None:
+        """Count from now on."""
+        for layer in self.layers:
+            layer.set_collector(self.collector)
+        self.feeding = feeding_layers(self.model, self.collector)
 
     @torch.no_grad()
-    def prepare() -> None:
-        fits = collect(layers, feeding)
-        clip_by_trust_ratio(optimizer, fits, feeding)
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Fit, and write the gradients of what the optimizer trains with the plain gradient."""
+        fits = collect(self.layers, self.feeding)
+        clip_by_trust_ratio(optimizer, fits, self.feeding)
         for fit in fits:
             if fit.layers[0].gradient == "natural":
-                fit.natural_gradient_step(rate)
+                fit.natural_gradient_step(self.rate)
             else:
                 for layer, moments in zip(fit.layers, fit.moments, strict=True):
-                    plain[layer].before(moments)
+                    self.plain[layer].before(moments)
 
-    def finish() -> None:
-        for own in plain.values():
+    def after_step(self, _: Optimizer) -> None:
+        """Take over what the optimizer trained."""
+        for own in self.plain.values():
             own.after()
 
-    def discard() -> None:
-        for layer in layers:
-            if layer.follows_gradients:
-                layer.discard()
-        for producer in feeding:
-            producer.discard()
+    def on_zero_grad(self, _: Optimizer) -> None:
+        """Forget the rows whose gradients were dropped."""
+        for layer in self.layers:
+            layer.counter.discard()
+        for feeder in self.feeding:
+            feeder.discard()
 
-    handle = before_step(optimizer, prepare, after=finish, discard=discard, owner="normkit.attach")
-
-    def release() -> None:
-        for layer in layers:
-            layer.set_collected(False)
-        for producer in feeding:
-            producer.remove()
-
-    return StepHandle([handle.remove, release])
+    def release(self, _: Optimizer) -> None:
+        """Count no longer."""
+        for layer in self.layers:
+            layer.set_collector(None)
+        for feeder in self.feeding:
+            feeder.remove()
 
 
 @torch.no_grad()
@@ -121,9 +162,9 @@ def collect(layers: list[BatchlessNorm], feeding: Sequence[FeedingLayer] = ()) -
     Returns:
         The fit of the layers, of those that are alike together.
     """
-    seen, instances = zip(*(layer.take() for layer in layers), strict=True)
-    inputs = [tensor for producer in feeding for tensor in producer.take()]
-    moments, sums = reduce_together(seen, [*instances, *inputs])
+    own, instances = zip(*(layer.take() for layer in layers), strict=True)
+    inputs = [tensor for feeder in feeding for tensor in feeder.take_sums()]
+    moments, sums = reduce_together(own, [*instances, *inputs])
     remaining = iter(sums)
     counts = [next(remaining) for _ in layers]
     project_weights(feeding, [tuple(islice(remaining, 3)) for _ in feeding])

@@ -8,6 +8,7 @@ add up over the rows to parts along two known directions: the mean of h, which s
 changes the function that batch normalization would train. The step removes both once its rows are complete.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from normkit.inspection.counting import disable_dynamo, is_counting, on_first_backward
+from normkit.inspection.counting import Collector, InputCounter, disable_dynamo, is_counting
 from normkit.inspection.graph import producers
 from normkit.inspection.markers import attachment
 from normkit.methods.batchless.functions import per_feature
@@ -69,52 +70,37 @@ def projected_weight_gradient(
     return g.to(grad.dtype).view_as(grad)
 
 
-class FeedingLayer:
+class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
     """The layer that feeds a batchless layer, and the sums over the rows of its inputs in this step.
 
     Args:
         norm: The batchless layer.
         layer: The linear or (not transposed) convolution layer whose output goes there alone.
+        collector: Who takes the rows.
     """
 
-    def __init__(self, norm: BatchlessNorm, layer: nn.Linear | _ConvNd) -> None:
+    def __init__(self, norm: BatchlessNorm, layer: nn.Linear | _ConvNd, collector: Collector) -> None:
+        super().__init__(collector)
         self.norm, self.layer = norm, layer
         self.features = layer.in_channels if isinstance(layer, _ConvNd) else layer.in_features
-        self.discard()
-        self._own = id(self)  # a copy of the model brings a copy of this along, which has nothing to do
-        self._hook = layer.register_forward_hook(self._see, with_kwargs=True)
-
-    def remove(self) -> None:
-        """Take the hook off."""
-        self._hook.remove()
-
-    def discard(self) -> None:
-        """Forget what was seen since the last step."""
-        self._seen: tuple[int, Tensor, Tensor] | None = None
+        self.watch(layer)
 
     @attachment
     @disable_dynamo
-    def _see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if not (self.norm.training and output.requires_grad and is_counting() and self._own == id(self)):
+    def _after_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if not (self.norm.training and output.requires_grad and is_counting() and self.collector.collects):
             return
         x = args[0] if args else kwargs["input"]
-        total, square = sum_and_square_sum(x, 1 if isinstance(layer, _ConvNd) else -1)
-        rows = x.numel() // self.features
+        sums = sum_and_square_sum(x, 1 if isinstance(layer, _ConvNd) else -1)
+        self.count(output, (x.numel() // self.features, *sums), layer._parameters.get("weight"))
 
-        def add() -> None:
-            before = self._seen
-            self._seen = (
-                (rows, total, square) if before is None else (before[0] + rows, before[1] + total, before[2] + square)
-            )
-
-        on_first_backward(output, add)
-
-    def take(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Number of rows ``()``, sum and sum of squares ``(in,)`` of the layer's inputs since the last call."""
-        like = self.norm.running_mean.detach()
-        rows, total, square = self._seen or (0, *(like.new_zeros(self.features) for _ in range(2)))
-        self.discard()
-        return like.new_full((), rows), total, square
+    def take_sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the number of rows ``()``, sum and sum of squares ``(in,)`` of the layer's inputs since the last call."""
+        like, counted = self.norm.running_mean.detach(), self.take()
+        if not counted:
+            return like.new_zeros(()), *(like.new_zeros(self.features) for _ in range(2))
+        rows, totals, squares = zip(*counted, strict=True)
+        return like.new_full((), sum(rows)), functools.reduce(torch.add, totals), functools.reduce(torch.add, squares)
 
     def project(self, mean: Tensor, variance: Tensor) -> None:
         """Replace the gradient of the weight, if there is one, by the projected one.
@@ -134,7 +120,7 @@ def project_weights(producers: Sequence[FeedingLayer], sums: Sequence[tuple[Tens
 
     Args:
         producers: The layers.
-        sums: What ``FeedingLayer.take`` gave for each, over all ranks. Statistics that are not finite count as zero.
+        sums: What ``FeedingLayer.take_sums`` gave for each, over all ranks. Statistics that are not finite count as zero.
     """
     groups: dict[Any, list[tuple[FeedingLayer, tuple[Tensor, ...]]]] = {}
     for producer, own in zip(producers, sums, strict=True):
@@ -149,7 +135,7 @@ def project_weights(producers: Sequence[FeedingLayer], sums: Sequence[tuple[Tens
             producer.project(m, v)
 
 
-def feeding_layers(model: nn.Module) -> list[FeedingLayer]:
+def feeding_layers(model: nn.Module, collector: Collector) -> list[FeedingLayer]:
     """One for each projected layer of ``model`` that a linear or convolution layer alone feeds.
 
     The weight must be a parameter of that layer alone: what another layer does with it may depend on its scale, and what it is
@@ -159,7 +145,7 @@ def feeding_layers(model: nn.Module) -> list[FeedingLayer]:
     holders = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
     pairs = ((modules[norm], modules[source]) for norm, source in producers(model).items())
     return [
-        FeedingLayer(norm, layer)
+        FeedingLayer(norm, layer, collector)
         for norm, layer in pairs
         if isinstance(norm, BatchlessNorm)
         and norm.projected

@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from normkit.inspection.counting import Collector
 from normkit.methods.bnp.layers import choose, removed_means
-from normkit.methods.bnp.observer import Observed
+from normkit.methods.bnp.observer import Mask, Observed
 from normkit.methods.bnp.statistics import Preconditioner, Preconditioners, RowStatistics, restored
 from normkit.methods.bnp.transform import LayerStep, Rate, Transform
-from normkit.optim.step_hooks import StepHandle, before_step, effective_lr
+from normkit.optim.step_hooks import StepHandle, attach_to_step, effective_lr
 
 
 class BNP:
@@ -81,19 +82,24 @@ class BNP:
             raise ValueError(f"max_change must be positive or None, got {max_change}")
         self.max_change = max_change
         self._statistics = RowStatistics(decay, eps_relative, eps, process_group)
-        self._optimizers: dict[Optimizer, StepHandle] = {}
-        self._mask: Tensor | None = None
+        self._handles: list[StepHandle] = []
+        self._mask = Mask()
+        self._collector = Collector("BNP", "call normkit.BNP(model).attach(optimizer)")
         self._preconditioners: Preconditioners | None = None
         self._transform = Transform()
         chosen, self.skipped = choose(model, layers)
         norms = removed_means(model, chosen)
         self._layers: list[Observed] = []
         for path, (layer, *sharing) in chosen.items():
-            seen = Observed(path, layer, lambda: self._mask)
-            seen.norm = norms.get(path)
+            observed = Observed(path, layer, self._collector, self._mask)
+            observed.norm = norms.get(path)
             for other in sharing:
-                seen.share(other)
-            self._layers.append(seen)
+                observed.watch(other)
+            self._layers.append(observed)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._collector.claim()  # the rows of a model that was copied together with this
 
     def attach(self, optimizer: Optimizer) -> StepHandle:
         """Precondition the gradients of this optimizer's parameters right before each of its steps.
@@ -108,48 +114,38 @@ class BNP:
             A handle whose ``remove()`` ends it.
 
         Raises:
-            ValueError: The optimizer is attached already, evaluates its closure several times (LBFGS), or holds no observed
+            ValueError: The optimizer, or another one that holds the same weights, is attached already; it evaluates its closure
+                several times (LBFGS), works on two gradients per step (SAM), or is no torch optimizer; it holds no observed
                 weight or sharded ones.
         """
-        if optimizer in self._optimizers:
-            raise ValueError("the optimizer is attached already; call remove() of the handle of that attach() first")
         attached = self._layers_of(optimizer)
+        if any(handle.optimizer is optimizer for handle in self._handles):
+            raise ValueError("the optimizer is attached already; call remove() of the handle of that attach() first")
         if not attached:
             raise ValueError(
                 "the optimizer holds no weight of a layer that BNP observes; build it from the parameters of this model"
             )
-        sharded = next((seen.path for seen in attached if hasattr(seen.weight, "placements")), None)
+        others = {id(other.weight): handle for handle in self._handles for other in self._layers_of(handle.optimizer)}
+        twice = next((observed for observed in attached if id(observed.weight) in others), None)
+        if twice is not None:
+            other = type(others[id(twice.weight)].optimizer).__name__
+            raise ValueError(
+                f"{twice.path}: its weight is attached already, to another optimizer ({other}), and its gradient would be "
+                "preconditioned twice; call remove() of the handle of that attach() first"
+            )
+        sharded = next((observed.path for observed in attached if hasattr(observed.weight, "placements")), None)
         if sharded is not None:
             raise ValueError(
                 f"{sharded}: its weight is sharded over ranks (fully_shard), and preconditioning needs the whole gradient; "
                 "use DistributedDataParallel"
             )
-        for seen in attached:
-            seen.allocate()
-
-        def prepare() -> None:
-            rates = _rates(optimizer)
-            layers = [seen for seen in self._layers if id(seen.weight) in rates]
-            self._precondition([seen for seen in layers if not seen.prepared], rates)
-            for seen in layers:
-                seen.prepared = False
-
-        def discard() -> None:
-            for seen in self._layers_of(optimizer):
-                seen.discard()
-
-        def save(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-            return {**state, "bnp": self.state_dict()}
-
-        def load(_: Optimizer, state: dict[str, Any]) -> None:
-            if "bnp" in state:
-                self.load_state_dict(state["bnp"])
-
-        handle = before_step(optimizer, prepare, discard=discard, owner="BNP")
-        hooks = optimizer.register_state_dict_post_hook(save), optimizer.register_load_state_dict_pre_hook(load)
-        undo = [handle.remove, *(hook.remove for hook in hooks), lambda: self._forget(optimizer)]
-        self._optimizers[optimizer] = StepHandle(undo)
-        return self._optimizers[optimizer]
+        handle = attach_to_step(
+            optimizer, "bnp", self._before_step, discard=self._on_zero_grad, state=self, on_remove=self._forget
+        )
+        for observed in attached:
+            observed.allocate()
+        self._handles.append(handle)
+        return handle
 
     def precondition_(self) -> None:
         """Precondition the gradients now, by hand: before clipping, say (under AMP after ``scaler.unscale_``).
@@ -160,11 +156,13 @@ class BNP:
             ValueError: ``max_change`` is set and no attached optimizer tells the learning rate.
         """
         rates: dict[int, Rate] = {}
-        for optimizer in self._optimizers:
-            rates.update(_rates(optimizer))
-        self._precondition([seen for seen in self._layers if not seen.prepared], rates if self._optimizers else None)
-        for seen in self._layers:
-            seen.prepared = True
+        for handle in self._handles:
+            rates.update(_rates(handle.optimizer))
+        self._precondition(
+            [observed for observed in self._layers if not observed.prepared], rates if self._handles else None
+        )
+        for observed in self._layers:
+            observed.prepared = True
 
     @contextmanager
     def masked(self, mask: Tensor) -> Generator[None, None, None]:
@@ -173,16 +171,16 @@ class BNP:
         It concerns the layers whose rows are shaped as the mask, or as the mask flattened. Enclose the forward, and
         with activation checkpointing the backward too.
         """
-        previous, self._mask = self._mask, mask.to(torch.bool)
+        previous, self._mask.value = self._mask.value, mask.to(torch.bool)
         try:
             yield
         finally:
-            self._mask = previous
+            self._mask.value = previous
 
     def discard(self) -> None:
-        """Forget the rows seen since the last step (an attached optimizer's ``zero_grad`` does it)."""
-        for seen in self._layers:
-            seen.discard()
+        """Forget the rows since the last step (an attached optimizer's ``zero_grad`` does it)."""
+        for observed in self._layers:
+            observed.discard()
 
     def metrics(self) -> list[tuple[Observed, Preconditioner]]:
         """The layers of the latest step, each with what its gradient was preconditioned by."""
@@ -190,20 +188,20 @@ class BNP:
 
     def remove(self) -> None:
         """Take all hooks off the model and off attached optimizers, which then step on plain gradients."""
-        for handle in list(self._optimizers.values()):
+        for handle in list(self._handles):
             handle.remove()
-        for seen in self._layers:
-            seen.remove()
+        for observed in self._layers:
+            observed.remove()
         self._layers = []
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Running statistics per layer that has seen rows: ``{path: {"mean", "variance", "steps"}}``."""
+        """Return the running statistics of each layer that has had rows: ``{path: {"mean", "variance", "steps"}}``."""
         names = ("mean", "variance", "steps")
         self._statistics.write_back()
         return {
-            seen.path: dict(zip(names, (t.clone() for t in seen.running), strict=True))
-            for seen in self._layers
-            if seen.running is not None
+            observed.path: dict(zip(names, (t.clone() for t in observed.running), strict=True))
+            for observed in self._layers
+            if observed.running is not None
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -215,35 +213,46 @@ class BNP:
         Raises:
             ValueError: It names a layer that is not observed, or has another shape than the layer.
         """
-        paths = {seen.path: seen for seen in self._layers}
+        paths = {observed.path: observed for observed in self._layers}
         if unknown := sorted(state.keys() - paths.keys()):
             raise ValueError(f"the state holds statistics of {', '.join(unknown)}, which this BNP does not observe")
         for path, entry in state.items():
-            seen = paths[path]
-            if seen.materialized() and entry["mean"].shape != (seen.geometry.features,):
+            observed = paths[path]
+            if observed.materialized() and entry["mean"].shape != (observed.geometry.features,):
                 raise ValueError(
-                    f"{path}: the state has {entry['mean'].numel()} features, the layer {seen.geometry.features}"
+                    f"{path}: the state has {entry['mean'].numel()} features, the layer {observed.geometry.features}"
                 )
         self._statistics.write_back()
-        for seen in self._layers:
-            entry = state.get(seen.path)
-            device = seen.layer.weight.device
-            seen.running = None if entry is None else restored(entry, device)
+        for observed in self._layers:
+            entry = state.get(observed.path)
+            device = observed.layer.weight.device
+            observed.running = None if entry is None else restored(entry, device)
 
     def __repr__(self) -> str:
         kept = self._statistics
         options = f"decay={kept.decay}, eps_relative={kept.eps_relative}, eps={kept.eps}, max_change={self.max_change}"
         lines = [f"BNP({options})"]
-        lines += [f"  {seen.path}: {_rule(seen)}" for seen in self._layers]
+        lines += [f"  {observed.path}: {_rule(observed)}" for observed in self._layers]
         lines += [f"  {path}: left alone: {reason}" for path, reason in self.skipped.items()]
         return "\n".join(lines)
 
+    def _before_step(self, optimizer: Optimizer) -> None:
+        rates = _rates(optimizer)
+        layers = [observed for observed in self._layers if id(observed.weight) in rates]
+        self._precondition([observed for observed in layers if not observed.prepared], rates)
+        for observed in layers:
+            observed.prepared = False
+
+    def _on_zero_grad(self, optimizer: Optimizer) -> None:
+        for observed in self._layers_of(optimizer):
+            observed.discard()
+
     def _forget(self, optimizer: Optimizer) -> None:
-        del self._optimizers[optimizer]
+        self._handles = [handle for handle in self._handles if handle.optimizer is not optimizer]
 
     def _layers_of(self, optimizer: Optimizer) -> list[Observed]:
         trained = _trained(optimizer)
-        return [seen for seen in self._layers if id(seen.weight) in trained]
+        return [observed for observed in self._layers if id(observed.weight) in trained]
 
     @torch.no_grad()
     def _precondition(self, layers: Sequence[Observed], rates: Mapping[int, Rate] | None) -> None:
@@ -252,15 +261,15 @@ class BNP:
         Raises:
             ValueError: A step is to be bounded and its learning rate is not known.
         """
-        layers = [seen for seen in layers if seen.materialized()]
+        layers = [observed for observed in layers if observed.materialized()]
         if not layers:
             return
         if self.max_change is not None and rates is None:
             raise ValueError("max_change bounds a step, so it needs the learning rate: attach the optimizer first")
         self._preconditioners = self._statistics.advance(layers)
         steps = []
-        for place, seen in enumerate(layers):
-            weight, bias = seen.weight, seen.layer._parameters["bias"]
+        for place, observed in enumerate(layers):
+            weight, bias = observed.weight, observed.layer._parameters["bias"]
             if weight is not None and weight.grad is not None:
                 bias_grad = None if bias is None or (rates is not None and id(bias) not in rates) else bias.grad
                 rate = None if rates is None else rates.get(id(weight))
@@ -278,15 +287,15 @@ def _trained(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-def _rule(seen: Observed) -> str:
+def _rule(observed: Observed) -> str:
     """What is done with the layer, in words."""
-    layer = seen.layer
+    layer = observed.layer
     if not layer.weight.requires_grad:
         return f"{layer}, frozen: nothing to do"
-    if seen.unsupported:
+    if observed.unsupported:
         return f"{layer}, left alone: what its forward takes or gives is no rows of its weight"
     if layer.bias is not None and layer.bias.requires_grad:
         return f"{layer}, centred and scaled"
-    if seen.norm is not None:
+    if observed.norm is not None:
         return f"{layer}, scaled; the normalization behind it removes the mean"
     return f"{layer}, scaled, with the metric of a layer without bias"

@@ -90,6 +90,9 @@ class LangevinBNP(Optimizer):
         self._bnp, self._generator = bnp, generator
         bnp.attach(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_bnp": self._bnp, "_generator": self._generator}
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Drift along the preconditioned gradient, and diffuse.
 
@@ -102,18 +105,18 @@ class LangevinBNP(Optimizer):
         loss = None if closure is None else closure()
         with torch.no_grad():
             noise = {}
-            for seen, metric in self._bnp.metrics():
-                weight, bias = seen.layer.weight, seen.layer.bias
+            for observed, preconditioner in self._bnp.metrics():
+                weight, bias = observed.layer.weight, observed.layer.bias
                 moving = bias if bias is not None and bias.requires_grad else None
                 drawn = preconditioned_noise(
                     weight,
                     moving,
-                    metric.mean,
-                    metric.variance,
-                    divisor=metric.divisor,
-                    groups=seen.geometry.groups,
-                    transposed=seen.geometry.transposed,
-                    mean_removed=seen.mean_removed,
+                    preconditioner.mean,
+                    preconditioner.variance,
+                    divisor=preconditioner.divisor,
+                    groups=observed.geometry.groups,
+                    transposed=observed.geometry.transposed,
+                    mean_removed=observed.mean_removed,
                     generator=self._generator,
                 )
                 noise.update({id(p): n for p, n in zip((weight, moving), drawn, strict=True) if p is not None})

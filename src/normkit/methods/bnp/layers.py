@@ -8,8 +8,9 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normkit.inspection.counting import input_counters
 from normkit.inspection.graph import producers
-from normkit.methods.bnp.observer import Hook, Layer
+from normkit.methods.bnp.observer import Layer, Observed
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -63,7 +64,8 @@ def choose(model: nn.Module, layers: Iterable[str] | None = None) -> tuple[dict[
             f"{type(model).__name__} has no linear or convolution layer that can be preconditioned{''.join(few)}{more}"
         )
     for path, found in chosen.items():
-        if any(isinstance(hook, Hook) for layer in found for hook in layer._forward_hooks.values()):
+        observers = (c for layer in found for c in input_counters(layer) if isinstance(c, Observed))
+        if any(not observer.collector.copied for observer in observers):
             raise ValueError(f"{path}: another BNP observes this layer; call its remove() first")
     return chosen, skipped
 

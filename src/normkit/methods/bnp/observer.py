@@ -1,10 +1,9 @@
-"""One layer under observation: what it is for BNP, and the rows it has seen since the last optimizer step.
+"""One observed layer: its geometry, and the rows of its input since the last optimizer step.
 
 Row counts carry the geometry. Zeros that a convolution pads with, or that a transposed convolution inserts between its
 inputs, are rows of its design matrix too: they add nothing to the sums, only to the count.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-from normkit.inspection.counting import disable_dynamo, is_counting, on_first_backward
+from normkit.inspection.counting import Collector, InputCounter, disable_dynamo, is_counting
 from normkit.inspection.markers import attachment
 from normkit.moments import sum_and_square_sum
 
@@ -84,35 +83,43 @@ def row_count(layer: Layer, shape: torch.Size) -> float:
     return count
 
 
-class Observed:
-    """A layer, its forward hook, and what the hook has gathered.
+class Mask:
+    """Which rows count at present: all (None), or those where ``value`` is True."""
+
+    value: Tensor | None = None
+
+
+class Observed(InputCounter[Sums]):
+    """One layer, and the rows of its input that its forward hook counts.
 
     Attributes:
         path: Path of the layer in the model.
-        layer: The layer; others may share its weight and bias (see ``share``).
-        running: Running mean, variance and number of steps seen (fp64 where the device has it), or None before the
-        first. prepared: Whether the present gradients are preconditioned already.
-        unsupported: Whether a forward took or gave something that is no rows of the layer, which is then left alone.
+        layer: The layer; others with the same weight and bias, which ``watch`` adds, are one layer with it.
+        running: Running mean, variance and number of steps (fp64 where the device has it), or None before the first step.
+        prepared: Whether the present gradients are preconditioned already.
+        unsupported: Whether the input or the output of a forward was no rows of the layer; the layer is then left alone.
         norm: The batch or instance normalization that alone takes the layer's output, or None.
+
+    Args:
+        path: Path of the layer in the model.
+        layer: The layer.
+        collector: Who takes the rows.
+        mask: Which rows count.
     """
 
-    def __init__(self, path: str, layer: Layer, masks: Callable[[], Tensor | None]) -> None:
+    def __init__(self, path: str, layer: Layer, collector: Collector, mask: Mask) -> None:
+        super().__init__(collector)
         self.path = path
         self.layer = layer
         self.running: tuple[Tensor, Tensor, Tensor] | None = None
         self.prepared = False
         self.unsupported = False
         self.norm: nn.Module | None = None
-        self._mask = masks
-        self._seen: list[Sums] = []
+        self._mask = mask
         self._accumulator: Tensor | None = None  # what compiled forwards add to: rows, positions, sums, squares
         self._compiled = False
         self.allocate()
-        self._handles = [layer.register_forward_hook(Hook(self), with_kwargs=True)]
-
-    def share(self, layer: Layer) -> None:
-        """Count the rows of another layer with the same weight and bias too: it is one layer, called several times."""
-        self._handles.append(layer.register_forward_hook(Hook(self), with_kwargs=True))
+        self.watch(layer)
 
     @property
     def weight(self) -> Tensor | None:
@@ -139,30 +146,27 @@ class Observed:
         if self.materialized() and (self._accumulator is None or self._accumulator.device != device):
             self._accumulator = _zeros(self.geometry.features, device)
 
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-
     def discard(self) -> None:
-        """Forget the rows of gradients that were dropped."""
+        """Forget the rows whose gradients were dropped."""
+        super().discard()
         self.prepared = False
-        self._seen.clear()
         if self._compiled and self._accumulator is not None:
             self._accumulator.zero_()
 
     def take(self) -> list[Sums]:
-        """The sums of every forward that counted since the last call."""
-        seen, self._seen = self._seen, []
+        """Return the sums of every forward that counted since the last call."""
+        sums = super().take()
         if self._compiled and self._accumulator is not None:
             total, square = self._accumulator[2:].clone().chunk(2)
             rows, positions = self._accumulator[:2].clone()
-            seen.append(Sums(rows, positions, total, square))
+            sums.append(Sums(rows, positions, total, square))
             self._accumulator.zero_()
-        return seen
+        return sums
 
-    def see(self, layer: Layer, x: Any, output: Any) -> Tensor | None:
-        """Gather the rows of one forward; they count once a gradient reaches ``output``."""
+    @attachment
+    def _after_forward(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        """Count the rows of one forward."""
+        x = args[0] if args else kwargs.get("input")
         weight = layer._parameters.get("weight")
         if not (isinstance(x, Tensor) and isinstance(output, Tensor) and self._fits(x)):
             self.unsupported = True  # a subclass with a forward of its own
@@ -173,7 +177,7 @@ class Observed:
             return None
         sums = self._sums(layer, x, output)
         if not torch.compiler.is_compiling():
-            on_first_backward(output, lambda: self._seen.append(sums))
+            self.count(output, sums, weight)
             return None
         if self._accumulator is None or self._accumulator.device != x.device:
             self._accumulator = _zeros(sums.total.numel(), x.device)
@@ -200,7 +204,7 @@ class Observed:
         return Sums(rows, positions, *sum_and_square_sum(x, dim, None if x.requires_grad else wide_dtype(x.device)))
 
     def _matching_mask(self, x: Tensor, dim: int) -> Tensor | None:
-        mask = self._mask()
+        mask = self._mask.value
         if mask is None:
             return None
         shape = x.shape[:-1] if dim == -1 else x.shape[:dim] + x.shape[dim + 1 :]
@@ -214,34 +218,6 @@ def _make_zeros(features: int, device: torch.device) -> Tensor:
 
 
 _zeros = disable_dynamo(_make_zeros)
-
-
-@attachment
-class Hook:
-    """The forward hook of an observed layer; in a copied or pickled model it does nothing."""
-
-    def __init__(self, observed: Observed) -> None:
-        self.observed = observed
-
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        """Called by torch after the layer's forward."""
-        x = args[0] if args else kwargs.get("input")
-        return self.observed.see(module, x, output)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _ignore
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _ignoring, ()
-
-
-def _ignoring() -> Callable[..., None]:
-    return _ignore
-
-
-@attachment
-def _ignore(*_: Any) -> None:
-    """What the hook of an observed layer becomes in a copy of the model."""
 
 
 class _CountOnBackward(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from normkit.methods.bnp.observer import Observed, Sums, wide_dtype
 from normkit.methods.bnp.preconditioning import guarded_variance, step_divisor, update_running
+from normkit.moments import reduce_together
 
 
 class Preconditioner(NamedTuple):
@@ -39,7 +40,7 @@ class LayerIndex:
 
     def __init__(self, layers: Sequence[Observed], device: torch.device) -> None:
         self.layers, self.device = list(layers), device
-        shapes = [seen.geometry for seen in layers]
+        shapes = [observed.geometry for observed in layers]
         self.sizes = [shape.features for shape in shapes]
         self.indices = torch.arange(sum(self.sizes), device=device).split(self.sizes)
         self.owner = torch.cat([torch.full((size,), i, device=device) for i, size in enumerate(self.sizes)])
@@ -60,7 +61,7 @@ class LayerIndex:
 
 
 class Preconditioners(NamedTuple):
-    """What preconditions the layers of a step, side by side; ``known`` is 1 for layers that have seen rows, else 0."""
+    """What preconditions the layers of a step, side by side; ``known`` is 1 for layers with rows so far, else 0."""
 
     index: LayerIndex
     mean: Tensor
@@ -73,9 +74,9 @@ class Preconditioners(NamedTuple):
         sizes = self.index.sizes
         parts = zip(self.index.layers, self.mean.split(sizes), self.variance.split(sizes), self.divisor, strict=True)
         each = []
-        for seen, *metric in parts:
-            weight = seen.layer.weight
-            each.append((seen, Preconditioner(*(t.to(weight.device, compute_dtype(weight)) for t in metric))))
+        for observed, *tensors in parts:
+            weight = observed.layer.weight
+            each.append((observed, Preconditioner(*(t.to(weight.device, compute_dtype(weight)) for t in tensors))))
         return each
 
 
@@ -123,8 +124,8 @@ class RowStatistics:
         if self._running is not None:
             index, mean, variance, steps = self._running
             parts = zip(mean.split(index.sizes), variance.split(index.sizes), steps, strict=True)
-            for seen, running in zip(index.layers, parts, strict=True):
-                seen.running = running
+            for observed, running in zip(index.layers, parts, strict=True):
+                observed.running = running
             self._running = None
 
     def _running_of(self, index: LayerIndex) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +134,7 @@ class RowStatistics:
             return self._running[1:]
         self.write_back()
         like = index.fan_in
-        known = [seen.running or _nothing(n, like) for seen, n in zip(index.layers, index.sizes, strict=True)]
+        known = [observed.running or _nothing(n, like) for observed, n in zip(index.layers, index.sizes, strict=True)]
         mean, variance = (torch.cat([_at(entry[i], index.device) for entry in known]) for i in (0, 1))
         return mean, variance, torch.stack([_at(entry[2], index.device) for entry in known])
 
@@ -141,14 +142,14 @@ class RowStatistics:
         """Rows and positions per layer, and sums and squares per feature in two rows, over all ranks in one all-reduce."""
         device, wide = index.device, wide_dtype(index.device)
         sums = [
-            _summed(seen.take()) or _no_rows(n, index.fan_in) for seen, n in zip(index.layers, index.sizes, strict=True)
+            _summed(observed.take()) or _no_rows(n, index.fan_in)
+            for observed, n in zip(index.layers, index.sizes, strict=True)
         ]
         counts = self._on_device([s.rows for s in sums] + [s.positions for s in sums], wide, device)
         # tensors of different dtypes are joined one by one, slowly
         runs = groupby([s.total for s in sums] + [s.square for s in sums], key=lambda t: (t.dtype, t.device))
         flat = torch.cat([counts, *(torch.cat(list(run)).to(device, wide) for _, run in runs)])
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1:
-            dist.all_reduce(flat, group=self.group)
+        _, (flat,) = reduce_together((), (flat,), self.group)
         rows, positions, both = flat.split([len(sums), len(sums), 2 * sum(index.sizes)])
         return rows, positions, both.view(2, -1)
 
@@ -183,14 +184,14 @@ def _at(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if tensor.device == device else tensor.to(device)
 
 
-def _summed(seen: Sequence[Sums]) -> Sums | None:
+def _summed(sums: Sequence[Sums]) -> Sums | None:
     """The sums of all forwards of a step (in fp64 where there are several)."""
-    if len(seen) < 2:
-        return seen[0] if seen else None
-    wide = wide_dtype(seen[0].total.device)
-    total = torch.stack([s.total.to(wide) for s in seen]).sum(0)
-    square = torch.stack([s.square.to(wide) for s in seen]).sum(0)
-    return Sums(sum(s.rows for s in seen), sum(s.positions for s in seen), total, square)
+    if len(sums) < 2:
+        return sums[0] if sums else None
+    wide = wide_dtype(sums[0].total.device)
+    total = torch.stack([s.total.to(wide) for s in sums]).sum(0)
+    square = torch.stack([s.square.to(wide) for s in sums]).sum(0)
+    return Sums(sum(s.rows for s in sums), sum(s.positions for s in sums), total, square)
 
 
 def _no_rows(features: int, like: Tensor) -> Sums:

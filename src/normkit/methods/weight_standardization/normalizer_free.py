@@ -29,7 +29,7 @@ from normkit.methods.weight_standardization.standardize import (
     parametrize_filters,
     scaled_standardize,
 )
-from normkit.optim.step_hooks import StepHandle, before_step
+from normkit.optim.step_hooks import StepHandle, attach_to_step
 
 _ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Softplus,
@@ -193,7 +193,7 @@ def attach_clipping(model: nn.Module, optimizer: Optimizer, threshold: float = 0
 
     Args:
         model: The model whose parameters the optimizer steps.
-        optimizer: Any optimizer that evaluates its closure at most once per step.
+        optimizer: Any torch optimizer that works on one gradient per step.
         threshold: lambda; the paper's 0.01 is for batches of 4096, and smaller batches do with larger ones.
         eps: Smallest length of a unit.
 
@@ -201,7 +201,7 @@ def attach_clipping(model: nn.Module, optimizer: Optimizer, threshold: float = 0
         A handle whose ``remove()`` takes it off.
 
     Raises:
-        ValueError: A number is not positive, or the optimizer is LBFGS.
+        ValueError: A number is not positive, or the optimizer does not work on one gradient per step (LBFGS, SAM).
     """
     for name, value in (("threshold", threshold), ("eps", eps)):
         if not value > 0:
@@ -216,10 +216,12 @@ def attach_clipping(model: nn.Module, optimizer: Optimizer, threshold: float = 0
                 layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
             )
             groups[own] = layer.groups
-    return before_step(optimizer, partial(_clip, optimizer, groups, threshold, eps), owner="adaptive gradient clipping")
+    return attach_to_step(
+        optimizer, "adaptive gradient clipping", partial(_clip, groups=groups, threshold=threshold, eps=eps)
+    )
 
 
-def _clip(optimizer: Optimizer, groups: dict[Tensor, int], threshold: float, eps: float) -> None:
+def _clip(optimizer: Optimizer, *, groups: dict[Tensor, int], threshold: float, eps: float) -> None:
     scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer under AMP unscales the gradients itself
     limit = threshold if scale is None else threshold * scale
     for parameter, count in groups.items():
