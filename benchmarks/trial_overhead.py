@@ -20,7 +20,7 @@ from normkit.study.config import StudyConfig
 from normkit.study.records import CurvePoint, TrialKey
 from normkit.study.train.loop import LOSS_POINTS, Loop
 from normkit.study.train.schedules import lr_factor
-from normkit.study.train.trial import load, make
+from normkit.study.train.trial import build_trial, load
 
 REPEATS = 4  # pairs of runs, each 23 paired times
 
@@ -35,12 +35,12 @@ def measure(model: str, method: str, batch_size: int, chunk: int, repeats: int) 
     inputs, labels = data.normalise(data.train.inputs), data.train.labels
 
     def trial() -> Iterator[CurvePoint]:
-        loop = Loop(config, key, data, *make(config, key, data))
+        loop = Loop(config, key, data, *build_trial(config, key, data))
         loop._validate = lambda _: None  # type: ignore[method-assign]
         return loop.points()
 
     def bare() -> Iterator[None]:
-        network, optimizer = make(config, key, data)
+        network, optimizer = build_trial(config, key, data)
         schedule = LambdaLR(optimizer, lambda step: lr_factor("cosine", step, steps, 0.05))
         order = torch.cat([torch.randperm(len(labels)) for _ in range(-(-config.budget // len(labels)))])
         network.train()

@@ -1,11 +1,14 @@
-"""The command line: parse, call, print. Nothing is decided here."""
+"""The command line: parse, call, print. Nothing is decided here, and torch is loaded by what computes."""
 
-import contextlib
 import io
+import logging
 import os
 import sys
 import traceback
-from typing import Any
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
 
 try:
     import tyro
@@ -13,8 +16,10 @@ except ImportError as missing:
     raise SystemExit(f"error: {missing}; the command line needs an extra: pip install 'normkit[study]'") from missing
 
 from tyro.conf import FlagCreatePairsOff
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from normkit import __version__
+from normkit._errors import nearest
 from normkit.cli.instruments import Doctor, Landscape, ReproduceHowBNHelps
 from normkit.cli.reproduce import Reproduce
 from normkit.cli.study import THOROUGH, Compare, Recipes, Report, Worker
@@ -32,22 +37,24 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of the command ``normkit``; returns the exit code (2 for bad input).
+    """Run the command ``normkit`` and return its exit code (2 for bad input).
 
     Raises:
-        OSError: Where it does not say what is wrong, or with ``--debug``.
+        OSError: The error does not say by itself what is wrong, or ``--debug`` is given.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a sign that a terminal does not have must not end a study
     try:
-        command = _parse(arguments)
-        return command.run(arguments)
+        command = _parse([argument for argument in arguments if argument != "--debug"])
+        with _log_to_terminal(logging.WARNING if getattr(command, "quiet", False) else logging.INFO):
+            return command.run(arguments)
     except ValueError as error:
-        if "--debug" in arguments:
+        if debug:
             traceback.print_exc()
-        return _complain(error)
+        return _print_error(error)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
@@ -55,56 +62,128 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a folder that cannot be made, a full disk
-        if "--debug" in arguments or error.strerror is None:
+        if debug or error.strerror is None:
             raise
-        return _complain(f"{error.filename or 'a file'}: {error.strerror}")
+        return _print_error(f"{error.filename or 'a file'}: {error.strerror}")
 
 
-def _complain(what: object) -> int:
-    print("error:", *str(what).split(), file=sys.stderr)  # a line, also where a user's exception has several
+def _print_error(error: object) -> int:
+    print("error:", *str(error).split(), file=sys.stderr)  # one line, also where a user's exception has several
     return 2
 
 
+class _Terminal(logging.Handler):
+    """Prints to standard error as it is at that moment: a live display catches it and stays below the text."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def _log_to_terminal(level: int) -> Generator[None, None, None]:
+    """Print what the package logs from ``level`` on, within the block."""
+    logger, handler = logging.getLogger("normkit"), _Terminal()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
 def _parse(arguments: list[str]) -> Any:
-    """The command that was asked for; tyro's framed message about bad input becomes one line.
+    """Return the command that was asked for.
 
     Raises:
-        ValueError: There is no such command, or its arguments are wrong.
-        SystemExit: Help was asked for, and printed.
+        ValueError: There is no such command.
+        SystemExit: Help or the version was asked for and printed, or tyro has printed what is wrong with the arguments.
     """
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if rest and f"{name} {rest[0]}" in COMMANDS:  # this preset is a command of its own
         name, rest = f"{name} {rest[0]}", rest[1:]
-    described = {command: (kind.__doc__ or "").strip() for command, kind in COMMANDS.items()}
     if name in ("-h", "--help"):
-        print("usage: normkit COMMAND [OPTIONS]; `normkit COMMAND --help` lists the options\n")
-        print("\n".join(f"  {command:<22} {text}" for command, text in described.items()))
+        print(
+            "usage: normkit COMMAND [OPTIONS]; `normkit COMMAND --help` lists the options, --debug shows tracebacks\n"
+        )
+        print("\n".join(f"  {command:<22} {(kind.__doc__ or '').strip()}" for command, kind in COMMANDS.items()))
         sys.exit(0 if arguments else 2)
     if name == "--version":
         print(f"normkit {__version__}")
         sys.exit(0)
     if name not in COMMANDS:
-        from normkit._errors import nearest
-
         raise ValueError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
     default: dict[str, Any] = {"default": THOROUGH} if name == "compare" and "--thorough" in rest else {}
-    said = io.StringIO()
+    config = (FlagCreatePairsOff,)
+    return tyro.cli(COMMANDS[name], prog=f"normkit {name}", args=rest, config=config, registry=REGISTRY, **default)
+
+
+REGISTRY = ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _separated_by_commas(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """``tuple[int, ...]`` as 64,8,1."""
+    if info.type_origin is not tuple:
+        return None
+    kind = get_args(info.type)[0]
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{kind.__name__.upper()},...",
+        instance_from_str=lambda texts: tuple(_number(kind, word) for word in _words(texts[0])),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+
+
+@REGISTRY.primitive_rule
+def _rates(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Learning rates: auto, a number, or METHOD=NUMBER for each method."""
+    if dict[str, float] not in get_args(info.type):
+        return None
+
+    def read(texts: list[str]) -> Any:
+        if texts[0] == "auto":
+            return "auto"
+        if "=" not in texts[0]:
+            return _number(float, texts[0])
+        pairs = (word.partition("=") for word in _words(texts[0]))
+        return {name: _number(float, rate) for name, _, rate in pairs}
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="auto|FLOAT|METHOD=FLOAT,...",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, (float, dict, str)),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@REGISTRY.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """A value that may be left out: the option takes the value alone."""
+    kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
+    if len(kinds) != 1 or kinds[0] not in (str, int, Path) or type(None) not in get_args(info.type):
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kinds[0].__name__.upper(),
+        instance_from_str=lambda texts: _number(kinds[0], texts[0]),
+        is_instance=lambda value: value is None or isinstance(value, kinds[0]),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _number(kind: Any, word: str) -> Any:
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(COMMANDS[name], prog=f"normkit {name}", args=rest, config=(FlagCreatePairsOff,), **default)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise ValueError(f"{_one_line(said.getvalue())} (see normkit {name} --help)") from None
-
-
-def _one_line(framed: str) -> str:
-    """The first two paragraphs of tyro's message, without its frame: what is wrong, and what was perhaps meant."""
-    lines = [line.strip("│╭╮╰╯|+ ") for line in framed.splitlines()]  # of ASCII where the terminal has no more
-    paragraphs = " ".join("\n" if set(line) <= {"─", "-"} else line for line in lines[1:]).split("\n")
-    kept = [" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip()]
-    line = "; ".join(kept[: 2 if "meant" in framed else 1])
-    return line.replace("invalid literal for int() with base 10:", "give a whole number, not")
+        return kind(word)
+    except ValueError:
+        raise ValueError(f"{word!r} is not a {'whole ' if kind is int else ''}number") from None
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from normkit.cli.study import stopped, words
+from normkit.cli.study import stopped
 
 
 @dataclass(frozen=True)
@@ -16,55 +16,50 @@ class Reproduce:
     preset: Annotated[str, Positional, arg(metavar="PRESET")] = ""
     """Name of a preset."""
     scale: float = 0.01
-    """Share of the paper's training budget, in (0, 1]; the report says what was scaled down."""
-    data: str = ""
+    """Fraction of the paper's training budget, in (0, 1]; the report says what was scaled down."""
+    data: str | None = None
     """Use this data instead, for example a local copy of the preset's."""
-    model: str = ""
+    model: str | None = None
     """Only this network of the preset, or in place of its only one, for example resnet20."""
-    methods: str = ""
-    """Only these methods, comma-separated."""
+    methods: tuple[str, ...] = ()
+    """Only these methods."""
     paper_rates: bool = False
     """Train at the paper's learning rates instead of searching for every method's own."""
-    seeds: int = 0
-    """Final runs per method; 0: as many as the preset has at this scale."""
-    limit: int = 0
-    """At most this many examples of each split; 0: as the scale says."""
-    device: str = "cpu"
-    """cpu, or a CUDA device."""
-    out: Annotated[str, arg(metavar="FOLDER")] = ""
-    """Output folder. Empty: runs/ and the preset's name and scale."""
+    seeds: int | None = None
+    """Final runs per method; by default as many as the preset has at this scale."""
+    limit: int | None = None
+    """Use at most this many samples of each split; by default as the scale says."""
+    device: str | None = None
+    """cpu, or a CUDA device; by default cpu."""
+    out: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """Output folder; by default runs/ and the preset's name and scale."""
     workers: int = 0
     """Trials side by side; 0: one per core, one on a GPU."""
     quiet: bool = False
     """Print nothing but the result."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
     def run(self, arguments: list[str]) -> int:
         """Run the preset."""
-        from normkit.study.papers.reproduce import listing, reproduce
+        from normkit.study.papers.reproduce import preset_list, reproduce
 
         if not self.preset:
-            print(listing())
+            print(preset_list())
             return 0
-        given: dict[str, Any] = {
-            "data": self.data,
-            "methods": words(self.methods),
-            "seeds": self.seeds,
-            "limit": self.limit,
-            "device": self.device,
+        out = self.out or Path("runs") / self._name
+        changes: dict[str, Any] = {
+            name: value
+            for name in ("data", "methods", "seeds", "limit", "device")
+            if (value := getattr(self, name)) not in (None, ())
         }
-        out = Path(self.out) if self.out else Path("runs") / self._name
-        changes = {name: value for name, value in given.items() if value and (name, value) != ("device", "cpu")}
         try:
             page = reproduce(
                 self.preset,
                 scale=self.scale,
                 out=out,
                 changes=changes,
-                model=self.model or None,
+                model=self.model,
                 paper_rates=self.paper_rates,
-                workers=self.workers or None,
+                workers=self.workers,
                 quiet=self.quiet,
                 arguments=arguments,
             )
@@ -76,6 +71,6 @@ class Reproduce:
 
     @property
     def _name(self) -> str:
-        """Name of the output folder: what decides whether two commands mean the same study, the small changes left out."""
+        """Name of the output folder, from what decides whether two commands mean the same study."""
         parts = (self.preset, self.model, "paper-rates" if self.paper_rates else "", f"{self.scale:g}")
         return "".join(c if c.isalnum() or c == "." else "-" for c in "-".join(filter(None, parts)))

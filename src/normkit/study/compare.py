@@ -1,5 +1,6 @@
 """The main job from end to end: check, plan, run, measure the cost, report. A killed study goes on where it was."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +20,13 @@ from normkit.study.plan import Slot, slots
 from normkit.study.records import Cost, StudyRecord, TrialResult
 from normkit.study.report.progress import Display
 from normkit.study.report.trackers import Tracker
-from normkit.study.store.fingerprint import hold
+from normkit.study.store.fingerprint import check_fingerprint
 from normkit.study.store.store import Store
 from normkit.study.store.torchrun import follow, launched_rank, lead, rank_count
 from normkit.study.store.worker import run_workers
 from normkit.study.train.cost import measure_costs
+
+logger = logging.getLogger(__name__)
 
 
 def assist(config: StudyConfig, out: Path | None = None) -> None:
@@ -36,7 +39,7 @@ def compare(
     out: Path | None = None,
     *,
     storage: str | None = None,
-    workers: int | None = None,
+    workers: int = 0,
     quiet: bool = True,
     landscape: bool = False,
     track: Sequence[str] = (),
@@ -48,7 +51,7 @@ def compare(
         config: What to compare.
         out: Output folder; default ``runs/`` and the study's name.
         storage: URL of an Optuna storage to share with other processes; default a SQLite file in ``out``.
-        workers: Trials side by side; default one per core, one on a GPU.
+        workers: Trials side by side; 0 for one per core, one on a GPU.
         quiet: Show no progress.
         landscape: Train every method once more under the instruments, and add what they show to the report.
         track: Names of experiment trackers that get every trial.
@@ -61,42 +64,44 @@ def compare(
         StudyError: Bad input; nothing was run.
         KeyboardInterrupt: The user stopped it; there is a report of what has ended, and the same call goes on.
     """
-    check_workers(workers or 0)
+    check_workers(workers)
     path = out or Path("runs") / study_name(config)
     data = check(config)
     folder = StudyFolder(path, config, command_line(arguments), redact(storage) if storage else None)
     folder.prepare()
-    place = folder.place(storage)
-    store = place.store()
+    address = folder.address(storage)
+    store = address.store()
     store.open(config)
-    hold(store, config, data)
+    check_fingerprint(store, config, data)
     folder.save()
     if len(store.results()) < len(slots(config)):
-        store.note("environment", together(store.noted("environment"), environment(config.device) | rank_count()))
-    store.note("data", {"classes": data.classes, "data_summary": summary(data)})
+        store.set_attr(
+            "environment", together(store.get_attr("environment"), environment(config.device) | rank_count())
+        )
+    store.set_attr("data", {"classes": data.classes, "data_summary": summary(data)})
     count = workers or (1 if config.device.startswith("cuda") else available_cores())
     try:
         with Display(quiet=quiet) as shown:
             shown.plan(slots(config))
-            trackers = [Tracker(name, path, study_name(config), shown.message) for name in track]
+            trackers = [Tracker(name, path, study_name(config)) for name in track]
 
-            def watch(results: list[TrialResult], running: list[Slot]) -> None:
+            def on_progress(results: list[TrialResult], running: list[Slot]) -> None:
                 shown.update(results, running)
                 for tracker in trackers:
                     tracker.update(results)
 
             if launched_rank() is None:
-                run_workers(place, config, count, watch)
+                run_workers(address, config, count, on_progress)
             else:
-                lead(place, config, data, watch)
-            if store.noted("costs") is None:
-                shown.message("measuring time and memory per step")
+                lead(address, config, data, on_progress)
+            if store.get_attr("costs") is None:
+                logger.info("measuring time and memory per step")
                 torch.set_num_threads(1)
-                store.note("costs", [vars(cost) for cost in measure_costs(config, data)])
-            if landscape and store.noted("landscape") is None:
-                shown.message("looking at the landscape of every method")
-                traces = study_traces(config, data, store.results(), shown.message)
-                store.note("landscape", [plain(trace) for trace in traces])
+                store.set_attr("costs", [vars(cost) for cost in measure_costs(config, data)])
+            if landscape and store.get_attr("landscape") is None:
+                logger.info("measuring the landscape of every method")
+                traces = study_traces(config, data, store.results())
+                store.set_attr("landscape", [plain(trace) for trace in traces])
     except KeyboardInterrupt:
         report(folder, store)  # of what there is
         raise
@@ -108,16 +113,16 @@ def report(folder: StudyFolder, store: Store) -> StudyRecord:
     from normkit.study.report.render import write_report
 
     config = folder.config
-    facts = store.noted("data") or {"classes": None, "data_summary": config.data}
+    facts = store.get_attr("data") or {"classes": None, "data_summary": config.data}
     record = StudyRecord(
         config={**config.to_dict(), "reference": config.reference, **facts},
-        environment=store.noted("environment") or {},
+        environment=store.get_attr("environment") or {},
         command=folder.command,
         trials=tuple(store.results()),
-        costs=tuple(Cost(**cost) for cost in store.noted("costs") or ()),
+        costs=tuple(Cost(**cost) for cost in store.get_attr("costs") or ()),
         planned=len(slots(config)),
         recipes={m: {"summary": recipes()[m].summary, "paper": recipes()[m].paper} for m in config.methods},
-        landscape=tuple(store.noted("landscape") or ()),
+        landscape=tuple(store.get_attr("landscape") or ()),
     )
     write_report(record, folder.path)
     return record

@@ -1,7 +1,8 @@
-"""The configuration of a study: what is compared, and how every run is trained; plain data that needs no torch."""
+"""What can be asked for, as plain data: the command line parses these classes, and none of them needs torch."""
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from normkit.study.errors import StudyError
@@ -10,26 +11,27 @@ if TYPE_CHECKING:
     from normkit.study.data.augmentation import Augmentation
 
 Schedule = Literal["cosine", "step", "two-step", "one-cycle", "constant"]
+Rates = float | dict[str, float] | Literal["auto"]
 
 
 @dataclass(frozen=True)
 class Training:
-    """How every run is trained.
+    """How every run is trained, whatever the method.
 
     Attributes:
         optimizer: Optimizer of the methods that do not bring their own.
         momentum: Momentum of SGD-like optimizers.
         weight_decay: Weight decay.
-        schedule: How the learning rate goes over a run.
-        warm_up: Share of the steps over which the learning rate rises linearly, in [0, 1).
-        label_smoothing: Share of the label spread over all classes, in [0, 1).
-        ema: Decay of an average of the weights that is evaluated in their place; 0 for none.
+        schedule: Learning-rate schedule.
+        warm_up: Fraction of the steps over which the learning rate rises linearly, in [0, 1).
+        label_smoothing: Fraction of the label spread over all classes, in [0, 1).
+        ema: Decay of the exponential moving average of the weights that is evaluated in their place; 0 for none.
         flip: Mirror training images at random.
-        crop: Reflect-pad training images by this many pixels and cut their size out at random; 0 for none.
-        amp: Forward in bfloat16 where it is safe (autocast), weights in fp32.
-        channels_last: Memory layout NHWC.
+        crop: Pad training images by this many pixels, reflecting, and crop at random to their size; 0 for none.
+        amp: Run the forward in bfloat16 where that is safe (autocast), with weights in fp32.
+        channels_last: Use the memory layout NHWC.
         compile: Compile the model for training.
-        micro_batch: Split each batch into pieces of this size whose gradients accumulate; 0 for whole batches.
+        micro_batch: Split each batch into micro-batches of this size whose gradients accumulate; 0 for whole batches.
     """
 
     optimizer: Literal["sgd", "nesterov", "adam", "adamw"] = "sgd"
@@ -48,7 +50,7 @@ class Training:
 
     @property
     def augmentation(self) -> "Augmentation":
-        """What happens to training images."""
+        """The augmentation of training images."""
         from normkit.study.data.augmentation import Augmentation  # the only part that needs torch
 
         return Augmentation(self.flip, self.crop)
@@ -59,55 +61,55 @@ class Training:
         Raises:
             StudyError: Names the argument, the value and the remedy.
         """
-        for flag, share in (
+        for flag, fraction in (
             ("--momentum", self.momentum),
             ("--warm-up", self.warm_up),
             ("--label-smoothing", self.label_smoothing),
             ("--ema", self.ema),
         ):
-            if not 0 <= share < 1:
-                raise StudyError(f"{flag} {share}: give a number in [0, 1)")
+            if not 0 <= fraction < 1:
+                raise StudyError(f"{flag} {fraction}: give a number in [0, 1)")
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise StudyError(f"--weight-decay {self.weight_decay}: give a number that is not negative")
-        for flag, count in (("--crop", self.crop), ("--micro-batch", self.micro_batch)):
-            if count < 0:
-                raise StudyError(f"{flag} {count}: give a positive number, or 0 to switch it off")
+        for flag, number in (("--crop", self.crop), ("--micro-batch", self.micro_batch)):
+            if number < 0:
+                raise StudyError(f"{flag} {number}: give a positive number, or 0 to switch it off")
 
 
 @dataclass(frozen=True)
 class StudyConfig(Training):
-    """What is compared, and how (see also ``Training``); studies with equal configurations are the same study.
+    """What is compared, and how; studies with equal configurations are the same study.
 
     Attributes:
-        data: Name of a data set, see ``normkit.study.data.load.load_data``.
-        model: Name of a model, see ``normkit.study.models.build_model``.
-        methods: Names out of [`normkit.recipes`][].
-        batch_sizes: Examples per optimizer step.
-        seeds: Number of final runs per method and batch size.
-        budget: Training examples a run sees, the same for every method and batch size.
-        lr: ``"auto"``, one learning rate for all, or one for each method.
-        lr_points: Grid points of the search, each a factor sqrt(10) apart.
+        data: digits, spiral, a Hugging Face name, a local folder, or your own: FILE.py:factory, package.module:factory.
+        model: A name such as resnet20, or your own: FILE.py:factory, package.module:factory.
+        methods: Recipes, see `normkit recipes`.
+        batch_sizes: Samples per optimizer step.
+        seeds: Final runs per method and batch size.
+        budget: Training samples that a run sees, the same for every method and batch size.
+        lr: auto (searched for every method and batch size), one learning rate for all, or one for each method
+            (batch=0.1,sgd-g=0.2).
+        lr_points: Grid points of the learning-rate search, a factor sqrt(10) apart.
         search_seeds: Runs per grid point.
-        validation: Share of the training data that validates, or from 1 up the number of examples, classes in proportion;
-            data that comes with a validation split uses that.
-        best_weights: Judge the weights with the best validation accuracy of a run instead of the last; a run is then
-            validated after every epoch too.
-        alternative: Alternative hypothesis of the test: ``two-sided`` or ``greater``.
-        device: ``cpu`` or a CUDA device.
-        image_column: Column with the images, for data that has columns.
-        label_column: Column with the classes.
-        image_size: Height and width that images are brought to.
-        limit: At most this many examples of each split.
-        prune: Give up search runs that are below the median of their peers.
+        validation: Fraction of the training data held out for validation; a number >= 1 counts samples. A validation split
+            that comes with the data is used as it is.
+        best_weights: Test the best checkpoint by validation accuracy (checked every epoch) instead of the last.
+        alternative: Alternative hypothesis of the paired test.
+        device: cpu, or a CUDA device.
+        image_column: Column with the images; by default found by its type.
+        label_column: Column with the classes; by default found by its type.
+        image_size: Resize images to this height and width.
+        limit: Use at most this many samples of each split.
+        prune: Stop search runs that are below the median of the other learning rates at the same point.
     """
 
     data: str = "digits"
     model: str = "digits-cnn"
-    methods: tuple[str, ...] = ("batch", "group")
+    methods: tuple[str, ...] = ("none", "batch", "group", "bnp", "batchless-projected")
     batch_sizes: tuple[int, ...] = (64, 8, 1)
     seeds: int = 3
     budget: int = 1500
-    lr: float | dict[str, float] | Literal["auto"] = "auto"
+    lr: Rates = "auto"
     lr_points: int = 5
     search_seeds: int = 1
     validation: float = 0.2
@@ -134,3 +136,88 @@ class StudyConfig(Training):
         """Inverse of ``to_dict``."""
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class LandscapeConfig:
+    """What is trained and measured.
+
+    Attributes:
+        data: digits, spiral, a Hugging Face name, a local folder, or your own: FILE.py:factory, package.module:factory.
+        model: A name such as vgg13-small, or your own: FILE.py:factory, package.module:factory.
+        methods: Recipes, see `normkit recipes`, or none+noise: the noise of noisy-batch without normalization.
+        batch_size: Samples per optimizer step.
+        steps: Optimizer steps of each run.
+        every: Steps from one measurement to the next; a measurement costs about as much as 15 steps.
+        lr: Learning rate of all methods, and the unit of the walk along the gradient.
+        momentum: Momentum; the paper uses plain SGD.
+        weight_decay: Weight decay.
+        initialization: Initial weights: those of the model, or Glorot's.
+        seed: Seed of weights and data order, the same for all methods.
+        span: Smallest and largest step size of the walk, in units of the learning rate.
+        limit: Use at most this many samples of each split.
+        device: cpu, or a CUDA device.
+    """
+
+    data: str = "digits"
+    model: str = "digits-cnn"
+    methods: tuple[str, ...] = ("none", "batch", "noisy-batch", "none+noise", "bnp", "l1")
+    batch_size: int = 128
+    steps: int = 200
+    every: int = 20
+    lr: float = 0.1
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    initialization: Literal["model", "glorot"] = "model"
+    seed: int = 0
+    span: tuple[float, float] = (0.5, 4.0)
+    limit: int | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class HowBNHelps:
+    """Which experiment of "How does batch normalization help optimization?", and how much of it.
+
+    Attributes:
+        model: vgg on CIFAR-10, or dln, the deep linear network.
+        data: CIFAR-10, a Hugging Face name or a local folder; for the VGG.
+        scale: Fraction of the paper's number of steps (15,000 and 10,000).
+        width: full, or small for a VGG a quarter as wide.
+        seed: Seed of weights and data.
+        device: cpu, or a CUDA device.
+    """
+
+    model: Literal["vgg", "dln"] = "vgg"
+    data: str = "cifar10"
+    scale: float = 0.01
+    width: Literal["full", "small"] = "small"
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What is examined.
+
+    Attributes:
+        data: As in compare; batches of the training split are used.
+        model: As in compare.
+        method: Recipe that the model was trained with, see `normkit recipes`.
+        checkpoint: State dict by torch.save, bare or under model or state_dict; by default the model as it is built.
+        batch_size: Batch size in training.
+        accumulate: Micro-batches per optimizer step in training.
+        weight_decay: Weight decay in training.
+        limit: Use at most this many samples.
+        device: cpu, or a CUDA device.
+    """
+
+    data: str = "digits"
+    model: str = "digits-cnn"
+    method: str = "batch"
+    checkpoint: Path | None = None
+    batch_size: int = 64
+    accumulate: int = 1
+    weight_decay: float = 0.0
+    limit: int | None = None
+    device: str = "cpu"

@@ -1,6 +1,5 @@
 """The doctor on a model, data and checkpoint that are given by name."""
 
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import normkit
 from normkit._errors import nearest
 from normkit.instruments import Diagnosis
 from normkit.study.check import check_fit
+from normkit.study.config import DoctorConfig
 from normkit.study.data.batches import batches
 from normkit.study.data.load import load_data
 from normkit.study.environment import check_device
@@ -20,33 +20,6 @@ from normkit.study.errors import StudyError
 from normkit.study.models import build_model
 
 BATCHES = 8
-
-
-@dataclass(frozen=True)
-class DoctorConfig:
-    """What is examined.
-
-    Attributes:
-        data: Name of a data set; batches of its training split are used.
-        model: Name of a model.
-        method: Recipe with which the model was trained.
-        checkpoint: File with a state dict, or None for the model as it is built.
-        batch_size: Batch size in training.
-        accumulate: Micro-batches per optimizer step in training.
-        weight_decay: Weight decay in training.
-        limit: At most this many examples.
-        device: ``cpu`` or a CUDA device.
-    """
-
-    data: str = "digits"
-    model: str = "digits-cnn"
-    method: str = "batch"
-    checkpoint: Path | None = None
-    batch_size: int = 64
-    accumulate: int = 1
-    weight_decay: float = 0.0
-    limit: int | None = None
-    device: str = "cpu"
 
 
 def run_doctor(config: DoctorConfig) -> Diagnosis:

@@ -11,7 +11,7 @@ from sqlalchemy.engine import URL
 from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
 from normkit.study.store.store import difference
-from normkit.study.store.worker import Place, lock_file
+from normkit.study.store.worker import StoreAddress, lock_file
 
 STUDY_FILE = "study.json"
 CHECKPOINTS = "checkpoints"
@@ -92,7 +92,7 @@ class StudyFolder:
         except (ValueError, KeyError, TypeError) as error:
             raise StudyError(f"{file}: is damaged ({error}); remove it and give the command again") from error
 
-    def place(self, storage: str | None) -> Place:
+    def address(self, storage: str | None) -> StoreAddress:
         """Where the trials are, given the storage's full URL if it is not in the folder.
 
         Raises:
@@ -100,14 +100,14 @@ class StudyFolder:
         """
         if self.storage is None and storage is None:
             url = URL.create("sqlite", database=str(self.path / "study.db")).render_as_string()  # "?" and "%" quoted
-            return Place(url, study_name(self.config), lock_file(url), self.path / CHECKPOINTS)
+            return StoreAddress(url, study_name(self.config), lock_file(url), self.path / CHECKPOINTS)
         url = storage or os.environ.get(STORAGE_VARIABLE) or self.storage or ""
         if "***" in url:
             raise StudyError(
                 f"--storage: the trials are in {url}, and its password is kept nowhere; give the URL with --storage or in the "
                 f"environment variable {STORAGE_VARIABLE}"
             )
-        return Place(url, study_name(self.config), lock_file(url), self.path / CHECKPOINTS)
+        return StoreAddress(url, study_name(self.config), lock_file(url), self.path / CHECKPOINTS)
 
 
 def study_name(config: StudyConfig) -> str:

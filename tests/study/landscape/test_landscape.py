@@ -12,10 +12,11 @@ from torch import nn
 from normkit.cli.main import main
 from normkit.instruments.result import plain
 from normkit.methods.noisy_norm import MomentNoise
+from normkit.study.config import HowBNHelps, LandscapeConfig
 from normkit.study.errors import StudyError
-from normkit.study.landscape.records import LandscapeConfig, Trace
-from normkit.study.landscape.run import apply, run_landscape, watch
-from normkit.study.papers.how_bn_helps import DEEP_LINEAR, HowBNHelps, deep_linear_task, findings
+from normkit.study.landscape.records import Trace
+from normkit.study.landscape.run import apply, run_landscape, train_and_measure
+from normkit.study.papers.how_bn_helps import DEEP_LINEAR, deep_linear_task, findings
 from normkit.study.report.landscape import figures_of, sections, table, write_landscape
 
 SMALL = LandscapeConfig(methods=("none", "batch", "none+noise"), batch_size=32, steps=6, every=3, limit=200)
@@ -171,7 +172,7 @@ def test_what_does_not_hold_is_said(change, claim):
 
 def test_a_moments_trace_ends_with_the_same_model_as_an_unwatched_run():
     task = deep_linear_task(HowBNHelps(model="dln"), 4)
-    seen = watch(task, "batch", every=2, span=(0.5, 2))
+    seen = train_and_measure(task, "batch", every=2, span=(0.5, 2))
     torch.manual_seed(0)
     model, optimizer = task.build("batch")
     losses = []

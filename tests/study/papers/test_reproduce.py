@@ -8,7 +8,7 @@ from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
 from normkit.study.models import build_model
 from normkit.study.papers.presets import PRESETS
-from normkit.study.papers.reproduce import find, listing, reproduce
+from normkit.study.papers.reproduce import find, preset_list, reproduce
 from normkit.study.papers.scaling import scaled
 from normkit.study.plan import validate
 from normkit.study.report.format import format_p
@@ -16,7 +16,7 @@ from normkit.study.report.render import read_results
 from normkit.study.report.statistics import summarize
 
 SHAPES = {"digits": (1, 8, 8), "spiral": (2,)}
-ROWS = [pytest.param(row, id=f"{name}: {row.label}") for name, preset in PRESETS.items() for row in preset.rows]
+ROWS = [pytest.param(row, id=f"{name}: {row.label}") for name, preset in PRESETS.items() for row in preset.comparisons]
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -27,7 +27,7 @@ def test_every_preset_is_a_study_that_can_be_run(row):
 
 
 @pytest.mark.parametrize(
-    "model", sorted({row.config.model for p in PRESETS.values() for row in p.rows if "wrn" in row.config.model})
+    "model", sorted({row.config.model for p in PRESETS.values() for row in p.comparisons if "wrn" in row.config.model})
 )
 def test_wide_networks_are_named_with_the_papers_dropout(model):
     assert model.endswith(("-0.3", "-0.4"))
@@ -45,7 +45,7 @@ ERRORS = """
 @pytest.mark.parametrize("line", ERRORS.split("\n")[1:-1], ids=lambda line: line.split()[0])
 def test_published_figures_are_those_of_the_papers_table(line):
     data, *cells = line.split()
-    rows = PRESETS[f"riemannian-{data}"].rows
+    rows = PRESETS[f"riemannian-{data}"].comparisons
     assert [row.label for row in rows] == cells[::2]
     for row, errors in zip(rows, cells[1::2], strict=True):
         expected = [pytest.approx(100 - float(error)) for error in errors.split("/")]
@@ -54,25 +54,25 @@ def test_published_figures_are_those_of_the_papers_table(line):
 
 
 def test_published_figures_of_vgg_are_those_with_and_without_batch_normalization():
-    plain, augmented = PRESETS["how-bn-helps-accuracy"].rows
+    plain, augmented = PRESETS["how-bn-helps-accuracy"].comparisons
     assert (plain.config.flip, plain.published) == (False, {"batch": 83, "none": 80})
     assert (augmented.config.flip, augmented.published) == (True, {"batch": 92, "none": 88})
 
 
 def test_the_listing_has_every_preset_with_its_cost():
-    text = listing()
+    text = preset_list()
     assert all(name in text for name in [*PRESETS, "how-bn-helps"])
     assert "120 runs, 1,200 million training examples" in text
     assert "40 runs, 324 million training examples; with --paper-rates 30 runs, 243 million" in text
 
 
 def test_the_full_scale_changes_nothing():
-    config = PRESETS["batchless-cifar10"].rows[0].config
+    config = PRESETS["batchless-cifar10"].comparisons[0].config
     assert scaled(config, 1.0) == (config, {})
 
 
 def test_scaling_down_keeps_the_protocol_and_says_what_is_less():
-    config = PRESETS["batchless-cifar10"].rows[0].config
+    config = PRESETS["batchless-cifar10"].comparisons[0].config
     small, less = scaled(config, 0.001)
     assert small.budget == 3000
     assert small.batch_sizes == (1, 2, 4, 8, 16, 32, 64, 128)
@@ -98,7 +98,7 @@ def test_a_run_puts_our_figures_beside_the_papers(tmp_path, monkeypatch):
         PRESETS,
         "tiny",
         PRESETS["how-bn-helps-accuracy"].__class__(
-            "A small one", "Someone 2020", (PRESETS["how-bn-helps-accuracy"].rows[0],), "Not a paper."
+            "A small one", "Someone 2020", (PRESETS["how-bn-helps-accuracy"].comparisons[0],), "Not a paper."
         ),
     )
     monkeypatch.setattr("normkit.study.papers.scaling.SMALLEST_BUDGET", 64)
@@ -129,7 +129,7 @@ def test_bad_input_is_one_line(capsys):
 
 def test_the_revisited_preset_is_the_papers_protocol():
     preset = PRESETS["revisited-cifar10"].at_paper_rates()
-    (row,) = preset.rows
+    (row,) = preset.comparisons
     config = row.config
     assert (config.data, config.model, config.seeds, config.alternative) == ("cifar10", "resnet18", 15, "greater")
     assert (config.validation, config.budget, config.batch_sizes) == (0.1, 180 * 45_000, (128,))
@@ -148,7 +148,7 @@ def test_the_revisited_preset_is_the_papers_protocol():
     ],
 )
 def test_the_riemannian_presets_have_the_papers_rates_and_drops(name, rates):
-    for row in PRESETS[name].at_paper_rates().rows:
+    for row in PRESETS[name].at_paper_rates().comparisons:
         assert row.config.lr == rates
         assert row.config.methods == tuple(rates)
         assert row.config.schedule == ("two-step" if name.endswith("svhn") else "step")
@@ -156,7 +156,7 @@ def test_the_riemannian_presets_have_the_papers_rates_and_drops(name, rates):
 
 
 def test_the_fair_arm_decays_the_same_weights_for_every_method():
-    (row,) = find("riemannian-cifar10", model="vgg13").rows
+    (row,) = find("riemannian-cifar10", model="vgg13").comparisons
     decayed = set()
     for method in row.config.methods:
         model = build_model("resnet20", input_shape=(3, 32, 32), classes=10)
@@ -166,14 +166,14 @@ def test_the_fair_arm_decays_the_same_weights_for_every_method():
 
 
 def test_a_network_is_chosen_among_those_of_a_preset_with_its_published_figures():
-    (row,) = find("riemannian-cifar10", model="wrn-28-10").rows
+    (row,) = find("riemannian-cifar10", model="wrn-28-10").comparisons
     assert (row.config.model, row.published["sgd-g"]) == ("wrn-28-10-0.3", 96.15)
     with pytest.raises(StudyError, match=r"--model resnet20: .*choose one of vgg13, vgg19, wrn-28-10, wrn-40-10"):
         find("riemannian-cifar10", model="resnet20")
 
 
 def test_another_network_takes_the_place_of_the_only_one_without_its_figures():
-    rows = find("how-bn-helps-accuracy", model="vgg19", paper_rates=True).rows
+    rows = find("how-bn-helps-accuracy", model="vgg19", paper_rates=True).comparisons
     assert [(row.label, row.config.model) for row in rows] == [("vgg19", "vgg19"), ("vgg19, augmented", "vgg19")]
     assert not any(row.published for row in rows)
     assert rows[0].config.lr["l1"] == 0.1

@@ -70,7 +70,7 @@ def test_quiet_shows_nothing(trials):
             display.plan([slot(t) for t in trials])
             display.update([], [])
             display.update(trials, [])
-            display.message("hello")
+            display.write("hello")
         assert out.file.getvalue() == ""
 
 
@@ -109,7 +109,7 @@ def test_markup_in_names_is_text():
             display.plan([slot(trial)])
             display.update([], [])
             display.update([trial], [slot(trial)])
-            display.message("[/x]")
+            display.write("[/x]")
         assert "[red]x[/red]" in out.file.getvalue()
 
 

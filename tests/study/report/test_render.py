@@ -8,9 +8,18 @@ import pytest
 
 from normkit.study.records import CurvePoint
 from normkit.study.report.render import CSV_COLUMNS, read_results, render_html, render_markdown, write_report
+from normkit.study.report.statistics import summarize
 from tests.study.report.fake_study import METHODS, realistic, record, result
 
 HOSTILE = "<script>alert(1)</script>\"'`|&{{ 7 * 7 }}"
+
+
+def html_of(record):
+    return render_html(record, summarize(record))
+
+
+def markdown_of(record):
+    return render_markdown(record, summarize(record))
 
 
 class Tags(HTMLParser):
@@ -114,22 +123,22 @@ def test_same_record_gives_the_same_bytes(tmp_path):
 
 
 def test_page_refers_to_nothing_outside():
-    page = Tags(render_html(realistic()))
+    page = Tags(html_of(realistic()))
     links = [value for name, value in page.attributes if name in {"href", "src", "srcset", "xlink:href", "action"}]
     assert links == ["data:,"]
-    assert "url(" not in render_html(realistic())
-    assert "@import" not in render_html(realistic())
+    assert "url(" not in html_of(realistic())
+    assert "@import" not in html_of(realistic())
 
 
 def test_figures_have_a_text_that_tells_their_numbers():
-    labels = [value for name, value in Tags(render_html(realistic())).attributes if name == "aria-label"]
+    labels = [value for name, value in Tags(html_of(realistic())).attributes if name == "aria-label"]
     assert any("Test accuracy against batch size" in label and "batch: 95.8 % at 64" in label for label in labels)
     assert any("Training loss" in label for label in labels)
     assert any("Validation accuracy against learning rate" in label for label in labels)
 
 
 def test_hostile_names_are_text_everywhere():
-    page = Tags(render_html(hostile()))
+    page = Tags(html_of(hostile()))
     text = "".join(page.text)
     assert "script" not in page.tags
     assert text.count("<script>alert(1)</script>") >= 10
@@ -137,8 +146,8 @@ def test_hostile_names_are_text_everywhere():
 
 
 def test_hostile_names_keep_markdown_tables_whole():
-    lines = [line for line in render_markdown(hostile()).splitlines() if line.startswith("| `<script>")]
-    header = next(line for line in render_markdown(hostile()).splitlines() if line.startswith("| method"))
+    lines = [line for line in markdown_of(hostile()).splitlines() if line.startswith("| `<script>")]
+    header = next(line for line in markdown_of(hostile()).splitlines() if line.startswith("| method"))
     assert lines
     assert {line.replace("\\|", "").count("|") for line in lines} == {header.replace("\\|", "").count("|")}
 
@@ -163,18 +172,18 @@ def test_csv_has_one_line_per_trial_with_these_columns(tmp_path):
 
 
 def test_p_column_appears_from_five_seeds_up():
-    assert "Holm" not in render_markdown(realistic(seeds=4))
-    assert "p, Holm" in render_markdown(realistic(seeds=5))
+    assert "Holm" not in markdown_of(realistic(seeds=4))
+    assert "p, Holm" in markdown_of(realistic(seeds=5))
 
 
 def test_columns_without_a_value_are_left_out():
-    assert "memory" in render_markdown(realistic())
-    assert "memory" not in render_markdown(dataclasses.replace(realistic(), costs=()))
-    assert "difference to" not in render_markdown(realistic(methods=("bnp",)))
+    assert "memory" in markdown_of(realistic())
+    assert "memory" not in markdown_of(dataclasses.replace(realistic(), costs=()))
+    assert "difference to" not in markdown_of(realistic(methods=("bnp",)))
 
 
 def test_diverged_runs_are_told_in_verdict_table_figure_and_list():
-    page = render_html(realistic())
+    page = html_of(realistic())
     assert "Diverged, and left out of the means: <code>batch-renorm</code> at batch size 1 in 1 of 3 runs." in page
     assert "diverged 1 of 3" in page
     assert 'class="cross' in page
@@ -182,9 +191,9 @@ def test_diverged_runs_are_told_in_verdict_table_figure_and_list():
 
 
 def test_data_is_told_in_a_line_or_by_its_name():
-    assert "269 validation" in render_html(realistic())
-    assert "269 validation" in render_markdown(realistic())
-    assert "- Data `digits`" in render_markdown(realistic(data_summary=None))
+    assert "269 validation" in html_of(realistic())
+    assert "269 validation" in markdown_of(realistic())
+    assert "- Data `digits`" in markdown_of(realistic(data_summary=None))
 
 
 def test_a_study_of_best_weights_says_so_with_place_and_cost():
@@ -193,27 +202,27 @@ def test_a_study_of_best_weights_says_so_with_place_and_cost():
         for seed, step in enumerate((12, 18, 24))
     ]
     study = record(trials, methods=("batch",), sizes=(64,), best_weights=True)  # 24 steps of 64 make 1,500 examples
-    for page in (render_html(study).replace("\N{NO-BREAK SPACE}", " "), render_markdown(study)):
+    for page in (html_of(study).replace("\N{NO-BREAK SPACE}", " "), markdown_of(study)):
         assert "best validation accuracy of each run" in page
         assert "after 50 to 100 % of the steps (median 75 %)" in page
         assert "Validating took 5.0 % of the time" in page
-        assert "best validation accuracy" not in render_markdown(dataclasses.replace(study, config=realistic().config))
+        assert "best validation accuracy" not in markdown_of(dataclasses.replace(study, config=realistic().config))
 
 
 def test_rates_given_for_each_method_are_told():
     rates = {"batch": 0.1, "group": 0.2}
-    assert "&#39;group&#39;: 0.2" in render_html(realistic(lr=rates))
+    assert "&#39;group&#39;: 0.2" in html_of(realistic(lr=rates))
 
 
 def test_the_time_that_all_runs_took_is_told():
     study = record([result(seed=seed) for seed in range(60)], methods=("batch",), sizes=(64,))  # of 1.25 s each
-    for page in (render_html(study), render_markdown(study)):
+    for page in (html_of(study), markdown_of(study)):
         assert "60 runs, which took 1 min 15 s one after the other." in page
-    assert "one after the other" not in render_markdown(record([], planned=3))
+    assert "one after the other" not in markdown_of(record([], planned=3))
 
 
 def test_the_thread_that_steps_are_timed_on_is_told_for_a_cpu():
-    for render in (render_html, render_markdown):
+    for render in (html_of, markdown_of):
         assert "in turns" in render(realistic(device="cuda"))
         assert "on one thread" in render(realistic(device="cpu"))
         assert "on one thread" not in render(realistic(device="cuda"))
@@ -221,7 +230,7 @@ def test_the_thread_that_steps_are_timed_on_is_told_for_a_cpu():
 
 def test_crosses_and_markers_of_the_first_point_stay_clear_of_the_labels_of_the_axis():
     trials = [result(method=m, size=s, state="diverged") for m in ("batch", "group", "none") for s in (8, 1)]
-    page = render_html(record([*trials, result(method="layer", size=8)], sizes=(8, 1)))
+    page = html_of(record([*trials, result(method="layer", size=8)], sizes=(8, 1)))
     chart = re.search(r'<svg class="chart wide".*?</svg>.*?</svg>', page, re.DOTALL)
     assert chart is not None
     places = re.findall(r'class="(?:cross|mark) c\d" transform="translate\(([0-9.]+) ', chart[0])

@@ -46,7 +46,7 @@ class Client(ModuleType):
 def test_a_trial_becomes_one_run_with_its_curve(name, tmp_path, monkeypatch):
     client = Client(name)
     monkeypatch.setitem(sys.modules, name, client)
-    Tracker(name, tmp_path, "study", print).update([result(0)])
+    Tracker(name, tmp_path, "study").update([result(0)])
     names = [call[0] for call in client.calls]
     assert names == ["init", "log", "log", "log", "finish"]
     assert client.calls[0][2]["config"]["method"] == "bnp"
@@ -58,7 +58,7 @@ def test_a_trial_becomes_one_run_with_its_curve(name, tmp_path, monkeypatch):
 def test_mlflow_gets_an_experiment_with_runs(tmp_path, monkeypatch):
     client = Client("mlflow")
     monkeypatch.setitem(sys.modules, "mlflow", client)
-    Tracker("mlflow", tmp_path, "study", print).update([result(0)])
+    Tracker("mlflow", tmp_path, "study").update([result(0)])
     assert [call[0] for call in client.calls] == [
         *("set_experiment", "start_run", "log_params", "log_metrics", "log_metrics", "log_metrics", "end_run"),
     ]
@@ -67,27 +67,26 @@ def test_mlflow_gets_an_experiment_with_runs(tmp_path, monkeypatch):
 def test_each_result_is_sent_once_also_after_a_restart(tmp_path, monkeypatch):
     client = Client("wandb")
     monkeypatch.setitem(sys.modules, "wandb", client)
-    tracker = Tracker("wandb", tmp_path, "study", print)
+    tracker = Tracker("wandb", tmp_path, "study")
     tracker.update([result(0)])
     tracker.update([result(0), result(1)])
-    Tracker("wandb", tmp_path, "study", print).update([result(0), result(1), result(2)])
+    Tracker("wandb", tmp_path, "study").update([result(0), result(1), result(2)])
     assert [call[2]["name"][-1] for call in client.calls if call[0] == "init"] == ["0", "1", "2"]
 
 
-def test_a_failing_tracker_says_so_once_and_ends_nothing(tmp_path, monkeypatch):
+def test_a_failing_tracker_says_so_once_and_ends_nothing(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", Client("wandb", fails=True))
-    said = []
-    tracker = Tracker("wandb", tmp_path, "study", said.append)
+    tracker = Tracker("wandb", tmp_path, "study")
     for _ in range(3):
         tracker.update([result(0)])
-    assert said == ["--track wandb stopped: ConnectionError: server away"]
+    assert caplog.messages == ["--track wandb stopped: ConnectionError: server away"]
 
 
 def test_tensorboard_files_hold_the_curve(tmp_path):
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    Tracker("tensorboard", tmp_path, "study", print).update([result(0)])
+    Tracker("tensorboard", tmp_path, "study").update([result(0)])
     events = EventAccumulator(str(tmp_path / "tensorboard" / "final-bnp-batch8-lr0.1-seed0"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train_loss")] == [(8, 2.0), (16, 1.0)]
@@ -96,7 +95,7 @@ def test_tensorboard_files_hold_the_curve(tmp_path):
 
 def test_unknown_and_absent_trackers_are_explained(tmp_path, monkeypatch):
     with pytest.raises(StudyError, match="did you mean 'wandb'"):
-        Tracker("wandbb", tmp_path, "study", print)
+        Tracker("wandbb", tmp_path, "study")
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(StudyError, match=r"--track mlflow: .*pip install mlflow"):
-        Tracker("mlflow", tmp_path, "study", print)
+        Tracker("mlflow", tmp_path, "study")

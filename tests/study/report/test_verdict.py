@@ -3,11 +3,23 @@ import dataclasses
 import pytest
 
 from normkit.study.report.statistics import summarize
-from normkit.study.report.tables import edges, tables, troubles
-from normkit.study.report.verdict import judge
+from normkit.study.report.tables import failed_runs, grid_edges, tables
+from normkit.study.report.verdict import reach_verdict
 from tests.study.report.fake_study import realistic, record, result
 
 NOISE = (0.004, -0.003, 0.001, -0.004, 0.002, 0.0)
+
+
+def verdict_of(record):
+    return reach_verdict(record, summarize(record))
+
+
+def tables_of(record):
+    return tables(record, summarize(record))
+
+
+def edges_of(record):
+    return grid_edges(record, summarize(record))
 
 
 def study(levels, seeds=3, lost=(), **options):
@@ -28,7 +40,7 @@ SPLIT = {"batch": {64: 0.95, 8: 0.94, 1: 0.1}, "group": {64: 0.951, 8: 0.941, 1:
 
 @pytest.mark.parametrize("seeds", [3, 6])
 def test_collapse_of_the_reference_is_told_first_and_the_rest_as_noise(seeds):
-    sentence = judge(study(SPLIT, seeds)).sentence
+    sentence = verdict_of(study(SPLIT, seeds)).sentence
     assert sentence.startswith("At batch size 1 `group` reached 91.")
     assert "where `batch` stayed near chance at 10." in sentence
     assert sentence.endswith("; at 64 and 8 no method differs from `batch` beyond the noise.")
@@ -36,23 +48,23 @@ def test_collapse_of_the_reference_is_told_first_and_the_rest_as_noise(seeds):
 
 def test_fall_above_chance_is_told_as_a_fall():
     levels = {"batch": {64: 0.95, 1: 0.5}, "group": {64: 0.95, 1: 0.9}}
-    assert "where `batch` fell to 50." in judge(study(levels)).sentence
+    assert "where `batch` fell to 50." in verdict_of(study(levels)).sentence
 
 
 def test_level_methods_are_told_as_level():
     levels = {"batch": {64: 0.95}, "group": {64: 0.951}}
-    assert judge(study(levels)).sentence == "At batch size 64 no method differs from `batch` beyond the noise."
+    assert verdict_of(study(levels)).sentence == "At batch size 64 no method differs from `batch` beyond the noise."
 
 
 def test_one_sided_study_says_only_what_it_asked():
     levels = {"batch": {64: 0.95}, "group": {64: 0.80}}
-    sentence = judge(study(levels, 6, alternative="greater")).sentence
+    sentence = verdict_of(study(levels, 6, alternative="greater")).sentence
     assert sentence == "At batch size 64 no method is shown to be better than `batch` beyond the noise."
 
 
 def test_worse_method_is_named_and_a_higher_mean_within_the_noise_is_not_denied():
     levels = {"batch": {64: 0.95}, "group": {64: 0.80}, "layer": {64: 0.951}}
-    sentence = judge(study(levels)).sentence
+    sentence = verdict_of(study(levels)).sentence
     assert sentence.startswith("At batch size 64 no method did better than `batch` (95.")
     assert sentence.endswith("%) beyond the noise, and `group` (80.0 %) did worse.")
 
@@ -64,28 +76,28 @@ def test_a_difference_that_is_the_same_for_every_seed_has_no_interval_and_is_not
     even = record(trials, tuple(accuracies), (64,), seeds=seeds)
     (paired,) = [s.paired for s in summarize(even) if s.paired]
     assert (paired.low, paired.high, paired.p) == (None, None, None)
-    assert judge(even).sentence.startswith("At batch size 64 `none` reached 9")
-    assert "against" not in judge(even).sentence
-    assert str(tables(even)[0].rows[1].cells[1]) == "+3.0 (every pair)"
+    assert verdict_of(even).sentence.startswith("At batch size 64 `none` reached 9")
+    assert "against" not in verdict_of(even).sentence
+    assert str(tables_of(even)[0].rows[1].cells[1]) == "+3.0 (every pair)"
 
 
 def test_few_seeds_claim_nothing_and_many_say_at_which_level():
-    assert judge(study(SPLIT, 3)).caveats == (
+    assert verdict_of(study(SPLIT, 3)).caveats == (
         "Measured with 3 seeds, too few for a claim: there are 95 % intervals but no p-values.",
     )
-    assert judge(study(SPLIT, 6)).caveats == (
+    assert verdict_of(study(SPLIT, 6)).caveats == (
         "Differences are claimed at the 5 % level, Holm-corrected over the methods at each batch size.",
     )
 
 
 def test_one_seed_tells_numbers_and_no_difference():
-    verdict = judge(study({"batch": {64: 0.95}, "group": {64: 0.5}}, 1))
+    verdict = verdict_of(study({"batch": {64: 0.95}, "group": {64: 0.5}}, 1))
     assert verdict.sentence == "At batch size 64 `batch` reached 95.4 % and `group` 50.1 %."
     assert verdict.caveats == ("One seed gives no measure of the noise: nothing is claimed.",)
 
 
 def test_diverged_run_is_in_the_verdict_and_its_pairs_are_not_claimed():
-    verdict = judge(study(SPLIT | {"layer": {64: 0.95, 8: 0.94, 1: 0.9}}, 5, lost=[("layer", 1, 2, "diverged")]))
+    verdict = verdict_of(study(SPLIT | {"layer": {64: 0.95, 8: 0.94, 1: 0.9}}, 5, lost=[("layer", 1, 2, "diverged")]))
     assert "`layer`" not in verdict.sentence
     assert verdict.caveats[0].endswith("; not tested, and so not claimed: `layer` at batch size 1.")
     assert verdict.caveats[1] == "Diverged, and left out of the means: `layer` at batch size 1 in 1 of 5 runs."
@@ -94,51 +106,51 @@ def test_diverged_run_is_in_the_verdict_and_its_pairs_are_not_claimed():
 @pytest.mark.parametrize(("state", "word"), [("diverged", "diverged"), ("failed", "failed")])
 def test_lost_reference_is_told_in_the_sentence(state, word):
     lost = [("batch", 1, seed, state) for seed in range(3)]
-    verdict = judge(study(SPLIT, lost=lost))
+    verdict = verdict_of(study(SPLIT, lost=lost))
     assert f"`group` reached 91.2 %, while every run of `batch` {word}" in verdict.sentence
     assert verdict.caveats[1].startswith(f"{word.capitalize()}, and left out of the means: `batch` at batch size 1")
 
 
 def test_unfinished_study_says_so_and_claims_nothing():
-    verdict = judge(dataclasses.replace(study(SPLIT, 6), planned=99))
+    verdict = verdict_of(dataclasses.replace(study(SPLIT, 6), planned=99))
     assert verdict.caveats == (
         "The study is not finished (36 of 99 trials): numbers will change and nothing is claimed.",
     )
 
 
 def test_single_method_is_not_compared():
-    sentence = judge(study({"group": {64: 0.95, 1: 0.9}})).sentence
+    sentence = verdict_of(study({"group": {64: 0.95, 1: 0.9}})).sentence
     assert sentence == (
         "`group` reached 95.1 % at batch size 64 and 90.1 % at batch size 1, with no other method to compare it to."
     )
 
 
 def test_study_without_final_runs_or_without_accuracies_has_a_sentence():
-    assert judge(record([])).sentence == "No final run has ended yet, so there is nothing to compare."
+    assert verdict_of(record([])).sentence == "No final run has ended yet, so there is nothing to compare."
     lost = record([result(state="diverged")])
-    assert judge(lost).sentence == "No final run finished: every one diverged or failed."
+    assert verdict_of(lost).sentence == "No final run finished: every one diverged or failed."
 
 
 def test_chosen_rate_at_the_edge_of_its_grid_is_told():
     search = [result("search", "group", 64, lr, 1000, 0.9) for lr in (0.01, 0.1, 1.0)]
     inside, edge = result(method="group", lr=0.1), result(method="group", lr=1.0)
-    assert edges(record([*search, inside])) == []
-    assert edges(record([*search, edge])) == ["`group` at batch size 64"]
-    assert edges(record([edge])) == []
+    assert edges_of(record([*search, inside])) == []
+    assert edges_of(record([*search, edge])) == ["`group` at batch size 64"]
+    assert edges_of(record([edge])) == []
 
 
 def test_tables_tell_every_cell_of_the_plan_and_leave_empty_columns_out():
-    whole = tables(realistic(seeds=5))
+    whole = tables_of(realistic(seeds=5))
     assert [table.batch_size for table in whole] == [64, 8, 1]
     assert [title for title, _ in whole[0].columns] == [
         *("test accuracy", "difference to batch", "p", "learning rate", "time", "memory", "train/eval gap")
     ]
-    bare = tables(record([]))[0]
+    bare = tables_of(record([]))[0]
     assert [title for title, _ in bare.columns] == ["test accuracy", "difference to batch"]
     assert [str(row.cells[0]) for row in bare.rows] == ["– not run yet"] * 5
 
 
 def test_runs_that_went_wrong_alike_are_counted_together():
     trials = [result("final", seed=k, state="failed", error="out of memory") for k in range(3)]
-    (trouble,) = troubles(record(trials))
+    (trouble,) = failed_runs(record(trials))
     assert (trouble.runs, trouble.what) == (3, "failed: out of memory")

@@ -6,7 +6,7 @@ import pytest
 
 from normkit.cli.main import main
 from normkit.study.config import StudyConfig
-from normkit.study.store.fingerprint import hold
+from normkit.study.store.fingerprint import check_fingerprint
 from normkit.study.train.trial import load
 
 OWN = """
@@ -29,8 +29,8 @@ def model(shape, classes):
 class Notes(dict):
     """A store's notes."""
 
-    note = dict.__setitem__
-    noted = dict.get
+    set_attr = dict.__setitem__
+    get_attr = dict.get
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def test_a_factory_that_draws_gives_every_process_the_same_examples_and_splits(c
 
 def test_an_unchanged_study_goes_on(config):
     notes = Notes()
-    hold(notes, config, load(config))
+    check_fingerprint(notes, config, load(config))
     assert set(notes["identity"]) == {"data", "model"}
-    hold(notes, config, load(config))
+    check_fingerprint(notes, config, load(config))
 
 
 @pytest.mark.parametrize(
@@ -65,11 +65,11 @@ def test_an_unchanged_study_goes_on(config):
 )
 def test_changed_data_or_model_behind_the_same_name_are_refused(config, tmp_path, line, changed, what):
     notes = Notes()
-    hold(notes, config, load(config))
+    check_fingerprint(notes, config, load(config))
     assert line in OWN
     (tmp_path / "own.py").write_text(OWN.replace(line, changed))
     with pytest.raises(ValueError, match=f"^{what} .*is not what it was when this study began"):
-        hold(notes, config, load(config))
+        check_fingerprint(notes, config, load(config))
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_the_command_line_refuses_what_has_changed_and_keeps_the_results(config,
 
 def test_named_data_is_known_again():
     notes, config = Notes(), StudyConfig(limit=100)
-    hold(notes, config, load(config))
-    hold(notes, config, load(config))
+    check_fingerprint(notes, config, load(config))
+    check_fingerprint(notes, config, load(config))
     with pytest.raises(ValueError, match="--data digits: is not what it was"):
-        hold(notes, config, load(StudyConfig(limit=90)))
+        check_fingerprint(notes, config, load(StudyConfig(limit=90)))

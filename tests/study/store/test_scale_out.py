@@ -127,9 +127,9 @@ def test_a_worker_without_a_heartbeat_loses_its_trial_to_another(url, monkeypatc
     silent.storage.set_trial_user_attr(claim.trial_id, "owner", "another-machine:1")
     with silent.heartbeat(claim):
         time.sleep(2.5)
-        assert other.free_dead() == 0  # it beats
+        assert other.requeue_dead() == 0  # it beats
     time.sleep(2.5)
-    assert other.free_dead() == 1
+    assert other.requeue_dead() == 1
     taken = other.claim()
     assert taken.slot == claim.slot
     other.record(taken, TrialResult(taken.key, "finished", validation_accuracy=0.9, validation_loss=1.0))
@@ -179,7 +179,7 @@ def test_normkit_worker_shares_a_comparison_and_nothing_depends_on_it(url, tmp_p
     from normkit.study.folder import StudyFolder
 
     shared, alone = (
-        StudyFolder.read(tmp_path / name).place(url if name == "shared" else None).store()
+        StudyFolder.read(tmp_path / name).address(url if name == "shared" else None).store()
         for name in ("shared", "alone")
     )
     outcomes = [{r.key: dataclasses.replace(r, seconds=0.0) for r in s.results()} for s in (shared, alone)]

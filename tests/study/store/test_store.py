@@ -90,7 +90,7 @@ def test_the_slot_of_a_killed_process_is_run_again_and_counted_once(tmp_path):
     assert killed.returncode == -signal.SIGKILL
     store = make(tmp_path)
     (lost,) = store.running()
-    assert store.free_dead() == 1
+    assert store.requeue_dead() == 1
     again = [store.claim(), store.claim()]
     assert lost in [c.slot for c in again]
     for claim in again:
@@ -104,7 +104,7 @@ def test_a_result_that_comes_after_a_takeover_is_not_counted(tmp_path):
     store = make(tmp_path)
     slow = store.claim()
     store.storage.set_trial_user_attr(slow.trial_id, "owner", owner(2**22 + 1))  # no such process
-    assert store.free_dead() == 1
+    assert store.requeue_dead() == 1
     quick = next(c for c in (store.claim(), store.claim()) if c.slot == slow.slot)
     finish(store, quick, 0.9)
     finish(store, slow, 0.1)
@@ -115,13 +115,13 @@ def test_a_trial_whose_workers_died_three_times_is_closed_as_failed(tmp_path):
     store = make(tmp_path)
     slot = store.claim().slot
     for _ in range(2):
-        assert store.free_dead([owner()], error="killed") == 1
+        assert store.requeue_dead([owner()], error="killed") == 1
         assert store.results() == []
         claims = list(iter(store.claim, None))
         claim = next(c for c in claims if c.slot == slot)
         for other in set(claims) - {claim}:  # give the other slot back
             store.storage.set_trial_state_values(other.trial_id, TrialState.WAITING)
-    assert store.free_dead([owner()], error="killed") == 1
+    assert store.requeue_dead([owner()], error="killed") == 1
     assert [(r.key, r.state, r.error) for r in store.results()] == [(claim.key, "failed", "killed (3 times)")]
 
 
@@ -129,7 +129,7 @@ def test_a_slot_whose_freeing_was_interrupted_is_freed_by_the_next(tmp_path):
     store = make(tmp_path)
     claim = store.claim()
     store.storage.set_trial_state_values(claim.trial_id, TrialState.FAIL)  # buried, and then the process was killed
-    assert store.free_dead() == 1
+    assert store.requeue_dead() == 1
     assert {store.claim().slot, store.claim().slot} >= {claim.slot}
 
 
@@ -238,6 +238,6 @@ def test_a_storage_in_memory_is_refused_since_no_worker_would_see_it(url):
 def test_trials_stay_in_the_output_folder_whatever_its_name(name, tmp_path):
     folder = StudyFolder(tmp_path / name, CONFIG, "", None)
     folder.prepare()
-    folder.place(None).store().open(CONFIG)
+    folder.address(None).store().open(CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert {path.name for path in folder.path.iterdir()} == {"study.db", "study.db.lock"}

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
 from normkit.study.plan import slots
-from normkit.study.store.worker import LONGEST_REST, SHORTEST_REST, Place, rest, run_workers
+from normkit.study.store.worker import StoreAddress, run_workers
 
 pytestmark = pytest.mark.slow  # each test starts processes
 CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), seeds=2, lr_points=2, budget=96)
@@ -21,16 +21,16 @@ CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), seeds=2, lr_p
 _RUN = """
 import pathlib
 if __name__ == "__main__":
-    from tests.study.store.test_worker import CONFIG, place
+    from tests.study.store.test_worker import CONFIG, address
     from normkit.study.store.worker import run_workers
     import dataclasses
     config = dataclasses.replace(CONFIG, budget={budget})
-    run_workers(place(pathlib.Path({folder!r})), config, {count}, lambda results, running: None)
+    run_workers(address(pathlib.Path({folder!r})), config, {count}, lambda results, running: None)
 """
 
 
-def place(folder):
-    return Place(f"sqlite:///{folder / 'study.db'}", "test", folder / "lock")
+def address(folder):
+    return StoreAddress(f"sqlite:///{folder / 'study.db'}", "test", folder / "lock")
 
 
 def script(folder, *, count=1, budget=96):
@@ -42,7 +42,7 @@ def script(folder, *, count=1, budget=96):
 
 
 def results(folder):
-    return {r.key: dataclasses.replace(r, seconds=0.0) for r in place(folder).store().results()}
+    return {r.key: dataclasses.replace(r, seconds=0.0) for r in address(folder).store().results()}
 
 
 def test_results_do_not_depend_on_the_number_of_workers(tmp_path):
@@ -58,7 +58,7 @@ def test_results_do_not_depend_on_the_number_of_workers(tmp_path):
 
 def test_a_study_killed_in_the_middle_goes_on_where_it_was(tmp_path):
     config = dataclasses.replace(CONFIG, budget=3000)
-    store = place(tmp_path).store()
+    store = address(tmp_path).store()
     store.open(config)
     process = script(tmp_path, budget=3000)
     deadline = time.monotonic() + 90
@@ -95,8 +95,8 @@ def test_a_worker_killed_in_a_trial_is_replaced_and_the_trial_run_again(tmp_path
     model = f"{tmp_path / 'fatal.py'}:model"
     config = dataclasses.replace(CONFIG, methods=("batch",), model=model, lr=0.1)
     for folder in (tmp_path, tmp_path / "alone"):  # in the second nobody is killed any more
-        run_workers(place(folder), config, 1, lambda *_: None)
-    store = place(tmp_path).store()
+        run_workers(address(folder), config, 1, lambda *_: None)
+    store = address(tmp_path).store()
     trials = store.storage.get_all_trials(store.study_id)
     assert [t.state for t in trials].count(TrialState.FAIL) == 1
     assert results(tmp_path) == results(tmp_path / "alone")
@@ -105,12 +105,4 @@ def test_a_worker_killed_in_a_trial_is_replaced_and_the_trial_run_again(tmp_path
 
 def test_workers_that_cannot_start_end_the_study_with_an_error(tmp_path):
     with pytest.raises(StudyError, match="end before their first trial"):
-        run_workers(place(tmp_path), dataclasses.replace(CONFIG, data="no.module:here"), 1, lambda *_: None)
-
-
-@pytest.mark.parametrize(("took", "slept"), [(0.001, SHORTEST_REST), (0.1, 5.0), (3.0, LONGEST_REST)])
-def test_looking_at_a_store_that_is_slow_to_read_takes_a_small_share_of_the_time(monkeypatch, took, slept):
-    rests = []
-    monkeypatch.setattr(time, "sleep", rests.append)
-    rest(took)
-    assert rests == [pytest.approx(slept)]
+        run_workers(address(tmp_path), dataclasses.replace(CONFIG, data="no.module:here"), 1, lambda *_: None)

@@ -16,7 +16,7 @@ from normkit.study.data.dataset import Data
 from normkit.study.records import TrialKey
 from normkit.study.train import loop as loop_module
 from normkit.study.train.loop import Loop, evaluate
-from normkit.study.train.trial import load, make, run_trial
+from normkit.study.train.trial import build_trial, load, run_trial
 
 METHODS = [m for m in normkit.recipes() if m != "zero-gamma"]  # which needs residual branches
 CONFIG = StudyConfig(methods=("batch",), batch_sizes=(12,), budget=48, micro_batch=4, lr=0.02)
@@ -38,7 +38,7 @@ def spread(model: torch.nn.Module) -> float:
 
 def trained(config: StudyConfig, method: str, data: Data) -> dict[str, Any]:
     """Training losses of a run on both ranks, accuracy and loss on the test split, and how far the ranks are apart."""
-    model, optimizer = make(config, key(config, method), data)
+    model, optimizer = build_trial(config, key(config, method), data)
     losses = [point.train_loss for point in Loop(config, key(config, method), data, model, optimizer).points()]
     return {"losses": losses, "test": evaluate(model, data, data.test, config), "spread": spread(model)}
 
@@ -60,7 +60,7 @@ def interrupted(folder: Path, data: Data) -> float:
         return False
 
     try:
-        run_trial(config, key(config, "noisy-batch"), data, folder=folder, watch=kill)
+        run_trial(config, key(config, "noisy-batch"), data, folder=folder, on_point=kill)
     except Killed:
         assert list(folder.glob("*.ckpt"))
     torch.manual_seed(123)

@@ -11,7 +11,7 @@ from normkit.study.errors import StudyError
 from normkit.study.plan import validate
 from normkit.study.records import TrialKey
 from normkit.study.train.loop import Loop, evaluate
-from normkit.study.train.trial import load, make, run_trial
+from normkit.study.train.trial import build_trial, load, run_trial
 from normkit.study.train.weights import BestWeights
 
 CONFIG = StudyConfig(
@@ -58,7 +58,7 @@ def test_what_is_judged_is_the_best_of_the_validated_steps(data, options):
     config = dataclasses.replace(CONFIG, **options)
     result = run_trial(config, KEY, data)
     plain = dataclasses.replace(config, best_weights=False)
-    loop = Recorded(plain, KEY, data, *make(plain, KEY, data))
+    loop = Recorded(plain, KEY, data, *build_trial(plain, KEY, data))
     loop.outcomes = {}
     for _ in loop.points():
         pass

@@ -14,7 +14,7 @@ from normkit.study.data.batches import batches
 from normkit.study.train import loop as loop_module
 from normkit.study.train.checkpoint import CheckpointFile
 from normkit.study.train.loop import Loop, evaluate, training_step
-from normkit.study.train.trial import load, make, run_trial
+from normkit.study.train.trial import build_trial, load, run_trial
 from tests.study.train.trials import key, without_time
 
 CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(16,), budget=200)
@@ -56,8 +56,8 @@ def test_a_killed_run_of_every_method_goes_on_to_the_same_result_bit_for_bit(dat
     assert (whole.validation_accuracy, -min(200, 16 * whole.best_step)) == max(validated)
     for points in (1, 6):
         with pytest.raises(Killed):
-            run_trial(config, key(method), data, folder=tmp_path, watch=killed_after(points))
-    assert len(list(tmp_path.glob("*.ckpt"))) == 2
+            run_trial(config, key(method), data, folder=tmp_path, on_point=killed_after(points))
+    assert len(list(tmp_path.glob("*.ckpt"))) == 1
     torch.manual_seed(99)
     again = run_trial(config, key(method), data, folder=tmp_path)
     assert without_time(again) == without_time(whole)
@@ -67,30 +67,30 @@ def test_a_killed_run_of_every_method_goes_on_to_the_same_result_bit_for_bit(dat
 @pytest.mark.parametrize("optimizer", ["nesterov", "adam", "adamw"])
 def test_a_killed_run_with_dropout_goes_on_exactly(data, optimizer, tmp_path, always_checkpoint, monkeypatch):
     def with_dropout(config, key, data):
-        model, made = make(config, key, data)
+        model, made = build_trial(config, key, data)
         for module in model.modules():
             if isinstance(module, nn.ReLU):
                 module.register_forward_hook(lambda m, _, out: torch.dropout(out, 0.2, m.training))
         return model, made
 
-    monkeypatch.setattr("normkit.study.train.trial.make", with_dropout)
+    monkeypatch.setattr("normkit.study.train.trial.build_trial", with_dropout)
     config = dataclasses.replace(CONFIG, optimizer=optimizer)
     whole = run_trial(config, key(lr=1e-3), data)
     with pytest.raises(Killed):
-        run_trial(config, key(lr=1e-3), data, folder=tmp_path, watch=killed_after(4))
+        run_trial(config, key(lr=1e-3), data, folder=tmp_path, on_point=killed_after(4))
     assert without_time(run_trial(config, key(lr=1e-3), data, folder=tmp_path)) == without_time(whole)
 
 
-def test_after_a_damaged_checkpoint_the_previous_one_gives_the_same_result(data, tmp_path, always_checkpoint):
+def test_after_a_damaged_checkpoint_the_trial_starts_anew_and_gives_the_same_result(data, tmp_path, always_checkpoint):
     whole = run_trial(CONFIG, key(), data)
     with pytest.raises(Killed):
-        run_trial(CONFIG, key(), data, folder=tmp_path, watch=killed_after(5))
-    (latest,) = (p for p in tmp_path.glob("*.ckpt") if "previous" not in p.name)
-    latest.write_bytes(latest.read_bytes()[:-100])
+        run_trial(CONFIG, key(), data, folder=tmp_path, on_point=killed_after(5))
+    (file,) = tmp_path.glob("*.ckpt")
+    file.write_bytes(file.read_bytes()[:-100])
     seen = []
-    again = run_trial(CONFIG, key(), data, folder=tmp_path, watch=lambda p: bool(seen.append(p)))
+    again = run_trial(CONFIG, key(), data, folder=tmp_path, on_point=lambda p: bool(seen.append(p)))
     assert without_time(again) == without_time(whole)
-    assert 0 < len(seen) < len(whole.curve)  # it did not start from the beginning
+    assert len(seen) == len(whole.curve)
 
 
 def test_two_studies_in_one_folder_never_meet(data, tmp_path, always_checkpoint):
@@ -98,7 +98,7 @@ def test_two_studies_in_one_folder_never_meet(data, tmp_path, always_checkpoint)
     expected = [without_time(run_trial(c, key(), data)) for c in (CONFIG, other)]
     for config in (CONFIG, other):
         with pytest.raises(Killed):
-            run_trial(config, key(), data, folder=tmp_path, watch=killed_after(3))
+            run_trial(config, key(), data, folder=tmp_path, on_point=killed_after(3))
     # the later one first: it would go on from the other's state, which brings its own weight decay along
     again = [without_time(run_trial(c, key(), data, folder=tmp_path)) for c in (other, CONFIG)]
     assert again[::-1] == expected
@@ -107,8 +107,8 @@ def test_two_studies_in_one_folder_never_meet(data, tmp_path, always_checkpoint)
 
 def test_time_spent_before_a_kill_counts(data, tmp_path, always_checkpoint):
     with pytest.raises(Killed):
-        run_trial(CONFIG, key(), data, folder=tmp_path, watch=killed_after(6))
-    file = next(p for p in tmp_path.glob("*.ckpt") if "previous" not in p.name)
+        run_trial(CONFIG, key(), data, folder=tmp_path, on_point=killed_after(6))
+    (file,) = tmp_path.glob("*.ckpt")
     state = CheckpointFile(tmp_path, file.stem).load()
     earlier = state["progress"][1]
     assert earlier > 0
@@ -116,14 +116,14 @@ def test_time_spent_before_a_kill_counts(data, tmp_path, always_checkpoint):
 
 
 def test_a_pruned_run_says_so_and_is_not_tested(data):
-    result = run_trial(CONFIG, key(), data, watch=lambda point: point.examples >= 100)
+    result = run_trial(CONFIG, key(), data, on_point=lambda point: point.examples >= 100)
     assert (result.state, result.test_accuracy) == ("pruned", None)
     assert 100 <= result.curve[-1].examples < 200
 
 
 def one_step(data, config, method="none", lr=0.1, dtype=torch.float64):
     inputs, labels = next(batches(data, data.train, batch_size=12, budget=12, seed=0))
-    model, optimizer = make(config, key(method, lr=lr), data)
+    model, optimizer = build_trial(config, key(method, lr=lr), data)
     model.to(dtype)
     before = [p.detach().clone() for p in model.parameters()]
     network = loop_module.prepare(config, model)
@@ -142,7 +142,7 @@ def test_micro_batches_make_the_step_of_the_whole_batch(data, micro_batch):
 def test_label_smoothing_is_cross_entropy_with_spread_labels(data):
     smoothing = 0.1
     _, _, loss, inputs, labels = one_step(data, dataclasses.replace(CONFIG, label_smoothing=smoothing))
-    fresh, _ = make(CONFIG, key("none"), data)
+    fresh, _ = build_trial(CONFIG, key("none"), data)
     log_p = log_softmax(fresh.double()(inputs), dim=1)
     target = (1 - smoothing) * nn.functional.one_hot(labels, 10) + smoothing / 10
     assert loss.item() == pytest.approx(-(target * log_p).sum(1).mean().item(), rel=1e-6)
@@ -150,7 +150,7 @@ def test_label_smoothing_is_cross_entropy_with_spread_labels(data):
 
 def test_weight_averages_are_what_is_judged(data):
     config = dataclasses.replace(CONFIG, ema=0.99, budget=96)
-    model, optimizer = make(config, key(), data)
+    model, optimizer = build_trial(config, key(), data)
     loop = Loop(config, key(), data, model, optimizer)
     *_, last = loop.points()
     with loop.evaluated():
@@ -162,7 +162,7 @@ def test_weight_averages_are_what_is_judged(data):
 
 def test_amp_computes_in_bfloat16_and_keeps_fp32_weights(data):
     config = dataclasses.replace(CONFIG, amp=True, micro_batch=5)
-    model, optimizer = make(config, key(), data)
+    model, optimizer = build_trial(config, key(), data)
     seen = []
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -204,7 +204,7 @@ def test_compile_trains_the_same_model(data, monkeypatch):
     [("sgd", "SGD", False), ("nesterov", "SGD", True), ("adam", "Adam", None), ("adamw", "AdamW", None)],
 )
 def test_the_optimizer_is_the_one_asked_for(data, optimizer, kind, nesterov):
-    _, made = make(dataclasses.replace(CONFIG, optimizer=optimizer, weight_decay=0.01), key(), data)
+    _, made = build_trial(dataclasses.replace(CONFIG, optimizer=optimizer, weight_decay=0.01), key(), data)
     assert type(made).__name__ == kind
     assert made.defaults.get("nesterov") == nesterov
     assert made.defaults["weight_decay"] == 0.01
@@ -212,7 +212,7 @@ def test_the_optimizer_is_the_one_asked_for(data, optimizer, kind, nesterov):
 
 def test_the_schedule_reaches_the_optimizer(data):
     config = dataclasses.replace(CONFIG, schedule="step", warm_up=0.0)
-    model, optimizer = make(config, key(lr=0.1), data)
+    model, optimizer = build_trial(config, key(lr=0.1), data)
     for _ in Loop(config, key(lr=0.1), data, model, optimizer).points():
         pass
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.2**3)

@@ -11,7 +11,7 @@ from torch import nn
 
 from normkit.study.train.gather_batch import WholeBatch
 from normkit.study.train.loop import Loop, evaluate
-from normkit.study.train.trial import load, make
+from normkit.study.train.trial import build_trial, load
 from tests.study.train.ranks_program import CONFIG, METHODS, WHOLE, key
 
 pytestmark = pytest.mark.slow  # torchrun
@@ -49,7 +49,7 @@ def test_ranks_keep_the_same_weights(outcome, batches, method):
 
 
 def one_process(config, method, data):
-    model, optimizer = make(config, key(config, method), data)
+    model, optimizer = build_trial(config, key(config, method), data)
     losses = [point.train_loss for point in Loop(config, key(config, method), data, model, optimizer).points()]
     return losses, evaluate(model, data, data.test, config)
 

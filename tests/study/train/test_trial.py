@@ -9,7 +9,7 @@ import torch
 from normkit.study.config import StudyConfig
 from normkit.study.data.batches import batches
 from normkit.study.train import loop, trial
-from normkit.study.train.trial import evaluate, load, make, run_trial, train_eval_gap
+from normkit.study.train.trial import build_trial, evaluate, load, run_trial, train_eval_gap
 from tests.study.train.trials import key as any_key
 from tests.study.train.trials import without_time
 
@@ -31,8 +31,8 @@ def test_another_seed_gives_another_result(data):
 
 
 def test_methods_start_from_the_same_weights(data):
-    plain, _ = make(CONFIG, key("none"), data)
-    normalised, _ = make(CONFIG, key("batch"), data)
+    plain, _ = build_trial(CONFIG, key("none"), data)
+    normalised, _ = build_trial(CONFIG, key("batch"), data)
     weights = [[m.weight for m in net.modules() if isinstance(m, torch.nn.Conv2d)] for net in (plain, normalised)]
     assert len(weights[0]) > 2
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
@@ -74,10 +74,10 @@ def test_a_failing_run_is_recorded_with_its_error(data, monkeypatch, error):
 
 
 def test_the_gap_is_measured_without_a_trace(data):
-    model, _ = make(CONFIG, key(), data)
+    model, _ = build_trial(CONFIG, key(), data)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sample = list(batches(data, data.train, batch_size=16, budget=64, seed=0))
     assert train_eval_gap(model, sample) != 0.0  # running statistics are still (0, 1)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    plain, _ = make(CONFIG, key("none"), data)
+    plain, _ = build_trial(CONFIG, key("none"), data)
     assert train_eval_gap(plain, sample) == 0.0

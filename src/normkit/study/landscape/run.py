@@ -4,6 +4,7 @@ How does batch normalization help optimization? Shibani Santurkar, Dimitris Tsip
 NeurIPS 2018, arXiv 1805.11604.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,22 +18,25 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 import normkit
+from normkit._errors import nearest
 from normkit.inspection.norms import PRODUCERS, is_norm
 from normkit.inspection.probe import Objective
 from normkit.instruments import Monitor, activations, covariate_shift, snapshot
 from normkit.methods.noisy_norm import MomentNoise
 from normkit.study.check import check_fit
-from normkit.study.config import StudyConfig
+from normkit.study.config import LandscapeConfig, StudyConfig, Training
 from normkit.study.data.batches import batches
 from normkit.study.data.dataset import Data
 from normkit.study.data.load import load_data
-from normkit.study.environment import environment
+from normkit.study.environment import check_device, environment
 from normkit.study.errors import StudyError
-from normkit.study.landscape.records import NOISE_ALONE, LandscapeConfig, LandscapeRecord, Trace
+from normkit.study.landscape.records import NOISE_ALONE, LandscapeRecord, Trace
 from normkit.study.models import build_model
 from normkit.study.models.layers import glorot_initialize
 from normkit.study.records import TrialResult
 from normkit.study.train.loop import evaluate
+
+logger = logging.getLogger(__name__)
 
 LOSS_POINTS = 200
 KEPT = ("step", "lr", "loss", "gradient_norm", "landscape", "curvature", "removed")  # of the Monitor's records
@@ -46,13 +50,13 @@ class Task:
         objective: ``loss = objective(model, batch)``.
         build: Method -> model and optimizer.
         batches: The training batches of one run, anew with every call.
-        judge: Test accuracy of a trained model, or None.
+        score: Test accuracy of a trained model, or None.
     """
 
     objective: Objective
     build: Callable[[str], tuple[nn.Module, Optimizer]]
     batches: Callable[[], Iterable[Any]]
-    judge: Callable[[nn.Module], float | None] = lambda _: None
+    score: Callable[[nn.Module], float | None] = lambda _: None
 
 
 def classification(config: LandscapeConfig, data: Data, **options: Any) -> Task:
@@ -92,7 +96,7 @@ def apply(method: str, model: nn.Module, **options: Any) -> tuple[nn.Module, Opt
     return model, optimizer
 
 
-def watch(
+def train_and_measure(
     task: Task,
     method: str,
     *,
@@ -146,7 +150,7 @@ def watch(
                 now = activations(model, task.objective, batch, at=places)
                 change, total = now.drift(seen), now.drift(first)
                 drifts.append((step, {path: (*change[path], *total[path]) for path in change}))
-    accuracy = None if diverged else task.judge(model)
+    accuracy = None if diverged else task.score(model)
     records = tuple({key: r[key] for key in KEPT} for r in monitor.history if "landscape" in r)
     return Trace(method, _thinned(losses), records, tuple(shifts), tuple(drifts), accuracy, diverged)
 
@@ -162,15 +166,33 @@ def _thinned(losses: Sequence[float]) -> tuple[tuple[int, float], ...]:
     return tuple((min((k + 1) * size, len(losses)), sum(piece) / len(piece)) for k, piece in enumerate(pieces))
 
 
-def run_landscape(
-    config: LandscapeConfig, *, command: str = "", show: Callable[[str], None] = lambda _: None
-) -> LandscapeRecord:
+def _check(config: LandscapeConfig) -> None:
+    """Check the values.
+
+    Raises:
+        StudyError: Names the argument, the value and the remedy.
+    """
+    for flag, value in (("--batch-size", config.batch_size), ("--steps", config.steps), ("--every", config.every)):
+        if value < 1:
+            raise StudyError(f"{flag} {value}: give at least 1")
+    if not (config.lr > 0 and math.isfinite(config.lr)):
+        raise StudyError(f"--lr {config.lr}: a learning rate is a positive number")
+    Training(momentum=config.momentum, weight_decay=config.weight_decay).validate()
+    check_device(config.device)
+    known = [*normkit.recipes(), NOISE_ALONE]
+    if not config.methods:
+        raise StudyError("--methods is empty; give at least one method, see `normkit recipes`")
+    for method in config.methods:
+        if method not in known:
+            raise StudyError(f"--methods: unknown method {method!r}; {nearest(method, known)}")
+
+
+def run_landscape(config: LandscapeConfig, *, command: str = "") -> LandscapeRecord:
     """Train every method and measure.
 
     Args:
         config: What to do.
         command: The command line, for the report.
-        show: Told of progress, a line per method.
 
     Returns:
         All that was seen.
@@ -178,7 +200,7 @@ def run_landscape(
     Raises:
         StudyError: Bad input.
     """
-    config.validate()
+    _check(config)
     try:
         data = load_data(config.data, limit=config.limit)
         task = classification(config, data)
@@ -188,12 +210,12 @@ def run_landscape(
     check_fit(config.model, model, data, config.device)
     traces, failed = [], []
     for method in config.methods:
-        show(f"{method}: {config.steps} steps of {config.batch_size} examples")
+        logger.info("%s: %d steps of %d samples", method, config.steps, config.batch_size)
         try:
-            traces.append(watch(task, method, every=config.every, span=config.span, seed=config.seed))
+            traces.append(train_and_measure(task, method, every=config.every, span=config.span, seed=config.seed))
         except Exception as error:  # the others' runs are not lost for it
             failed.append(f"No landscape of {method}: {type(error).__name__}: {error}".splitlines()[0])
-            show(failed[-1])
+            logger.warning(failed[-1])
     if not traces:
         raise StudyError(f"--methods: none could run; {failed[0]}")
     title = f"{config.model} on {Path(config.data).name}: the landscape of {', '.join(config.methods)}"
@@ -204,16 +226,13 @@ def run_landscape(
 STUDY_STEPS, STUDY_MEASUREMENTS = 200, 10
 
 
-def study_traces(
-    config: StudyConfig, data: Data, results: Iterable[TrialResult], complain: Callable[[str], None]
-) -> list[Trace]:
+def study_traces(config: StudyConfig, data: Data, results: Iterable[TrialResult]) -> list[Trace]:
     """One run per method of a study, at its largest batch size and with the learning rate of its final runs there.
 
     Args:
         config: The study.
         data: Its data.
         results: Its trials.
-        complain: Told of a method that cannot run; the others go on.
 
     Returns:
         One trace for every method that has had final runs and can run.
@@ -236,7 +255,7 @@ def study_traces(
             task = classification(settings, data, optimizer=config.optimizer)
             every = max(1, steps // STUDY_MEASUREMENTS)
             try:
-                traces.append(watch(task, method, every=every, span=settings.span))
+                traces.append(train_and_measure(task, method, every=every, span=settings.span))
             except Exception as error:  # as in its trials, whose results must not be lost for it
-                complain(f"no landscape of {method}: {type(error).__name__}: {error}".splitlines()[0])
+                logger.warning(f"no landscape of {method}: {type(error).__name__}: {error}".splitlines()[0])
     return traces

@@ -3,20 +3,24 @@
 Shibani Santurkar, Dimitris Tsipras, Andrew Ilyas, Aleksander Madry, NeurIPS 2018, arXiv 1805.11604.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from normkit.study.config import HowBNHelps, LandscapeConfig
 from normkit.study.environment import check_device, environment
 from normkit.study.errors import StudyError
-from normkit.study.landscape.records import NOISE_ALONE, LandscapeConfig, LandscapeRecord, Trace
-from normkit.study.landscape.run import Task, apply, run_landscape, watch
+from normkit.study.landscape.records import NOISE_ALONE, LandscapeRecord, Trace
+from normkit.study.landscape.run import Task, apply, run_landscape, train_and_measure
 from normkit.study.models import build_model
 from normkit.study.report.landscape import figures_of
+
+logger = logging.getLogger(__name__)
 
 LP = ("l1", "l2", "linf")
 METHODS = ("none", "batch", "noisy-batch", NOISE_ALONE, *LP)
@@ -24,27 +28,6 @@ VGG_STEPS, DEEP_LINEAR_STEPS = 15_000, 10_000
 MEASUREMENTS = 15  # per run
 CLEAR = 1.1  # two figures of one seed differ clearly from this ratio on
 DEEP_LINEAR = {"features": 10, "samples": 1000, "lr": 1e-6, "span": (1 / 100, 30.0)}
-
-
-@dataclass(frozen=True)
-class HowBNHelps:
-    """Which of the paper's experiments, and how much of it.
-
-    Attributes:
-        model: ``vgg`` on CIFAR-10, or ``dln``, the deep linear network.
-        data: CIFAR-10, for the VGG.
-        scale: Share of the paper's number of steps.
-        width: ``full``, or ``small`` for a VGG a quarter as wide.
-        seed: Seed of weights and data.
-        device: ``cpu`` or a CUDA device.
-    """
-
-    model: Literal["vgg", "dln"] = "vgg"
-    data: str = "cifar10"
-    scale: float = 0.01
-    width: Literal["full", "small"] = "small"
-    seed: int = 0
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -62,15 +45,12 @@ class Finding:
     evidence: str
 
 
-def reproduce(
-    config: HowBNHelps, *, command: str = "", show: Callable[[str], None] = lambda _: None
-) -> LandscapeRecord:
+def reproduce(config: HowBNHelps, *, command: str = "") -> LandscapeRecord:
     """Run the experiment.
 
     Args:
         config: Which one.
         command: The command line, for the report.
-        show: Told of progress.
 
     Returns:
         All that was seen, with the paper's findings judged.
@@ -81,7 +61,7 @@ def reproduce(
     if not 0 < config.scale <= 1:
         raise StudyError(f"--scale {config.scale}: give a share of the paper's steps in (0, 1]")
     check_device(config.device)
-    record = (_vgg if config.model == "vgg" else _deep_linear)(config, command, show)
+    record = (_vgg if config.model == "vgg" else _deep_linear)(config, command)
     paper = VGG_STEPS if config.model == "vgg" else DEEP_LINEAR_STEPS
     steps = record.config["steps"]
     notes = [*record.notes, "One seed; a difference of less than 10 % counts as none."]
@@ -92,7 +72,7 @@ def reproduce(
     return replace(record, notes=tuple(notes), findings=findings(record.traces, deep_linear=config.model == "dln"))
 
 
-def _vgg(config: HowBNHelps, command: str, show: Callable[[str], None]) -> LandscapeRecord:
+def _vgg(config: HowBNHelps, command: str) -> LandscapeRecord:
     steps = max(MEASUREMENTS, round(config.scale * VGG_STEPS))
     settings = LandscapeConfig(
         data=config.data,
@@ -106,17 +86,17 @@ def _vgg(config: HowBNHelps, command: str, show: Callable[[str], None]) -> Lands
         seed=config.seed,
         device=config.device,
     )
-    return run_landscape(settings, command=command, show=show)
+    return run_landscape(settings, command=command)
 
 
-def _deep_linear(config: HowBNHelps, command: str, show: Callable[[str], None]) -> LandscapeRecord:
+def _deep_linear(config: HowBNHelps, command: str) -> LandscapeRecord:
     steps = max(MEASUREMENTS, round(config.scale * DEEP_LINEAR_STEPS))
     task = deep_linear_task(config, steps)
     traces = []
     for method in METHODS:
-        show(f"{method}: {steps} steps")
+        logger.info("%s: %d steps", method, steps)
         every = max(1, steps // MEASUREMENTS)
-        traces.append(watch(task, method, every=every, span=DEEP_LINEAR["span"], seed=config.seed))
+        traces.append(train_and_measure(task, method, every=every, span=DEEP_LINEAR["span"], seed=config.seed))
     settings = {"model": "dln", "seed": config.seed, **DEEP_LINEAR, "steps": steps, "methods": METHODS}
     title = "The deep linear network of 25 layers"
     return LandscapeRecord(title, settings, tuple(traces), command, environment(config.device))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from normkit.study.config import StudyConfig
-from normkit.study.papers.scaling import Preset, Row
+from normkit.study.papers.scaling import Comparison, Preset
 
 CIFAR_TRAIN, SVHN_TRAIN = 50_000, 73_257
 
@@ -41,7 +41,7 @@ def _riemannian(summary: str, data: str, errors: Mapping[str, tuple[float, float
         model = f"{name}-{0.4 if svhn else 0.3}" if name.startswith("wrn") else name  # the paper's dropout
         accuracies = [round(100 - error, 2) for error in row]
         published = dict(zip(config.methods, accuracies, strict=True)) | dict(zip(rates, accuracies, strict=True))
-        rows.append(Row(name, replace(config, model=model), published, rates))
+        rows.append(Comparison(name, replace(config, model=model), published, rates))
     return Preset(summary, RIEMANNIAN, tuple(rows), _PROTOCOLS)
 
 
@@ -54,7 +54,7 @@ _PROTOCOLS = (
 )
 
 
-def _revisited(*methods: str) -> tuple[Row, ...]:
+def _revisited(*methods: str) -> tuple[Comparison, ...]:
     config = StudyConfig(
         data="cifar10",
         model="resnet18",
@@ -69,7 +69,7 @@ def _revisited(*methods: str) -> tuple[Row, ...]:
         best_weights=True,
         alternative="greater",
     )
-    return (Row("resnet18", config, rates=dict.fromkeys(methods, 0.1)),)
+    return (Comparison("resnet18", config, rates=dict.fromkeys(methods, 0.1)),)
 
 
 _VALIDATED = (
@@ -153,7 +153,7 @@ PRESETS: dict[str, Preset] = {
         "VGG with and without batch normalization, and with l_p and noisy normalization",
         SANTURKAR,
         tuple(
-            Row(
+            Comparison(
                 "vgg13" + (", augmented" if augmented else ""),
                 StudyConfig(
                     data="cifar10",
@@ -180,7 +180,7 @@ PRESETS: dict[str, Preset] = {
         "Three-arm spiral over batch sizes 1 to 64",
         BATCHLESS,
         (
-            Row(
+            Comparison(
                 "spiral-mlp",
                 StudyConfig(
                     data="spiral",
@@ -200,19 +200,19 @@ PRESETS: dict[str, Preset] = {
     "batchless-cifar10": Preset(
         "CIFAR-10 over batch sizes 1 to 1024",
         BATCHLESS,
-        (Row("batchless-cnn", _BATCHLESS),),
+        (Comparison("batchless-cnn", _BATCHLESS),),
         _LOG_ALONE,
     ),
     "bnp-batch-sizes": Preset(
         "Accuracy against batch size, a convolutional network without and with normalization",
         BNP,
-        (Row("cnn5", _BNP),),
+        (Comparison("cnn5", _BNP),),
         "The paper's body was not available: the network and the budget are ours.",
     ),
     "bnp-mlp": Preset(
         "The fully connected network, down to batch size 1",
         BNP,
-        (Row("mlp", replace(_BNP, data="digits", model="mlp", batch_sizes=(60, 8, 1), budget=20_000)),),
+        (Comparison("mlp", replace(_BNP, data="digits", model="mlp", batch_sizes=(60, 8, 1), budget=20_000)),),
         "The paper's body was not available: the data and the budget are ours.",
     ),
 }

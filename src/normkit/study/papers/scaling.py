@@ -15,13 +15,13 @@ SMALLEST_BUDGET, SMALLEST_LIMIT = 512, 1000
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One comparison of a table.
 
     Attributes:
         label: What the paper calls it.
         config: The study at the paper's size.
-        published: Method -> test accuracy in percent, as published, at the row's only batch size.
+        published: Method -> test accuracy in percent, as published, at the only batch size.
         rates: The methods of the paper's arm -> the paper's learning rates; empty where none is known.
     """
 
@@ -38,48 +38,57 @@ class Preset:
     Attributes:
         summary: What it shows.
         paper: Authors, year, arXiv number.
-        rows: Its comparisons.
+        comparisons: Its studies.
         note: What a reader must know beside the figures.
     """
 
     summary: str
     paper: str
-    rows: tuple[Row, ...]
+    comparisons: tuple[Comparison, ...]
     note: str = ""
 
     @property
     def runs(self) -> int:
         """Training runs at the paper's size, searches for learning rates included."""
-        return sum(len(slots(row.config)) for row in self.rows)
+        return sum(len(slots(comparison.config)) for comparison in self.comparisons)
 
     @property
     def examples(self) -> int:
         """Training examples seen by all of them together."""
-        return sum(len(slots(row.config)) * row.config.budget for row in self.rows)
+        return sum(len(slots(comparison.config)) * comparison.config.budget for comparison in self.comparisons)
 
     def at_paper_rates(self) -> "Preset | None":
         """The paper's arm: its learning rates in place of the search; None where they are not known."""
-        if not all(row.rates for row in self.rows):
+        if not all(comparison.rates for comparison in self.comparisons):
             return None
 
-        def fixed(row: Row) -> Row:
-            return replace(row, config=replace(row.config, methods=tuple(row.rates), lr=dict(row.rates)))
+        def fixed(comparison: Comparison) -> Comparison:
+            return replace(
+                comparison,
+                config=replace(comparison.config, methods=tuple(comparison.rates), lr=dict(comparison.rates)),
+            )
 
-        return replace(self, rows=tuple(map(fixed, self.rows)))
+        return replace(self, comparisons=tuple(map(fixed, self.comparisons)))
 
     def on(self, model: str) -> "Preset | None":
-        """The same on one network: the rows that have it, or, where all rows share one network, that one in its place.
+        """The same on one network: the comparisons that have it, or, where all share one network, that one in its place.
 
         None where neither is possible. Published figures are kept for the paper's own networks only.
         """
-        kept = tuple(row for row in self.rows if model in {row.config.model, row.label})
-        if kept or len({row.config.model for row in self.rows}) > 1:
-            return replace(self, rows=kept) if kept else None
+        kept = tuple(
+            comparison for comparison in self.comparisons if model in {comparison.config.model, comparison.label}
+        )
+        if kept or len({comparison.config.model for comparison in self.comparisons}) > 1:
+            return replace(self, comparisons=kept) if kept else None
         return replace(
             self,
-            rows=tuple(
-                Row(row.label.replace(row.config.model, model), replace(row.config, model=model), rates=row.rates)
-                for row in self.rows
+            comparisons=tuple(
+                Comparison(
+                    comparison.label.replace(comparison.config.model, model),
+                    replace(comparison.config, model=model),
+                    rates=comparison.rates,
+                )
+                for comparison in self.comparisons
             ),
         )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from normkit.study.report.scales import Axis, spread
+from normkit.study.report.scales import Axis, separate
 
 COLOURS = 8  # series beyond repeat the colours, dashed
 _INSET = 14.0  # of the first and last point, whose ring or crosses would cover the labels of the axis
@@ -183,7 +183,7 @@ def _labels(series: Sequence[Series], plot: _Plot, room: float) -> Markup:
     for s in series:
         at, level = plot.place(s.points[-1]) if s.points else (max(map(plot.across, s.crosses)), plot.floor - 9)
         ends.append((at, min(max(level, plot.top), plot.floor)))
-    heights = spread([level for _, level in ends], plot.top, plot.floor - 6, _LABEL_HEIGHT)
+    heights = separate([level for _, level in ends], plot.top, plot.floor - 6, _LABEL_HEIGHT)
     longest = int((room - 20) / _CHARACTER)
     tie = Markup('<path class="tie c{}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}L{:.1f} {:.1f}"/>')
     name = Markup('<text class="name c{}" x="{:.1f}" y="{:.1f}">{}</text>')

@@ -11,7 +11,7 @@ from normkit.study.records import StudyRecord, TrialResult
 from normkit.study.report.chart import Series, line_chart
 from normkit.study.report.format import format_percent
 from normkit.study.report.scales import Axis, log_ticks, nice_ticks
-from normkit.study.report.statistics import finite, plan_axes, summarize
+from normkit.study.report.statistics import Summary, finite, plan_axes
 
 WIDE, NARROW, PANEL = (1000, 420), (370, 340), (360, 260)
 _LOSS_HEADROOM = 1.5  # losses above 1.5 times that of guessing are cut off, or one bad start hides everything else
@@ -32,15 +32,15 @@ def series_index(record: StudyRecord) -> dict[str, int]:
     return {record.config["reference"]: 0, **{method: 1 + k for k, method in enumerate(others)}}
 
 
-def by_batch_size(record: StudyRecord) -> list[Markup]:
+def by_batch_size(record: StudyRecord, summaries: Sequence[Summary]) -> list[Markup]:
     """Test accuracy against batch size, one line per method, for wide and for narrow screens.
 
     Empty before final runs of two batch sizes have ended: the tables show a single one better.
     """
-    summaries = [s for s in summarize(record) if s.accuracies or s.diverged]
+    summaries = [s for s in summaries if s.accuracies or s.diverged]
     if len({s.batch_size for s in summaries}) < 2:
         return []
-    series, told = [], []
+    series, texts = [], []
     for method, index in series_index(record).items():
         mine = sorted((s for s in summaries if s.method == method), key=lambda s: -s.batch_size)
         if not mine:
@@ -55,14 +55,14 @@ def by_batch_size(record: StudyRecord) -> list[Markup]:
             )
         )
         words = [f"{format_percent(s.mean) if s.mean is not None else 'no accuracy'} at {s.batch_size}" for s in mine]
-        told.append(f"{method}: {', '.join(words)}")
+        texts.append(f"{method}: {', '.join(words)}")
     sizes = sorted({s.batch_size for s in summaries}, reverse=True)
     x = Axis("batch size (log scale, small to the right)", sizes[0], sizes[-1], tuple(sizes), scale=math.log2)
     y = _accuracy_axis("test accuracy, %", [value for s in series for _, value in (*s.points, *s.dots)])
     chance = 1 / (record.config["classes"] or math.inf)
     if y.low < chance < y.high:
         y = replace(y, mark=(chance, "chance"))
-    alt = f"Test accuracy against batch size. {'. '.join(told)}."
+    alt = f"Test accuracy against batch size. {'. '.join(texts)}."
     return [line_chart(series, x, y, size=size, alt=alt, css=css) for size, css in ((WIDE, "wide"), (NARROW, "narrow"))]
 
 
@@ -104,9 +104,9 @@ def _loss_lines(record: StudyRecord, size: int) -> list[Series]:
     return lines
 
 
-def by_learning_rate(record: StudyRecord) -> list[Panel]:
+def by_learning_rate(record: StudyRecord, summaries: Sequence[Summary]) -> list[Panel]:
     """Validation accuracy of the search runs against learning rate, per batch size; the chosen rate is ringed."""
-    chosen = {(s.method, s.batch_size): s.lr for s in summarize(record)}
+    chosen = {(s.method, s.batch_size): s.lr for s in summaries}
     panels = []
     for size in plan_axes(record)[1]:
         series = []
@@ -126,8 +126,8 @@ def by_learning_rate(record: StudyRecord) -> list[Panel]:
         )
         y = _accuracy_axis("validation accuracy, %", [value for s in series for _, value in s.points])
         tops = [(s.label, *max(s.points, key=lambda point: point[1])) for s in series if s.points]
-        told = [f"{method} is best at {lr:g} with {format_percent(accuracy)}" for method, lr, accuracy in tops]
-        alt = f"Validation accuracy against learning rate at batch size {size}. {', '.join(told)}."
+        texts = [f"{method} is best at {lr:g} with {format_percent(accuracy)}" for method, lr, accuracy in tops]
+        alt = f"Validation accuracy against learning rate at batch size {size}. {', '.join(texts)}."
         panels.append(Panel(f"Batch size {size}", line_chart(series, x, y, size=PANEL, alt=alt)))
     return panels
 

@@ -22,13 +22,13 @@ def enumerate_words(items: Sequence[object]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def pluralize(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str, plural: str | None = None) -> str:
     """A number with its noun.
 
-    >>> pluralize(1, "seed"), pluralize(3, "seed")
-    ('1 seed', '3 seeds')
+    >>> pluralize(1, "seed"), pluralize(3, "seed"), pluralize(2, "study", "studies")
+    ('1 seed', '3 seeds', '2 studies')
     """
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def quoted(method: str) -> str:

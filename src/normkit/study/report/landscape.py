@@ -7,12 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from normkit.instruments.result import plain
 from normkit.study.landscape.records import LandscapeRecord, Trace
 from normkit.study.report.chart import Series, line_chart
 from normkit.study.report.figures import PANEL, Panel
+from normkit.study.report.page import render_template
 from normkit.study.report.scales import Axis, log_ticks, nice_ticks
 
 
@@ -26,20 +25,12 @@ def write_landscape(record: LandscapeRecord, folder: Path) -> list[Path]:
     Returns:
         The files, in the order above.
     """
-    environment = Environment(
-        loader=PackageLoader("normkit.study.report", "templates"),
-        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     values: dict[str, Any] = {"record": record, "rows": table(record.traces), "columns": COLUMNS}
     values["sections"] = sections(record.traces)
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
-        "landscape.html": environment.get_template("landscape.html.j2").render(**values),
-        "landscape.md": environment.get_template("landscape.md.j2").render(**values),
+        "landscape.html": render_template("landscape.html.j2", **values),
+        "landscape.md": render_template("landscape.md.j2", **values),
         "landscape.json": json.dumps(plain(record.to_dict()), indent=1, allow_nan=False) + "\n",
     }
     for name, text in texts.items():

@@ -61,7 +61,7 @@ class Display:
             self._live.stop()
             self._live = None
 
-    def message(self, text: str) -> None:
+    def write(self, text: str) -> None:
         """Show one line of text."""
         if not self.quiet:
             self.console.print(Text(text), soft_wrap=True)
@@ -80,11 +80,11 @@ class Display:
             self._updated = True
             self._before = set(self._results)
             if new:
-                self.message(f"going on: {len(new)} of {len(self.planned)} trials are done")
+                self.write(f"going on: {len(new)} of {len(self.planned)} trials are done")
         elif self._live is None:
             done = len(self._results) - len(new)
             for place, result in enumerate(new, done + 1):
-                self.message(f"[{place}/{len(self.planned)}] {describe(result.key)}: {outcome(result)}{self._ending()}")
+                self.write(f"[{place}/{len(self.planned)}] {describe(result.key)}: {outcome(result)}{self._ending()}")
 
     def seconds_left(self) -> float | None:
         """Estimated seconds to the end; None before a trial has ended.

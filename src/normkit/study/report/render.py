@@ -4,21 +4,20 @@ import csv
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
-
 from normkit.study.landscape.records import Trace
 from normkit.study.records import StudyRecord
 from normkit.study.report.figures import by_batch_size, by_learning_rate, training_curves
-from normkit.study.report.format import enumerate_words, format_duration, pluralize
+from normkit.study.report.format import format_duration
 from normkit.study.report.landscape import sections as landscape_sections
-from normkit.study.report.statistics import summarize
-from normkit.study.report.tables import edges, judging, tables, troubles
-from normkit.study.report.verdict import judge
+from normkit.study.report.page import render_template
+from normkit.study.report.statistics import Summary, summarize
+from normkit.study.report.tables import failed_runs, grid_edges, selection_note, tables
+from normkit.study.report.verdict import reach_verdict
 
 CSV_COLUMNS = (
     *("phase", "method", "batch_size", "lr", "seed", "state", "validation_accuracy", "validation_loss"),
@@ -36,10 +35,11 @@ def write_report(record: StudyRecord, folder: Path) -> list[Path]:
     Returns:
         The files, in the order above.
     """
+    summaries = summarize(record)
     texts = {
-        "report.html": render_html(record),
-        "report.md": render_markdown(record),
-        "results.json": results_json(record),
+        "report.html": render_html(record, summaries),
+        "report.md": render_markdown(record, summaries),
+        "results.json": results_json(record, summaries),
         "trials.csv": trials_csv(record),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,27 +48,28 @@ def write_report(record: StudyRecord, folder: Path) -> list[Path]:
     return [folder / name for name in texts]
 
 
-def render_html(record: StudyRecord) -> str:
+def render_html(record: StudyRecord, summaries: Sequence[Summary]) -> str:
     """The page: no script, nothing loaded from outside, every text of the study escaped."""
     return _render(
         "report.html.j2",
         record,
-        by_batch_size=by_batch_size(record),
+        summaries,
+        by_batch_size=by_batch_size(record, summaries),
         curves=training_curves(record),
-        by_learning_rate=by_learning_rate(record),
+        by_learning_rate=by_learning_rate(record, summaries),
         landscape=landscape_sections([Trace(**trace) for trace in record.landscape]),
     )
 
 
-def render_markdown(record: StudyRecord) -> str:
+def render_markdown(record: StudyRecord, summaries: Sequence[Summary]) -> str:
     """The words and tables of the page, without its figures."""
-    return _render("report.md.j2", record)
+    return _render("report.md.j2", record, summaries)
 
 
-def results_json(record: StudyRecord) -> str:
+def results_json(record: StudyRecord, summaries: Sequence[Summary]) -> str:
     """Everything as JSON: the record, and what the report says of it. Numbers that are not finite become null."""
-    summaries = [{**asdict(s), "mean": s.mean, "sd": s.sd} for s in summarize(record)]
-    content = {"verdict": asdict(judge(record)), "summaries": summaries, "record": record.to_dict()}
+    rows = [{**asdict(s), "mean": s.mean, "sd": s.sd} for s in summaries]
+    content = {"verdict": asdict(reach_verdict(record, summaries)), "summaries": rows, "record": record.to_dict()}
     return json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -86,52 +87,17 @@ def trials_csv(record: StudyRecord) -> str:
     return text.getvalue()
 
 
-def prose(text: str) -> Markup:
-    """A sentence with names in backticks as HTML.
-
-    >>> str(prose("`a<b` won"))
-    '<code>a&lt;b</code> won'
-    """
-    pieces = enumerate(text.replace(" %", "\N{NO-BREAK SPACE}%").split("`"))
-    return Markup("").join(Markup("<code>{}</code>").format(piece) if k % 2 else escape(piece) for k, piece in pieces)
-
-
-def markdown_code(text: object) -> str:
-    r"""Any text as one Markdown code span that fits a table cell.
-
-    >>> print(markdown_code("a|b"))
-    `a\|b`
-    """
-    line = " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")
-    return f"`{line}`" if line else ""
-
-
-def _render(template: str, record: StudyRecord, **figures: Any) -> str:
-    environment = Environment(
-        loader=PackageLoader("normkit.study.report", "templates"),
-        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "pluralize": pluralize,
-        "enumerate": enumerate_words,
-        "prose": prose,
-        "code": markdown_code,
-        "number": "{:,}".format,
-    }
+def _render(template: str, record: StudyRecord, summaries: Sequence[Summary], **figures: Any) -> str:
     found = {
-        "verdict": judge(record),
-        "tables": tables(record),
-        "edges": edges(record),
-        "judging": judging(record),
+        "verdict": reach_verdict(record, summaries),
+        "tables": tables(record, summaries),
+        "grid_edges": grid_edges(record, summaries),
+        "selection_note": selection_note(record),
         "pruned": sum(trial.state == "pruned" for trial in record.trials),
-        "troubles": troubles(record),
+        "failed_runs": failed_runs(record),
         "took": format_duration(sum(trial.seconds for trial in record.trials)) if record.trials else "",
     }
-    return environment.get_template(template).render(record=record, config=record.config, **found, **figures)
+    return render_template(template, record=record, config=record.config, **found, **figures)
 
 
 def _finite(value: Any) -> Any:

@@ -4,6 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from scipy.optimize import isotonic_regression
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -67,25 +70,19 @@ def log_ticks(low: float, high: float) -> tuple[float, ...]:
     return found or tuple(dict.fromkeys((low, high)))
 
 
-def spread(wanted: Sequence[float], low: float, high: float, gap: float) -> list[float]:
-    """Positions closest to the wanted ones that are ``gap`` apart and, as far as there is room, within [low, high].
+def separate(wanted: Sequence[float], low: float, high: float, gap: float) -> list[float]:
+    """Return positions closest to the wanted ones that are ``gap`` apart and, as far as there is room, within [low, high].
 
-    Closest in least squares: with ``q[k] = p[k] - k * gap`` this is isotonic regression, solved by pooling neighbours.
+    Closest in least squares: with ``q[k] = p[k] - k * gap`` this is isotonic regression.
 
-    >>> spread([10.0, 11.0, 50.0], 0.0, 100.0, gap=10.0)
+    >>> separate([10.0, 11.0, 50.0], 0.0, 100.0, gap=10.0)
     [5.5, 15.5, 50.0]
     """
-    order = sorted(range(len(wanted)), key=wanted.__getitem__)
-    pools: list[tuple[float, int]] = []  # (mean, size)
-    for rank, index in enumerate(order):
-        mean, size = wanted[index] - rank * gap, 1
-        while pools and pools[-1][0] > mean:
-            other, count = pools.pop()
-            mean, size = (mean * size + other * count) / (size + count), size + count
-        pools.append((mean, size))
-    flat = [mean for mean, size in pools for _ in range(size)]
-    room = max(low, high - (len(wanted) - 1) * gap)
-    positions = [0.0] * len(wanted)
-    for rank, index in enumerate(order):
-        positions[index] = min(max(flat[rank], low), room) + rank * gap
-    return positions
+    if not wanted:
+        return []
+    order = np.argsort(wanted, kind="stable")
+    steps = gap * np.arange(len(wanted))
+    room = max(low, high - steps[-1])
+    positions = np.empty(len(wanted))
+    positions[order] = np.clip(isotonic_regression(np.asarray(wanted)[order] - steps).x, low, room) + steps
+    return positions.tolist()

@@ -85,21 +85,22 @@ class Summary:
 
 
 def t_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    r"""Interval of a mean: \(\bar d \pm t_{n-1} s / \sqrt n\); None with fewer than two values, or without a spread.
+    r"""Return the t interval of a mean, \(\bar d \pm t_{n-1} s / \sqrt n\).
 
     Args:
         differences: The n values.
         confidence: Coverage, in (0, 1).
 
+    Returns:
+        Lower and upper end; None with fewer than two values, or where all are equal.
+
     >>> t_interval([1.0, 2.0, 3.0])
     (-0.484..., 4.484...)
     """
-    n = len(differences)
-    if n < 2 or np.ptp(differences) < _NO_SPREAD:
+    if len(differences) < 2 or np.ptp(differences) < _NO_SPREAD:
         return None
-    center = float(np.mean(differences))
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * np.std(differences, ddof=1) / math.sqrt(n))
-    return center - half, center + half
+    interval = stats.ttest_1samp(differences, 0.0).confidence_interval(confidence)
+    return float(interval.low), float(interval.high)
 
 
 def paired_p_value(method: Sequence[float], reference: Sequence[float], alternative: Alternative) -> float | None:

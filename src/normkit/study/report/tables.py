@@ -12,7 +12,7 @@ from normkit.study.records import Cost, StudyRecord
 from normkit.study.report.chart import interval, swatch
 from normkit.study.report.figures import series_index
 from normkit.study.report.format import format_bytes, format_p, format_percent, format_points, format_seconds, quoted
-from normkit.study.report.statistics import Paired, Summary, plan_axes, summarize
+from normkit.study.report.statistics import Paired, Summary, plan_axes
 
 NOTHING = "–"
 
@@ -50,7 +50,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Trouble:
+class FailedRuns:
     """Runs that went wrong in the same way."""
 
     runs: int
@@ -60,13 +60,12 @@ class Trouble:
     what: str
 
 
-def tables(record: StudyRecord) -> list[Table]:
+def tables(record: StudyRecord, summaries: Sequence[Summary]) -> list[Table]:
     """One table per batch size; columns that no method has a value for are left out."""
-    summaries = summarize(record)
     return [_table(record, size, [s for s in summaries if s.batch_size == size]) for size in plan_axes(record)[1]]
 
 
-def troubles(record: StudyRecord) -> list[Trouble]:
+def failed_runs(record: StudyRecord) -> list[FailedRuns]:
     """Runs that diverged or failed and costs that could not be measured, those that ended alike counted together."""
     alike = Counter(
         (t.key.phase, t.key.method, t.key.batch_size, f"{t.state}: {t.error}" if t.error else t.state)
@@ -74,28 +73,29 @@ def troubles(record: StudyRecord) -> list[Trouble]:
         if t.state in {"diverged", "failed"}
     )
     alike.update(("cost", c.method, c.batch_size, f"not measured: {c.error}") for c in record.costs if c.error)
-    return [Trouble(runs, *what) for what, runs in alike.items()]
+    return [FailedRuns(runs, *what) for what, runs in alike.items()]
 
 
-def edges(record: StudyRecord) -> list[str]:
+def grid_edges(record: StudyRecord, summaries: Sequence[Summary]) -> list[str]:
     """Where the chosen learning rate is the lowest or highest of those searched, so that a better one may lie beyond.
 
     Args:
         record: A study, finished or not.
+        summaries: Its summaries.
     """
     searched: dict[tuple[str, int], set[float]] = {}
     for trial in record.trials:
         if trial.key.phase == "search":
             searched.setdefault((trial.key.method, trial.key.batch_size), set()).add(trial.key.lr)
     found = []
-    for s in summarize(record):
+    for s in summaries:
         rates = searched.get((s.method, s.batch_size), set())
         if s.lr is not None and len(rates) > 1 and s.lr in {min(rates), max(rates)}:
             found.append(f"{quoted(s.method)} at batch size {s.batch_size}")
     return found
 
 
-def judging(record: StudyRecord) -> str:
+def selection_note(record: StudyRecord) -> str:
     """Which weights were judged, when they were taken, and what looking for them cost; empty where they are the last.
 
     Args:

@@ -10,8 +10,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from normkit.study.records import StudyRecord
+from normkit.study.report.statistics import summarize
 from normkit.study.report.tables import Cell, Table, tables
-from normkit.study.report.verdict import judge
+from normkit.study.report.verdict import reach_verdict
 
 _ALWAYS = 2  # accuracy and difference are shown on the narrowest terminal
 _NO_LIMIT = 1000
@@ -23,9 +24,10 @@ def render_terminal(record: StudyRecord) -> RenderableType:
     Args:
         record: A study, finished or not.
     """
-    verdict = judge(record)
+    summaries = summarize(record)
+    verdict = reach_verdict(record, summaries)
     words = [_names(verdict.sentence, "bold"), *(_names(caveat, "dim") for caveat in verdict.caveats)]
-    return Group(*map(_Fitted, tables(record)), *words)
+    return Group(*map(_Fitted, tables(record, summaries)), *words)
 
 
 @dataclass(frozen=True)

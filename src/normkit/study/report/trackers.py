@@ -3,6 +3,7 @@
 None of them is required; a tracker that fails in the middle of a study ends its own part and not the study.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from normkit._errors import nearest
 from normkit.study.errors import StudyError
 from normkit.study.records import TrialResult
+
+logger = logging.getLogger(__name__)
 
 Send = Callable[[str, dict[str, Any], list[tuple[int, dict[str, float]]], dict[str, float]], None]
 
@@ -73,13 +76,12 @@ class Tracker:
         name: One of ``TRACKERS``.
         folder: Output folder of the study.
         project: Name of the study.
-        complain: Told when the tracker fails.
 
     Raises:
         StudyError: There is no such tracker, or its client is not installed.
     """
 
-    def __init__(self, name: str, folder: Path, project: str, complain: Callable[[str], None]) -> None:
+    def __init__(self, name: str, folder: Path, project: str) -> None:
         if name not in TRACKERS:
             raise StudyError(f"--track: unknown tracker {name!r}; {nearest(name, TRACKERS)}")
         module, package, adapter = TRACKERS[name]
@@ -87,7 +89,7 @@ class Tracker:
             client = __import__(module, fromlist=["_"])
         except ImportError as error:
             raise StudyError(f"--track {name}: {error}; pip install {package}") from error
-        self.name, self.complain = name, complain
+        self.name = name
         self._send: Send | None = adapter(client, folder, project)
         self._file = folder / f"tracked-{name}.txt"
         self._sent = set(self._file.read_text(encoding="utf-8").splitlines()) if self._file.exists() else set()
@@ -102,7 +104,7 @@ class Tracker:
             try:
                 self._send(run, {**asdict(key), "state": result.state}, *_values(result))
             except Exception as error:  # the tracker's server may be away: that must not end the study
-                self.complain(f"--track {self.name} stopped: {type(error).__name__}: {error}")
+                logger.warning("--track %s stopped: %s: %s", self.name, type(error).__name__, error)
                 self._send = None
                 return
             self._sent.add(run)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from normkit.study.records import StudyRecord
 from normkit.study.report.format import enumerate_words, format_percent, pluralize, quoted
-from normkit.study.report.statistics import PAIRS_FOR_A_CLAIM, Summary, summarize, unfinished
+from normkit.study.report.statistics import PAIRS_FOR_A_CLAIM, Summary, unfinished
 
 SIGNIFICANT = 0.05
 _NEAR_CHANCE = 1.5  # accuracy below 1.5 times chance level is told as such
@@ -45,13 +45,13 @@ def direction(summary: Summary, *, tested: bool) -> int:
     return (1 if paired.difference > 0 else -1) if beyond else 0
 
 
-def judge(record: StudyRecord) -> Verdict:
+def reach_verdict(record: StudyRecord, summaries: Sequence[Summary]) -> Verdict:
     """Say what the study found.
 
     Args:
         record: A study, finished or not.
+        summaries: Its summaries, see ``normkit.study.report.statistics.summarize``.
     """
-    summaries = summarize(record)
     ran = [summary for summary in summaries if summary.runs]
     if not ran:
         return Verdict("No final run has ended yet, so there is nothing to compare.", _progress(record))

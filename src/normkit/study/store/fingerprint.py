@@ -21,15 +21,15 @@ LOOKED_AT = 32  # examples of each split
 RELATIVE, ABSOLUTE = 1e-2, 1e-4  # decoders, processors and versions differ by less
 
 
-def hold(store: Store, config: StudyConfig, data: Data) -> None:
+def check_fingerprint(store: Store, config: StudyConfig, data: Data) -> None:
     """Keep what data and model are in a study that begins; refuse others in one that goes on.
 
     Raises:
         StudyError: Data or model are not what they were when the study began.
     """
-    found, kept = identity(config, data), store.noted("identity")
+    found, kept = identity(config, data), store.get_attr("identity")
     if kept is None:
-        store.note("identity", found)
+        store.set_attr("identity", found)
         return
     for what, name in (("data", config.data), ("model", config.model)):
         if not _alike(kept[what], found[what]):

@@ -1,6 +1,7 @@
 """Joining studies that wait in a storage: ``normkit worker``, on any number of machines."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from normkit.study.environment import environment, redact, together
 from normkit.study.errors import StudyError
 from normkit.study.plan import Slot, slots
 from normkit.study.records import TrialResult
-from normkit.study.store.fingerprint import hold
+from normkit.study.store.fingerprint import check_fingerprint
 from normkit.study.store.store import Store
-from normkit.study.store.worker import Place, lock_file, run_workers
+from normkit.study.store.worker import StoreAddress, lock_file, run_workers
+
+logger = logging.getLogger(__name__)
 
 
 def waiting_studies(url: str) -> dict[str, StudyConfig]:
@@ -40,7 +43,6 @@ def join(
     count: int,
     checkpoints: Path,
     check: Callable[[StudyConfig], Data],
-    say: Callable[[str], None],
 ) -> int:
     """Work on the studies of a storage until none has work left.
 
@@ -50,7 +52,6 @@ def join(
         count: Worker processes on this machine.
         checkpoints: Folder of checkpoints; shared between machines, a trial goes on where another machine left it.
         check: Loads what a study needs and raises where this machine cannot run it.
-        say: Told what happens, line by line.
 
     Returns:
         Number of studies worked on.
@@ -70,17 +71,19 @@ def join(
         waiting = {name: config for name, config in waiting.items() if name == study}
     for name, config in waiting.items():
         data = check(config)
-        place = Place(url, name, lock_file(url), checkpoints)
-        store = place.store()
-        hold(store, config, data)
-        store.note("environment", together(store.noted("environment"), environment(config.device)))
+        address = StoreAddress(url, name, lock_file(url), checkpoints)
+        store = address.store()
+        check_fingerprint(store, config, data)
+        store.set_attr("environment", together(store.get_attr("environment"), environment(config.device)))
         ended = 0
 
-        def watch(results: list[TrialResult], _: list[Slot], name: str = name, config: StudyConfig = config) -> None:
+        def on_progress(
+            results: list[TrialResult], _: list[Slot], name: str = name, config: StudyConfig = config
+        ) -> None:
             nonlocal ended
             if len(results) > ended:
                 ended = len(results)
-                say(f"{name}: {ended} of {len(slots(config))} trials have ended")
+                logger.info("%s: %d of %d trials have ended", name, ended, len(slots(config)))
 
-        run_workers(place, config, count, watch)
+        run_workers(address, config, count, on_progress)
     return len(waiting)

@@ -174,8 +174,8 @@ class Store:
             thread.join()
 
     @patient
-    def free_dead(self, dead: Sequence[str] = (), error: str | None = None) -> int:
-        """Free the slots of workers that are gone, to be run again; returns how many.
+    def requeue_dead(self, dead: Sequence[str] = (), error: str | None = None) -> int:
+        """Queue the slots of dead workers again and return how many.
 
         Gone are owners in ``dead``, processes of this host that do not run any more, and workers without a heartbeat. A
         slot whose workers died ``MAX_DEATHS`` times is closed as failed: it is the trial that ends them (memory, say).
@@ -202,14 +202,14 @@ class Store:
                     reason = f"{error or 'its worker ended'} ({MAX_DEATHS} times)"
                     self.record(Claim(trial._trial_id, slot, resolved), TrialResult(resolved, "failed", error=reason))
                     freed += 1
-                elif _died(trial) or self._bury(trial):
+                elif _died(trial) or self._mark_failed(trial):
                     again = create_trial(state=TrialState.WAITING, user_attrs={"slot": asdict(slot)})
                     self.storage.create_new_trial(self.study_id, again)
                     freed += 1
         return freed
 
-    def _bury(self, trial: FrozenTrial) -> bool:
-        """Mark a trial as dead; False if another process did so, or a result came, first."""
+    def _mark_failed(self, trial: FrozenTrial) -> bool:
+        """Mark a trial as failed; False if another process did so, or a result came, first."""
         try:
             return self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         except optuna.exceptions.UpdateFinishedTrialError:
@@ -248,12 +248,12 @@ class Store:
         return [slot for slot, t in self._trials().items() if t.state == TrialState.RUNNING and not _ended(t)]
 
     @patient
-    def note(self, name: str, value: Any) -> None:
+    def set_attr(self, name: str, value: Any) -> None:
         """Keep a JSON-ready value beside the trials."""
         self.storage.set_study_user_attr(self.study_id, name, value)
 
     @patient
-    def noted(self, name: str) -> Any:
+    def get_attr(self, name: str) -> Any:
         """The value kept under ``name``, or None."""
         return self.storage.get_study_user_attrs(self.study_id).get(name)
 

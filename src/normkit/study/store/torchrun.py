@@ -7,7 +7,7 @@ BNP and batchless reduce their statistics over ranks, and ``normkit.study.train.
 import gc
 import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -19,10 +19,10 @@ import torch.distributed as dist
 from normkit.study.config import StudyConfig
 from normkit.study.data.dataset import Data
 from normkit.study.errors import StudyError
-from normkit.study.plan import Slot, slots
-from normkit.study.records import CurvePoint, TrialKey, TrialResult
+from normkit.study.plan import slots
+from normkit.study.records import CurvePoint, TrialKey
 from normkit.study.store.store import Claim, Store
-from normkit.study.store.worker import SHORTEST_REST, Place
+from normkit.study.store.worker import SHORTEST_POLL, Progress, StoreAddress
 from normkit.study.train.loop import from_first
 from normkit.study.train.trial import load, run_trial
 
@@ -39,33 +39,33 @@ def rank_count() -> dict[str, str]:
     return {} if launched_rank() is None else {"data-parallel ranks": os.environ["WORLD_SIZE"]}
 
 
-def lead(place: Place, config: StudyConfig, data: Data, watch: Callable[[list[TrialResult], list[Slot]], None]) -> None:
+def lead(address: StoreAddress, config: StudyConfig, data: Data, on_progress: Progress) -> None:
     """Rank 0's part: claim, train together with the other ranks, and record, until the study has ended.
 
     Args:
-        place: Where the study is kept.
+        address: Where the study is kept.
         config: The study.
         data: Its data.
-        watch: Told about results and running slots.
+        on_progress: Called with results and running slots.
     """
-    store, planned = place.store(), len(slots(config))
+    store, planned = address.store(), len(slots(config))
     store.open(config)
-    store.free_dead()
+    store.requeue_dead()
     with _process_group(config):
         while len(results := store.results()) < planned:
             claim = store.claim()
-            watch(results, store.running())
+            on_progress(results, store.running())
             if claim is None:
-                time.sleep(SHORTEST_REST)
-                store.free_dead()
+                time.sleep(SHORTEST_POLL)
+                store.requeue_dead()
                 continue
             from_first(claim.key)
             watching = partial(_agreed, store, claim) if config.prune else None
             with store.heartbeat(claim):
-                result = run_trial(config, claim.key, data, folder=place.checkpoints, watch=watching)
+                result = run_trial(config, claim.key, data, folder=address.checkpoints, on_point=watching)
             store.record(claim, result)
         from_first(None)
-        watch(store.results(), [])
+        on_progress(store.results(), [])
 
 
 def follow(config: StudyConfig, checkpoints: Path | None) -> None:
@@ -79,7 +79,7 @@ def follow(config: StudyConfig, checkpoints: Path | None) -> None:
     with _process_group(config):
         while isinstance(key := from_first(None), TrialKey):
             watching = (lambda _: bool(from_first(None))) if config.prune else None
-            run_trial(config, key, data, folder=checkpoints, watch=watching)
+            run_trial(config, key, data, folder=checkpoints, on_point=watching)
 
 
 def _agreed(store: Store, claim: Claim, point: CurvePoint) -> bool:

@@ -28,13 +28,14 @@ from normkit.study.records import TrialResult
 from normkit.study.store.store import Store, owner
 from normkit.study.train.trial import load, run_trial
 
-SHORTEST_REST, LONGEST_REST = 0.3, 10.0  # seconds
+SHORTEST_POLL, LONGEST_POLL = 0.3, 10.0  # seconds
 MAX_IDLE_DEATHS = 3
+Progress = Callable[[list[TrialResult], list[Slot]], None]  # called with results and running slots
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a study's trials are kept: what a worker process needs to open it."""
+class StoreAddress:
+    """Where a study's trials are kept, and all that a worker process needs to open them."""
 
     url: str
     name: str
@@ -60,9 +61,19 @@ def lock_file(url: str) -> Path | None:
     return None
 
 
-def rest(took: float) -> None:
-    """Sleep fifty times as long as a look at the store ``took``, for a big study, or a far one, takes long to read."""
-    time.sleep(min(max(50 * took, SHORTEST_REST), LONGEST_REST))
+def poll_interval(seconds: float) -> float:
+    """Return the time to wait before the next read of the store, 50 times as long as the last one took.
+
+    So reading takes at most 2 % of the time, however big the study or far the storage is, within the two bounds.
+
+    Args:
+        seconds: Duration of the last read.
+
+    Examples:
+        >>> poll_interval(0.001), poll_interval(0.1), poll_interval(2.0)
+        (0.3, 5.0, 10.0)
+    """
+    return min(max(50 * seconds, SHORTEST_POLL), LONGEST_POLL)
 
 
 def work(store: Store, config: StudyConfig, data: Data, checkpoints: Path | None = None) -> None:
@@ -73,22 +84,22 @@ def work(store: Store, config: StudyConfig, data: Data, checkpoints: Path | None
         if claim is not None:
             with store.heartbeat(claim):
                 watch = partial(store.below_median, claim) if config.prune else None
-                result = run_trial(config, claim.key, data, folder=checkpoints, watch=watch)
+                result = run_trial(config, claim.key, data, folder=checkpoints, on_point=watch)
             store.record(claim, result)
         elif len(store.results()) >= planned:
             return
         else:  # what is left runs elsewhere, or waits for a search that does
-            time.sleep(SHORTEST_REST)
-            store.free_dead()
+            time.sleep(SHORTEST_POLL)
+            store.requeue_dead()
 
 
 def run_workers(
-    place: Place,
+    address: StoreAddress,
     config: StudyConfig,
     count: int,
-    watch: Callable[[list[TrialResult], list[Slot]], None],
+    on_progress: Progress,
 ) -> None:
-    """Run ``count`` worker processes to the end of the study, telling ``watch`` about results and running slots.
+    """Run ``count`` worker processes to the end of the study, calling ``on_progress`` with results and running slots.
 
     A worker that dies (killed for memory, say) closes its trial as failed and is replaced.
 
@@ -96,13 +107,13 @@ def run_workers(
         StudyError: Workers end before they begin a trial.
     """
     context = mp.get_context("spawn")
-    store = place.store()
+    store = address.store()
     store.open(config)
-    store.free_dead()
+    store.requeue_dead()
     planned = len(slots(config))
 
     def start() -> BaseProcess:
-        process = context.Process(target=_worker_main, args=(place, config), daemon=True)
+        process = context.Process(target=_worker_main, args=(address, config), daemon=True)
         process.start()
         return process
 
@@ -114,7 +125,7 @@ def run_workers(
             results = store.results()
             if len(results) >= planned:
                 break
-            watch(results, store.running())
+            on_progress(results, store.running())
             took = time.perf_counter() - looking
             gone = [w for w in workers if w.exitcode not in (None, 0)]
             died = ""
@@ -123,15 +134,15 @@ def run_workers(
                 died = f"the worker process ended with exit code {worker.exitcode}"
                 if worker.exitcode == -signal.SIGKILL:
                     died += " (killed: out of memory?)"
-                idle_deaths = 0 if store.free_dead([holder], error=died) else idle_deaths + 1
+                idle_deaths = 0 if store.requeue_dead([holder], error=died) else idle_deaths + 1
             if idle_deaths > MAX_IDLE_DEATHS:
                 raise StudyError(f"workers end before their first trial; the last: {died}")
             workers = [w for w in workers if w.exitcode is None]
             waiting = planned - len(results)
             while len(workers) < min(count, waiting):
                 workers.append(start())
-            rest(took)
-        watch(store.results(), [])
+            time.sleep(poll_interval(took))
+        on_progress(store.results(), [])
     finally:
         for worker in workers:
             worker.terminate()
@@ -139,14 +150,14 @@ def run_workers(
             worker.join()
 
 
-def _worker_main(place: Place, config: StudyConfig) -> None:
+def _worker_main(address: StoreAddress, config: StudyConfig) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _end_with_parent()
     torch.set_num_threads(1)
     try:
-        store = place.store()
+        store = address.store()
         store.config = config
-        work(store, config, load(config), place.checkpoints)
+        work(store, config, load(config), address.checkpoints)
     except (StudyError, DataError) as error:  # a line, as the parent would say it
         sys.exit(f"error: {error}")
 

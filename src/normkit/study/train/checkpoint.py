@@ -1,4 +1,4 @@
-"""Checkpoints of a trial on disk: written atomically, checked when read, the one before kept in reserve."""
+"""Checkpoints of a trial on disk: written atomically, checked when read."""
 
 import contextlib
 import hashlib
@@ -13,58 +13,54 @@ _DIGEST = 32  # bytes of SHA-256 in front of the content
 
 
 class CheckpointFile:
-    """Two generations of one trial's checkpoint: ``NAME.ckpt`` and the one before, ``NAME.previous.ckpt``.
+    """One trial's checkpoint, ``NAME.ckpt``.
 
     Args:
-        folder: Where the files are; made when first needed.
+        folder: Where the file is; made when first needed.
         name: File name without its ending.
-        writes: Whether this process keeps the files; of several ranks only one does.
+        writes: Whether this process keeps the file; of several ranks only one does.
     """
 
     def __init__(self, folder: Path, name: str, *, writes: bool = True) -> None:
         self.writes = writes
-        self.latest = folder / f"{name}.ckpt"
-        self.previous = folder / f"{name}.previous.ckpt"
+        self.path = folder / f"{name}.ckpt"
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write ``state``; a process killed at any moment leaves the last complete checkpoint readable.
+        """Write ``state``; a process killed at any moment leaves the last complete checkpoint.
 
-        Where it cannot be written, on a full disk for example, the run goes on with the one before.
+        Where it cannot be written, on a full disk for example, the run continues with the one before.
         """
         if self.writes:
             with contextlib.suppress(OSError):
                 self._write(state)
 
     def _write(self, state: dict[str, Any]) -> None:
-        self.latest.parent.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getbuffer()
-        part = self.latest.with_suffix(f".{os.getpid()}.part")
+        part = self.path.with_suffix(f".{os.getpid()}.part")
         try:
             with part.open("wb") as file:
                 file.write(hashlib.sha256(content).digest())
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            if self.latest.exists():
-                self.latest.replace(self.previous)
-            part.replace(self.latest)
+            part.replace(self.path)
         finally:
             part.unlink(missing_ok=True)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state that is whole, in main memory, or None: a damaged file counts as absent."""
-        for path in (self.latest, self.previous):
-            try:
-                raw = path.read_bytes()
-            except OSError:
-                continue
-            if hashlib.sha256(raw[_DIGEST:]).digest() == raw[:_DIGEST]:
-                return torch.load(io.BytesIO(raw[_DIGEST:]), map_location="cpu", weights_only=True)
-        return None
+        """Read the state into main memory, or return None: a damaged file counts as absent, and the trial starts anew."""
+        try:
+            raw = self.path.read_bytes()
+        except OSError:
+            return None
+        if hashlib.sha256(raw[_DIGEST:]).digest() != raw[:_DIGEST]:
+            return None
+        return torch.load(io.BytesIO(raw[_DIGEST:]), map_location="cpu", weights_only=True)
 
     def remove(self) -> None:
-        """Delete both generations: the trial has ended."""
-        for path in (self.latest, self.previous) if self.writes else ():
-            path.unlink(missing_ok=True)
+        """Delete the file: the trial has ended."""
+        if self.writes:
+            self.path.unlink(missing_ok=True)

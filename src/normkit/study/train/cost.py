@@ -17,7 +17,7 @@ from normkit.study.data.dataset import Data
 from normkit.study.plan import learning_rates
 from normkit.study.records import Cost, TrialKey
 from normkit.study.train.loop import precision, prepare, training_step
-from normkit.study.train.trial import make
+from normkit.study.train.trial import build_trial
 
 ROUNDS = 9
 ROUND_SECONDS = 0.04
@@ -37,7 +37,7 @@ def _costs(config: StudyConfig, data: Data, size: int) -> list[Cost]:
     for method in methods:
         rate = min(learning_rates(config, method, size)) * 1e-3  # steps, without going anywhere
         try:
-            model, optimizer = make(config, TrialKey("search", method, size, rate, 0), data)
+            model, optimizer = build_trial(config, TrialKey("search", method, size, rate, 0), data)
             model.train()
             memory[method] = _memory(model, optimizer, inputs, labels, config)
             timers[method] = Timer(

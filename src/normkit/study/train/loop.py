@@ -250,10 +250,10 @@ class Loop:
         with self.average.in_place() if self.average is not None else nullcontext():
             yield
 
-    def judged(self) -> AbstractContextManager[None]:
-        """After the run: within the block the model has the weights that are judged, best, averaged or last.
+    def final_weights(self) -> AbstractContextManager[None]:
+        """After the run: within the block the model has its final weights: the best, the averaged or the last.
 
-        The best ones stay in the model afterwards.
+        The best weights stay in the model afterwards.
         """
         if self.best is None:
             return self.evaluated()

@@ -71,7 +71,7 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def make(config: StudyConfig, key: TrialKey, data: Data) -> tuple[nn.Module, Optimizer]:
+def build_trial(config: StudyConfig, key: TrialKey, data: Data) -> tuple[nn.Module, Optimizer]:
     """Model and optimizer of a trial; the weights depend on the seed alone, so methods share them where shapes agree."""
     seed_all(key.seed)
     model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device)
@@ -108,9 +108,9 @@ def run_trial(
     data: Data,
     *,
     folder: Path | None = None,
-    watch: Callable[[CurvePoint], bool] | None = None,
+    on_point: Callable[[CurvePoint], bool] | None = None,
 ) -> TrialResult:
-    """Train and judge once; what goes wrong is in the result, never raised.
+    """Train and evaluate once; what goes wrong is in the result, never raised.
 
     Of several ranks one that fails does raise, since only its end makes the launcher end the others.
 
@@ -119,7 +119,7 @@ def run_trial(
         key: Which run.
         data: What ``load`` returned.
         folder: Folder of checkpoints; a run that was interrupted goes on from its last one, exactly.
-        watch: Told each point of the curve; when it returns True the run is given up as ``pruned``.
+        on_point: Called with each point of the curve; when it returns True the run is given up as ``pruned``.
 
     Returns:
         The result.
@@ -130,19 +130,19 @@ def run_trial(
     def ended(state: str, **values: float | str | None) -> TrialResult:
         if checkpoint is not None:
             checkpoint.remove()
-        told = {} if loop is None else {"seconds": loop.seconds, "validation_seconds": loop.validation_seconds}
-        return TrialResult(key, state, curve=tuple(loop.curve) if loop is not None else (), **told, **values)  # type: ignore[arg-type]
+        times = {} if loop is None else {"seconds": loop.seconds, "validation_seconds": loop.validation_seconds}
+        return TrialResult(key, state, curve=tuple(loop.curve) if loop is not None else (), **times, **values)  # type: ignore[arg-type]
 
     try:
-        model, optimizer = make(config, key, data)
+        model, optimizer = build_trial(config, key, data)
         loop = Loop(config, key, data, model, optimizer)
         saved = from_first(checkpoint.load()) if checkpoint is not None else None
         if saved is not None:
             loop.load_state_dict(saved)
         for point in loop.points(checkpoint):
-            if watch is not None and watch(point):
+            if on_point is not None and on_point(point):
                 return ended("pruned", error=f"given up after {point.examples} examples: below the median")
-        return ended("finished", **_judge(config, key, data, loop))
+        return ended("finished", **evaluate_trial(config, key, data, loop))
     except Diverged as error:
         return ended("diverged", error=str(error))
     except Exception as error:  # the study goes on; the report shows the line
@@ -151,10 +151,24 @@ def run_trial(
         return ended("failed", error=f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def _judge(config: StudyConfig, key: TrialKey, data: Data, loop: Loop) -> dict[str, float | None]:
+def evaluate_trial(config: StudyConfig, key: TrialKey, data: Data, loop: Loop) -> dict[str, float | None]:
+    """Evaluate the final weights of a run: on the validation split, and of a final run once on the test split.
+
+    Args:
+        config: The study.
+        key: Which run.
+        data: Its data.
+        loop: The run, at its end.
+
+    Returns:
+        The figures of :class:`~normkit.study.records.TrialResult`, by name.
+
+    Raises:
+        Diverged: The validation loss is not finite.
+    """
     model = loop.model
     assert data.validation is not None
-    with loop.judged():
+    with loop.final_weights():
         accuracy, loss = evaluate(model, data, data.validation, config)
         test_accuracy, test_loss = evaluate(model, data, data.test, config) if key.phase == "final" else (None, None)
     if not math.isfinite(loss):
