@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from normkit.methods.riemannian.sphere import exponential_map, logarithmic_map, norm, parallel_transport, project
@@ -39,7 +39,6 @@ def written_transport(y, h, w):
     return w - (u * w).sum(1, keepdim=True) * ((1 - t.cos()) * u + t.sin() * y)
 
 
-@settings(max_examples=60, deadline=None)
 @given(LENGTHS, SEEDS, STEPS)
 def test_steps_stay_on_the_sphere_and_transport_keeps_tangency_and_inner_products(n, seed, t):
     y, h, w = draw(n, seed, t)
@@ -50,7 +49,6 @@ def test_steps_stay_on_the_sphere_and_transport_keeps_tangency_and_inner_product
     assert torch.allclose(norm(carried), norm(w), rtol=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
 @given(LENGTHS, SEEDS, STEPS)
 def test_maps_equal_the_formulas_as_the_paper_writes_them(n, seed, t):
     y, h, w = draw(n, seed, t)
@@ -60,14 +58,12 @@ def test_maps_equal_the_formulas_as_the_paper_writes_them(n, seed, t):
     assert torch.allclose(parallel_transport(y, h, h), h * t_.cos() - y * t_ * t_.sin(), rtol=0, atol=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
 @given(LENGTHS, SEEDS, st.floats(1e-6, math.pi - 1e-3))
 def test_logarithm_undoes_the_exponential_map(n, seed, t):
     y, h, _ = draw(n, seed, t)
     assert torch.allclose(logarithmic_map(y, exponential_map(y, h)), h, rtol=1e-6, atol=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.integers(2, 512), SEEDS, st.floats(0.01, 3.0))  # its logarithm clamps a cosine, so not for short steps
 def test_maps_agree_with_an_independent_implementation(n, seed, t):
     y, h, w = draw(n, seed, t)
@@ -90,7 +86,6 @@ def test_zero_and_tiny_steps_are_the_identity_in_every_dtype(dtype, tiny):
     assert torch.allclose(logarithmic_map(y, y), torch.zeros_like(y), atol=10 * torch.finfo(dtype).eps ** 0.5)
 
 
-@settings(max_examples=30, deadline=None)
 @given(LENGTHS, SEEDS, st.floats(0, math.pi), st.sampled_from([torch.float16, torch.bfloat16]))
 def test_half_precision_rows_are_computed_in_float32(n, seed, t, dtype):
     y, h, w = (x.to(dtype) for x in draw(n, seed, t))
