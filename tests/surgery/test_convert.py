@@ -9,9 +9,9 @@ from torch.distributed.fsdp import fully_shard
 
 import normkit
 from normkit.inspection.norms import is_batchnorm
+from normkit.methods.baselines import Removed
 from normkit.methods.batchless.layer import BatchlessNorm
 from normkit.methods.catalog import TARGETS as CATALOG
-from normkit.methods.catalog import Removed
 from normkit.surgery._convert import convert, revert
 from normkit.surgery.conversion_state import origin_of
 

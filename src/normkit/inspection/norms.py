@@ -47,6 +47,7 @@ class NormTraits(Leaf):
         noisy: Whether noise is added to the normalized values in train mode.
         keeps_scale: Why a factor on its input is not removed although it divides by statistics; empty if it is removed.
         feature_dim: Dimension that holds the features.
+        dimensions: Numbers of dimensions that an input may have; empty if that does not matter.
     """
 
     statistics: ClassVar[Source] = "none"
@@ -56,6 +57,7 @@ class NormTraits(Leaf):
     noisy: ClassVar[bool] = False
     keeps_scale: ClassVar[str] = ""
     feature_dim: Any = 1
+    dimensions: ClassVar[tuple[int, ...]] = ()
 
     def batch_statistics(self: Any, x: Tensor) -> tuple[Statistics, Tensor]:
         """See :func:`batch_statistics`."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normkit.methods.method import Successor
+from normkit.methods.method import Method, Part, Recipe, Successor, layer_target
 from normkit.moments import statistics_dtype
 
 
@@ -190,3 +190,21 @@ class BatchRenorm2d(_BatchRenorm, nn.BatchNorm2d):
 
 class BatchRenorm3d(_BatchRenorm, nn.BatchNorm3d):
     """Batch Renormalization (arXiv 1702.03275) of ``(N, C, D, H, W)``; see [`normkit.functional.renorm_correction`][]."""
+
+
+_OPTIONS = ("momentum", "r_max", "d_max", "warmup", "r_steps", "d_steps")
+
+METHOD = Method(
+    recipes=(
+        Recipe(
+            "batch-renorm",
+            "Batch normalization corrected towards its running statistics",
+            "Ioffe 2017, arXiv 1702.03275",
+            0.1,
+            # a fiftieth of the paper's schedule
+            convert=Part("batch-renorm", *_OPTIONS, warmup=100, r_steps=800, d_steps=500),
+            group="Batch normalization and its relatives",
+        ),
+    ),
+    targets={"batch-renorm": layer_target((BatchRenorm1d, BatchRenorm2d, BatchRenorm3d))},
+)

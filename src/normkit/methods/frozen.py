@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normkit.methods.method import Successor
+from normkit.methods.method import Method, Part, Recipe, Successor, layer_target
 
 _logger = logging.getLogger("normkit")
 
@@ -65,3 +65,29 @@ def warn_if_untrained(model: nn.Module) -> None:
             len(untrained),
             shown,
         )
+
+
+def start_frozen(model: nn.Module, batches: object) -> nn.Module:
+    """The converted model; see :func:`warn_if_untrained`."""
+    warn_if_untrained(model)
+    return model
+
+
+METHOD = Method(
+    recipes=(
+        Recipe(
+            "frozen",
+            "Batch normalization with the statistics it has, scale and shift trained",
+            "Ren et al. 2015, arXiv 1506.01497",
+            0.1,
+            convert=Part("frozen"),
+            prepare=Part(start_frozen),
+            group="Batch normalization and its relatives",
+        ),
+    ),
+    targets={
+        "frozen": layer_target(
+            (FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d), "statistics are never updated"
+        )
+    },
+)

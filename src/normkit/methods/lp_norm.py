@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.inspection.norms import Statistics
-from normkit.methods.method import Successor
+from normkit.methods.method import Method, Part, Recipe, Successor, layer_target
 from normkit.moments import Moments, observe, statistics_dtype
 
 
@@ -63,7 +63,7 @@ class LpNorm(Successor, nn.Module):
 
     statistics = "batch"
     carries = ("eps", "momentum", "track_running_stats")
-    dimensions: tuple[int, ...] = ()
+    dimensions = ()
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
@@ -192,3 +192,26 @@ class LpNorm3d(LpNorm):
     """l_p normalization (arXiv 1805.11604) of ``(N, C, D, H, W)``; see ``LpNorm``."""
 
     dimensions = (5,)
+
+
+_MEANS = {
+    "l1": (1, "the mean magnitude"),
+    "l2": (2, "the root mean square"),
+    "linf": (math.inf, "the largest magnitude"),
+}
+
+METHOD = Method(
+    recipes=tuple(
+        Recipe(
+            name,
+            f"Normalization by {mean}",
+            "Santurkar et al. 2018, arXiv 1805.11604",
+            0.1,
+            convert=Part(name, "momentum"),
+            group="Batch normalization and its relatives",
+            ablation=True,
+        )
+        for name, (_, mean) in _MEANS.items()
+    ),
+    targets={name: layer_target((LpNorm1d, LpNorm2d, LpNorm3d), fixed={"p": p}) for name, (p, _) in _MEANS.items()},
+)

@@ -1,17 +1,207 @@
-"""The parts that methods are made of: layers that batch normalization converts to."""
+"""What a method declares: recipes and conversion targets, as data; and the parts that layers are made of.
 
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+A method's file ends with ``METHOD = Method(recipes=..., targets=...)``; :mod:`normkit.methods.catalog` lists them.
+``normkit.apply`` carries out recipes, ``normkit.convert`` builds targets.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from normkit.inspection.norms import NormTraits, running_tensors
+from normkit.inspection.norms import (
+    NormTraits,
+    features_of,
+    is_batchnorm,
+    running_statistics,
+    running_tensors,
+    statistics_of,
+)
 from normkit.moments import keep_fp32
+from normkit.optim.param_groups import param_groups
+
+Dims: TypeAlias = Callable[[], int]
+"""Tells on demand whether a layer sees sequences (1), images (2) or volumes (3); raises where that is unknown."""
+
+ParamGroups: TypeAlias = list[dict[str, Any]]
+OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
 
 _Layer = TypeVar("_Layer", bound="Successor")
+
+
+class Part:
+    """One step of a recipe: what does it, and which settings of it the user may change.
+
+    Args:
+        does: The function, or the name of a conversion target.
+        options: Names of keyword arguments that the user may give.
+        preset: Keyword arguments that the recipe gives; the user's go first.
+    """
+
+    def __init__(self, does: Any, *options: str, **preset: Any) -> None:
+        self.does, self.options, self.preset = does, options, preset
+
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The keyword arguments, with those of the user's options that are this part's."""
+        return {**self.preset, **{name: given[name] for name in self.options if name in given}}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method: its name, its source, and how a model is made to use it.
+
+    Attributes:
+        name: The name on the command line.
+        summary: One line that says what it does.
+        paper: Authors, year, arXiv number.
+        lr: Centre of the learning-rate grid in a study with this method, at batch size 64.
+        convert: The conversion target, with settings of the new layers.
+        prepare: ``prepare(model, batches, **settings) -> model``, called on the converted model.
+        optimizer: ``optimizer(request, model, **settings)`` of a method that brings its own; or the name of the recipe
+            whose optimizer it takes. ``lr`` is a rate of that one.
+        typed: Whether the user's optimizer gets typed parameter groups, see ``normkit.param_groups``, or a single one.
+        attach: ``attach(model, optimizer, **settings)``, called last.
+        lr_exponent: The centre moves with ``(batch_size / 64) ** lr_exponent``.
+        group: Heading in a list of methods.
+        ablation: Whether it is an arm of an ablation, which short lists leave out.
+        revision: Raised whenever the method's numbers change, so that old results are not mixed with new ones.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    lr: float
+    convert: Part | None = None
+    prepare: Part | None = None
+    optimizer: Part | str | None = None
+    typed: bool = False
+    attach: Part | None = None
+    lr_exponent: float = 0.5
+    group: str = "Other methods"
+    ablation: bool = False
+    revision: int = 1
+
+    @property
+    def own_optimizer(self) -> bool:
+        """Whether it brings its own optimizer."""
+        return self.optimizer is not None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The steps that take settings, in the order in which they are carried out."""
+        return tuple(p for p in (self.convert, self.prepare, self.optimizer, self.attach) if isinstance(p, Part))
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the settings that ``normkit.apply(..., options={...})`` takes."""
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.options))
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing to convert to.
+
+    Attributes:
+        build: Makes the new layer from a normalization layer, with settings of the new layer; it shares the parameters
+            that mean the same.
+        is_native: Whether a layer is that already.
+        lost: What the layer no longer keeps or does, in words.
+        channels_last: Whether it can stand in for a layer normalization, whose channels are the last dimension.
+        configurable: Whether ``build`` takes settings of the new layer.
+        freezes_bias: Whether the bias of the layer before is no longer trained: the new layer takes a constant out, but,
+            without the projection of batch normalization's backward pass, does not stop it from being trained, and it
+            would grow for nothing.
+        needs_positions: Whether it needs several values per channel and sample, so that flat features cannot have it.
+        replaces_relu: Makes the activation that takes the place of the ReLU behind the new layer; None leaves it.
+    """
+
+    build: Callable[..., nn.Module]
+    is_native: Callable[[nn.Module], bool]
+    lost: str = ""
+    channels_last: bool = False
+    configurable: bool = False
+    freezes_bias: bool = False
+    needs_positions: bool = False
+    replaces_relu: Callable[[nn.Module], nn.Module] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """Everything that a method's file declares.
+
+    Attributes:
+        recipes: What ``normkit.apply`` can do.
+        targets: What ``normkit.convert`` can convert to, by name.
+    """
+
+    recipes: tuple[Recipe, ...] = ()
+    targets: Mapping[str, Target] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The numbers and the optimizer that the user asked ``normkit.apply`` for.
+
+    Attributes:
+        lr: Learning rate.
+        momentum: Momentum of SGD-like optimizers.
+        weight_decay: Weight decay of the weights.
+        optimizer: A kind of :data:`OPTIMIZERS`, or whatever makes an optimizer from parameter groups.
+        batches: Batches for methods that start from data, or None.
+        options: The user's settings of the method.
+    """
+
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    optimizer: str | Callable[[ParamGroups], Optimizer] = "sgd"
+    batches: Iterable[Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def make_optimizer(request: Request, model: nn.Module, *, typed: bool = False) -> Optimizer:
+    """The user's optimizer over all parameters of ``model``.
+
+    Args:
+        request: What the user asked for.
+        model: The model as it will be trained.
+        typed: Whether weights alone decay, each kind of parameter in a group of its own.
+
+    Raises:
+        ValueError: The user's callable makes no optimizer, or one without the weight decay that was asked for.
+    """
+    lr, decay = request.lr, request.weight_decay
+    groups: ParamGroups = [{"params": list(model.parameters()), "lr": lr, "weight_decay": decay}]
+    if typed:
+        groups = param_groups(model, lr=lr, weight_decay=decay)
+    if not isinstance(request.optimizer, str):
+        made = request.optimizer(groups)
+        if not isinstance(made, Optimizer):
+            raise ValueError(
+                f"apply: optimizer returned a {type(made).__name__}; return a torch optimizer over the groups"
+            )
+        if decay and "weight_decay" not in made.defaults:
+            raise ValueError(
+                f"apply: {type(made).__name__} has no weight decay, which is {decay}; leave weight_decay out"
+            )
+        return made
+    if request.optimizer == "adam":
+        return Adam(groups, lr=lr, weight_decay=decay)
+    if request.optimizer == "adamw":
+        return AdamW(groups, lr=lr, weight_decay=decay)
+    nesterov = request.optimizer == "nesterov"
+    return SGD(groups, lr=lr, momentum=request.momentum, weight_decay=decay, nesterov=nesterov)
+
+
+def adam(request: Request, model: nn.Module) -> Adam:
+    """Adam with the usual betas, for methods that bring it; momentum is its own."""
+    return Adam(model.parameters(), lr=request.lr, weight_decay=request.weight_decay)
 
 
 class Successor(NormTraits):
@@ -57,14 +247,6 @@ class Successor(NormTraits):
         return layer.train(norm.training)
 
 
-def share_affine(source: nn.Module, new: nn.Module) -> None:
-    """Let ``new`` hold the ``weight`` and ``bias`` of ``source``, the same objects; None where there is none."""
-    for name in ("weight", "bias"):
-        setattr(new, name, source._parameters.get(name))
-    if "affine" in vars(new):
-        vars(new)["affine"] = new.weight is not None
-
-
 class WideStatistics(nn.Module):
     """A layer whose running statistics stay in fp32 or wider whatever ``half()`` makes of the rest; a mixin.
 
@@ -81,3 +263,85 @@ class WideStatistics(nn.Module):
             statistic = getattr(self, name)
             statistic.data = keep_fp32(statistic.data, old)
         return self
+
+
+def share_affine(source: nn.Module, new: nn.Module) -> None:
+    """Let ``new`` hold the ``weight`` and ``bias`` of ``source``, the same objects; None where there is none."""
+    for name in ("weight", "bias"):
+        setattr(new, name, source._parameters.get(name))
+    if "affine" in vars(new):
+        vars(new)["affine"] = new.weight is not None
+
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+FROM_START = "statistics start at (0, 1) where the replaced layer had none"
+
+
+def spatial_dims(path: str, norm: nn.Module, producer: nn.Module | None, model: nn.Module) -> int:
+    """Dimensions that ``norm`` sees, from itself, the layer before it, or the model's convolutions.
+
+    Raises:
+        ValueError: They cannot be told.
+    """
+    for family in (_BATCH_NORMS, _INSTANCE_NORMS):
+        for dims, cls in enumerate(family, start=1):
+            if isinstance(norm, cls):
+                return dims
+    if isinstance(norm, NormTraits) and norm.dimensions:
+        return max(norm.dimensions) - 2
+    if isinstance(producer, nn.Linear):
+        return 1
+    layers = [producer] if isinstance(producer, _ConvNd) else [m for m in model.modules() if isinstance(m, _ConvNd)]
+    found = {len(layer.kernel_size) for layer in layers}
+    if len(found) != 1:
+        raise ValueError(
+            f"{path}: cannot tell whether this {type(norm).__name__} sees sequences, images or volumes; convert it "
+            "by hand, or leave it out with `where`"
+        )
+    return found.pop()
+
+
+def to_batchnorm(source: nn.Module, dims: Dims) -> nn.Module:
+    """``source`` if it is a batch normalization, else one with its parameters and the statistics that it has."""
+    if is_batchnorm(source):
+        return source
+    like = next((t for t in (*source.parameters(), *source.buffers())), torch.empty(0))
+    options = {name: vars(source)[name] for name in ("eps", "momentum") if name in vars(source)}
+    if statistics_of(source) == "batch":
+        options["track_running_stats"] = running_statistics(source) is not None
+    cls = _BATCH_NORMS[dims() - 1]
+    new = cls(features_of(source), affine=False, device=like.device, dtype=like.dtype, **options)
+    new._buffers.update({name: t for name, t in running_tensors(source).items() if name in new._buffers})
+    share_affine(source, new)
+    return new.train(source.training)
+
+
+def layer_target(
+    classes: tuple[Any, Any, Any], lost: str = FROM_START, *, fixed: Mapping[str, Any] | None = None, **facts: Any
+) -> Target:
+    """The target that three layers of this package are, for sequences, images and volumes.
+
+    Args:
+        classes: The layers, subclasses of :class:`Successor`.
+        lost: See :class:`Target`.
+        fixed: Settings that tell it from other targets of the same classes.
+        facts: Further attributes of the target.
+    """
+    own = dict(fixed or {})
+
+    def build(source: nn.Module, dims: Dims, **settings: Any) -> nn.Module:
+        if isinstance(source, nn.LayerNorm):
+            like = {"device": source.weight.device, "dtype": source.weight.dtype} if source.elementwise_affine else {}
+            options = {"feature_dim": -1, "eps": source.eps, **like, **own, **settings}
+            new = classes[0](source.normalized_shape[-1], affine=source.elementwise_affine, **options)
+        else:
+            new = classes[dims() - 1].from_batchnorm(to_batchnorm(source, dims), **own, **settings)
+        share_affine(source, new)
+        return new
+
+    def is_native(module: nn.Module) -> bool:
+        return isinstance(module, classes) and all(getattr(module, name, None) == v for name, v in own.items())
+
+    return Target(build, is_native, lost, configurable=True, **facts)

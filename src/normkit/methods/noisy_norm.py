@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normkit.inspection.markers import Leaf
-from normkit.methods.method import Successor
+from normkit.methods.method import Method, Part, Recipe, Successor, layer_target
 
 
 def moment_noise(x: Tensor) -> Tensor:
@@ -76,3 +76,19 @@ class NoisyBatchNorm2d(NoisyBatchNorm, nn.BatchNorm2d):
 
 class NoisyBatchNorm3d(NoisyBatchNorm, nn.BatchNorm3d):
     """Noisy batch normalization (arXiv 1805.11604) of ``(N, C, D, H, W)``; see ``moment_noise``."""
+
+
+METHOD = Method(
+    recipes=(
+        Recipe(
+            "noisy-batch",
+            "Batch normalization, then shifting noise: a control",
+            "Santurkar et al. 2018, arXiv 1805.11604",
+            0.1,
+            convert=Part("noisy-batch"),
+            group="Batch normalization and its relatives",
+            ablation=True,
+        ),
+    ),
+    targets={"noisy-batch": layer_target((NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d))},
+)

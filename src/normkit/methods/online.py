@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from normkit.inspection.counting import disable_dynamo
-from normkit.methods.method import Successor, WideStatistics
+from normkit.methods.method import FROM_START, Method, Part, Recipe, Successor, WideStatistics, layer_target
 from normkit.moments import statistics_dtype
 
 
@@ -179,7 +179,7 @@ class OnlineNorm(WideStatistics, Successor, nn.Module):
 
     statistics = "running"
     wide = ("running_mean", "running_var", "error_y", "error_1")
-    dimensions: tuple[int, ...] = ()
+    dimensions = ()
     running_mean: Tensor
     running_var: Tensor
     error_y: Tensor
@@ -262,3 +262,22 @@ class OnlineNorm3d(OnlineNorm):
     """Online Normalization (arXiv 1905.05894) of ``(N, C, D, H, W)``; see ``OnlineNorm``."""
 
     dimensions = (5,)
+
+
+METHOD = Method(
+    recipes=(
+        Recipe(
+            "online",
+            "Running statistics per sample, gradients projected over time",
+            "Chiley et al. 2019, arXiv 1905.05894",
+            0.1,
+            convert=Part("online", "forward_decay", "backward_decay", "eps"),
+        ),
+    ),
+    targets={
+        "online": layer_target(
+            (OnlineNorm1d, OnlineNorm2d, OnlineNorm3d),
+            FROM_START + ", and every sample is scaled by its features' root mean square",
+        )
+    },
+)

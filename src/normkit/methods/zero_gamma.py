@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from normkit.inspection.branches import branch_ends
 from normkit.inspection.graph import Dataflow
 from normkit.inspection.norms import PRODUCERS, is_norm
+from normkit.methods.method import Method, Part, Recipe
 
 
 def last_norms(model: nn.Module, flow: Dataflow | None = None) -> list[str]:
@@ -78,3 +79,17 @@ def zero_last_weights(model: nn.Module) -> nn.Module:
         if layer.bias is not None:
             layer.bias.zero_()
     return model
+
+
+METHOD = Method(
+    recipes=(
+        Recipe(
+            "zero-gamma",
+            "Residual blocks start as identity",
+            "Goyal et al. 2017, arXiv 1706.02677",
+            0.1,
+            prepare=Part(lambda model, batches: zero_gamma(model)),
+            group="Batch normalization and its relatives",
+        ),
+    )
+)

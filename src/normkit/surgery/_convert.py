@@ -22,7 +22,9 @@ from normkit._errors import closest
 from normkit.inspection.conformance import computes_as_its_type, honours_bias
 from normkit.inspection.graph import producers
 from normkit.inspection.norms import PRODUCERS, is_norm, outputs
-from normkit.methods.catalog import TARGETS, Removed, spatial_dims
+from normkit.methods.baselines import Removed
+from normkit.methods.catalog import TARGETS
+from normkit.methods.method import spatial_dims
 from normkit.optim.param_groups import check_optimizer, regroup
 from normkit.surgery.conversion_state import Origin, Producer, default_bias, lend, origin_of, restored, translate
 
@@ -45,9 +47,9 @@ def convert(
 ) -> nn.Module:
     """Replace the normalization layers of ``model`` by those of another method.
 
-    Targets: ``group`` (GroupNorm, see ``normkit.methods.catalog.group_count``), ``layer`` (GroupNorm with one group:
+    Targets: ``group`` (GroupNorm, see ``normkit.methods.baselines.group_count``), ``layer`` (GroupNorm with one group:
     LayerNorm over channels and space), ``none`` (removed; the layer before gets its bias back, or a
-    ``normkit.methods.catalog.Removed`` with one stands in), ``batch``, ``batch-renorm``, ``batchless``,
+    ``normkit.methods.baselines.Removed`` with one stands in), ``batch``, ``batch-renorm``, ``batchless``,
     ``batchless-projected``, ``l1``, ``l2``, ``linf``, ``noisy-batch``. A layer that was converted before is treated
     as if it were reverted first. LayerNorm and RMSNorm, which normalise the last dimensions, are left as they are
     unless the target can do so too.
@@ -203,7 +205,7 @@ def _plan(
         raise ValueError(
             f"{path}: {type(source).__name__} does not know its features yet; run one batch through the model first"
         )
-    if isinstance(source, (nn.LayerNorm, nn.RMSNorm)) and not target.takes_tokens:
+    if isinstance(source, (nn.LayerNorm, nn.RMSNorm)) and not target.channels_last:
         return None
     several = isinstance(source, nn.LayerNorm) and len(source.normalized_shape) > 1
     if (several or isinstance(source, nn.RMSNorm)) and to != "none":

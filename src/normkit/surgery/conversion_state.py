@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from normkit.inspection.markers import attachment
 from normkit.inspection.norms import is_placeholder, running_tensors
-from normkit.methods.catalog import TARGETS, spatial_dims
+from normkit.methods.catalog import TARGETS
+from normkit.methods.method import spatial_dims
 from normkit.methods.revisited.revisit import mark, revision_of
 
 Producer = nn.Linear | _ConvNd

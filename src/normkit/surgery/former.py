@@ -10,9 +10,9 @@ from typing import IO, Any
 
 from torch import nn
 
+from normkit.methods.baselines import Removed
 from normkit.methods.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d, _without_count
-from normkit.methods.catalog import Removed
 from normkit.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
 from normkit.methods.noisy_norm import MomentNoise, NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
 from normkit.methods.revisited.input_norm import InputNorm

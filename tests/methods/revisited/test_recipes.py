@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import normkit
-from normkit._apply import _RECIPES
+from normkit.methods.catalog import METHODS
 from normkit.methods.revisited.revisit import revision_of
 from normkit.study.models import build_model
 
@@ -74,7 +74,7 @@ def test_zero_gamma_recipe_changes_the_last_scales_and_nothing_else():
 
 
 def test_no_recipe_hides_another_of_its_name():
-    assert len(normkit.recipes()) == len(_RECIPES)
+    assert len(normkit.recipes()) == sum(len(method.recipes) for method in METHODS)
 
 
 def test_deployed_model_has_no_normalization_left_and_is_the_same_function():

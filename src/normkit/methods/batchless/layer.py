@@ -47,7 +47,7 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
     """
 
     statistics = "learned"
-    dims: tuple[int, ...] = ()
+    dimensions = ()
 
     def __init__(
         self,
@@ -139,10 +139,10 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
             ValueError: ``x`` has the wrong number of dimensions or channels.
         """
         tokens = self.feature_dim == -1 and x.dim() > 1
-        if not (tokens or x.dim() in self.dims) or x.shape[self.feature_dim] != self.num_features:
+        if not (tokens or x.dim() in self.dimensions) or x.shape[self.feature_dim] != self.num_features:
             raise ValueError(
                 f"{self}: input {'x'.join(map(str, x.shape))} does not fit; expected "
-                f"{' or '.join(map(str, self.dims))} dimensions with {self.num_features} channels in dimension "
+                f"{' or '.join(map(str, self.dimensions))} dimensions with {self.num_features} channels in dimension "
                 f"{self.feature_dim} (channels-last inputs need feature_dim=-1)"
             )
         last = tokens and x.dim() > 2
@@ -211,19 +211,19 @@ class BatchlessNorm1d(BatchlessNorm):
         [[1.0, 2.0]]
     """
 
-    dims = (2, 3)
+    dimensions = (2, 3)
 
 
 class BatchlessNorm2d(BatchlessNorm):
     """Batchless normalization (arXiv 2212.14729) of ``(N, C, H, W)``; see ``BatchlessNorm``."""
 
-    dims = (4,)
+    dimensions = (4,)
 
 
 class BatchlessNorm3d(BatchlessNorm):
     """Batchless normalization (arXiv 2212.14729) of ``(N, C, D, H, W)``; see ``BatchlessNorm``."""
 
-    dims = (5,)
+    dimensions = (5,)
 
 
 def batchless_layers(model: nn.Module) -> list[BatchlessNorm]:

@@ -21,6 +21,7 @@ from normkit.methods.bnp.layers import choose, removed_means
 from normkit.methods.bnp.observer import Mask, Observed
 from normkit.methods.bnp.statistics import Preconditioner, Preconditioners, RowStatistics, restored
 from normkit.methods.bnp.transform import LayerStep, Rate, Transform
+from normkit.methods.method import Method, Part, Recipe, adam
 from normkit.optim.step_hooks import StepHandle, attach_to_step, effective_lr
 
 
@@ -299,3 +300,57 @@ def _rule(observed: Observed) -> str:
     if observed.norm is not None:
         return f"{layer}, scaled; the normalization behind it removes the mean"
     return f"{layer}, scaled, with the metric of a layer without bias"
+
+
+def precondition_steps(model: nn.Module, optimizer: Optimizer, **options: Any) -> None:
+    """Attach a :class:`BNP` of ``model`` to ``optimizer``."""
+    BNP(model, **options).attach(optimizer)
+
+
+_PAPER = "Lange, Helfrich, Ye 2022, arXiv 2108.01110"
+_GROUP = "Preconditioned gradients"
+_OPTIONS = ("decay", "eps_relative", "eps", "max_change", "layers")
+
+METHOD = Method(
+    recipes=(
+        Recipe(
+            "bnp",
+            "No layers: gradients preconditioned, steps bounded",
+            _PAPER,
+            0.3,
+            convert=Part("none"),
+            attach=Part(precondition_steps, *_OPTIONS, max_change=0.05),
+            group=_GROUP,
+        ),
+        Recipe(
+            "bnp-paper",
+            "BNP as published, without a bound on the step",
+            _PAPER,
+            0.03,
+            convert=Part("none"),
+            attach=Part(precondition_steps, *_OPTIONS),
+            group=_GROUP,
+            ablation=True,
+        ),
+        Recipe(
+            "bnp-adam",
+            "BNP before Adam",
+            _PAPER,
+            0.001,
+            convert=Part("none"),
+            optimizer=Part(adam),
+            attach=Part(precondition_steps, *_OPTIONS),
+            group=_GROUP,
+            ablation=True,
+        ),
+        Recipe(
+            "group+bnp",
+            "Group normalization and preconditioned gradients",
+            _PAPER,
+            0.1,
+            convert=Part("group"),
+            attach=Part(precondition_steps, *_OPTIONS, max_change=0.05),
+            group=_GROUP,
+        ),
+    )
+)

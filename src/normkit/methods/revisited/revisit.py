@@ -9,6 +9,7 @@ the classifier, trained with the rates ``lr / (c s^2)`` of gamma and ``lr / s^2`
 normalization behind another one). The arms of the ablation are those pieces.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -18,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from normkit.inspection.graph import dataflow
-from normkit.methods.revisited.input_norm import InputNorm
+from normkit.methods.method import Method, Part, Recipe
+from normkit.methods.revisited.input_norm import InputNorm, with_input_norm
 from normkit.optim.param_groups import LR_MARK
 
 Arm: TypeAlias = Literal["paper", "logit_scale", "shift_lr", "both", "scale_lr"]
@@ -192,3 +194,67 @@ def _norms(model: nn.Module) -> list[_BatchNorm | InputNorm]:
             "converting to another normalization"
         )
     return found
+
+
+def revisit_model(
+    model: nn.Module, batches: Iterable[Any] | None, *, input_norm: bool = False, **options: Any
+) -> nn.Module:
+    """:func:`revisit` a model, with online normalization of its inputs if ``input_norm``."""
+    return revisit(with_input_norm(model, batches) if input_norm else model, **options)
+
+
+_PAPER = "Davis, Frank 2022, arXiv 2110.13989"
+_GROUP = "Revisited batch normalization"
+_OPTIONS = ("scale", "scale_lr_divisor")
+
+
+def _ablation(name: str, summary: str, lr: float, arm: Arm) -> Recipe:
+    prepare = Part(revisit_model, *_OPTIONS, arm=arm)
+    return Recipe(name, summary, _PAPER, lr, prepare=prepare, typed=True, group=_GROUP, ablation=True)
+
+
+METHOD = Method(
+    recipes=(
+        Recipe(
+            "revisited",
+            "Batch normalization from scale 0.1, its rate / 100",
+            _PAPER,
+            0.3,
+            prepare=Part(revisit_model, *_OPTIONS),
+            typed=True,
+            group=_GROUP,
+        ),
+        Recipe(
+            "revisited+input",
+            "Revisited, and the inputs normalized online",
+            _PAPER,
+            0.3,
+            prepare=Part(revisit_model, *_OPTIONS, input_norm=True),
+            typed=True,
+            group=_GROUP,
+        ),
+        _ablation("revisited-logit-scale", "Ablation of revisited: features x 0.1 only", 0.3, "logit_scale"),
+        _ablation("revisited-shift-lr", "Ablation of revisited: learning rate of beta x 100 only", 0.1, "shift_lr"),
+        _ablation("revisited-both", "Ablation of revisited: features x 0.1, beta's rate x 100", 0.3, "both"),
+        _ablation("revisited-scale-lr", "Ablation of revisited: learning rate of gamma / 100 only", 0.1, "scale_lr"),
+        Recipe(
+            "revisited-decay",
+            "Ablation of revisited: batch normalization, norms and biases not decayed",
+            _PAPER,
+            0.1,
+            typed=True,
+            group=_GROUP,
+            ablation=True,
+        ),
+        Recipe(
+            "revisited+sgd-g",
+            "The revisited scale, filters on the unit sphere",
+            _PAPER,
+            0.2,
+            prepare=Part(revisit_model, *_OPTIONS),
+            optimizer="sgd-g",
+            group=_GROUP,
+            ablation=True,
+        ),
+    )
+)

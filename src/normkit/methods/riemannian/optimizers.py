@@ -11,12 +11,16 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from normkit.methods.method import Method, Part, Recipe, Request
 from normkit.methods.riemannian.base import Rate, SphereOptimizer
 from normkit.methods.riemannian.filters import Filters, rows
 from normkit.methods.riemannian.sphere import dot, exponential_map, parallel_transport
+from normkit.optim.invariance import Rule
+from normkit.optim.param_groups import param_groups
 
 
 def sgdg(y: Tensor, h: Tensor, tau: Tensor, *, lr: Rate, momentum: float) -> tuple[Tensor, Tensor]:
@@ -256,3 +260,71 @@ class AdamG(SphereOptimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def on_sphere(
+    request: Request,
+    model: nn.Module,
+    *,
+    optimizer: type[SGDG] | type[AdamG],
+    divisor: float,
+    rule: Rule = "exact",
+    **options: Any,
+) -> Optimizer:
+    """The optimizer over typed groups: the request's rate is the manifold's, the other weights' a proportion of it.
+
+    Args:
+        request: What the user asked for.
+        model: The model; its scale-invariant filters are brought to length 1.
+        optimizer: Which one.
+        divisor: The other weights learn at ``lr / divisor``.
+        rule: Which weights go on the sphere, see ``normkit.scale_invariance``.
+        **options: Further arguments of the optimizer.
+    """
+    rates = {"lr": request.lr / divisor, "manifold_lr": request.lr, "weight_decay": request.weight_decay}
+    return optimizer(param_groups(model, **rates, rule=rule), momentum=request.momentum, **options)
+
+
+_PAPER = "Cho, Lee 2017, arXiv 1709.09603"
+_GROUP = "Filters on the unit sphere"
+_SGDG = ("max_norm", "orthogonality")
+_ADAMG = (*_SGDG, "betas", "eps")
+
+METHOD = Method(
+    recipes=(
+        Recipe(
+            "sgd-g",
+            "Scale-invariant filters on the unit sphere, SGD",
+            _PAPER,
+            0.2,
+            optimizer=Part(on_sphere, *_SGDG, optimizer=SGDG, divisor=20),
+            group=_GROUP,
+        ),
+        Recipe(
+            "adam-g",
+            "Scale-invariant filters on the unit sphere, Adam",
+            _PAPER,
+            0.05,
+            optimizer=Part(on_sphere, *_ADAMG, optimizer=AdamG, divisor=5),
+            group=_GROUP,
+        ),
+        Recipe(
+            "sgd-g-paper",
+            "SGD-G as in the paper: every convolution with fewer filters than fan-in on the sphere",
+            _PAPER,
+            0.2,
+            optimizer=Part(on_sphere, *_SGDG, optimizer=SGDG, divisor=20, rule="paper"),
+            group=_GROUP,
+            ablation=True,
+        ),
+        Recipe(
+            "adam-g-paper",
+            "Adam-G as in the paper: every convolution with fewer filters than fan-in on the sphere",
+            _PAPER,
+            0.05,
+            optimizer=Part(on_sphere, *_ADAMG, optimizer=AdamG, divisor=5, rule="paper"),
+            group=_GROUP,
+            ablation=True,
+        ),
+    )
+)

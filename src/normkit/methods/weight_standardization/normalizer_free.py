@@ -23,11 +23,13 @@ from torch.optim import Optimizer
 
 from normkit.inspection.branches import branch_ends, classifiers
 from normkit.inspection.graph import Dataflow, dataflow
+from normkit.methods.method import Method, Part, Recipe
 from normkit.methods.weight_standardization.standardize import (
     FilterParametrization,
     parametrizable,
     parametrize_filters,
     scaled_standardize,
+    standardize_weights,
 )
 from normkit.optim.step_hooks import StepHandle, attach_to_step
 
@@ -232,3 +234,42 @@ def _clip(optimizer: Optimizer, *, groups: dict[Tensor, int], threshold: float, 
             clip_by_unit_(*pair, limit, eps, (0, 2))
         else:
             clip_by_unit_(parameter, parameter.grad, limit, eps)
+
+
+def standardize_model(model: nn.Module, batches: object) -> nn.Module:
+    """:func:`standardize_weights` as a step of a recipe."""
+    return standardize_weights(model)
+
+
+def free_model(model: nn.Module, batches: object) -> nn.Module:
+    """:func:`normalizer_free` as a step of a recipe."""
+    return normalizer_free(model)
+
+
+def clip_steps(model: nn.Module, optimizer: Optimizer, **options: float) -> None:
+    """:func:`attach_clipping` as a step of a recipe."""
+    attach_clipping(model, optimizer, **options)
+
+
+METHOD = Method(
+    recipes=(
+        Recipe(
+            "group+ws",
+            "Group normalization behind standardized filters",
+            "Qiao et al. 2019, arXiv 1903.10520",
+            0.1,
+            convert=Part("group"),
+            prepare=Part(standardize_model),
+        ),
+        Recipe(
+            "normalizer-free",
+            "No layers: scaled standardized filters, SkipInit, adaptive clipping",
+            "Brock et al. 2021, arXiv 2102.06171",
+            0.1,
+            convert=Part("none"),
+            prepare=Part(free_model),
+            typed=True,
+            attach=Part(clip_steps, "threshold", "eps"),
+        ),
+    )
+)
