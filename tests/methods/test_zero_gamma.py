@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from normkit.methods.zero_gamma import last_norms, zero_gamma
+from normkit.inspection.branches import branch_ends
+from normkit.methods.zero_gamma import last_norms, zero_gamma, zero_last_weights
 from normkit.study.models import build_model
+from normkit.surgery._convert import convert
 
 
 def image_model(name):
@@ -71,6 +73,27 @@ def test_a_model_without_such_a_branch_is_refused_and_left_as_it_was(name):
     with pytest.raises(ValueError, match="no residual branch"):
         zero_gamma(model)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("resnet20", slice(3, 6)), ("wrn-10-1", slice(0, 0))])
+def test_without_norms_the_last_weights_start_at_zero_and_train(name, blocks):
+    model = zero_last_weights(convert(image_model(name), "none"))
+    x = torch.randn(2, 16, 8, 8).relu()
+    for block in model[blocks]:
+        assert torch.equal(block(x), x)
+    ends = [model.get_submodule(path) for path in branch_ends(model)]
+    assert len(ends) == {"resnet20": 9, "wrn-10-1": 3}[name]
+    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    assert all(not end.weight.any() and end.weight.grad.any() for end in ends)
+
+
+def test_a_model_whose_branches_end_in_norms_or_that_has_none_keeps_its_weights():
+    for name in ("resnet20", "digits-cnn"):
+        model = image_model(name)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match="no residual branch"):
+            zero_last_weights(model)
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 def test_transformers_resnet_is_understood():

@@ -35,8 +35,12 @@ def launched_rank() -> int | None:
 
 
 def rank_count() -> dict[str, str]:
-    """A line for the report: the number of ranks that share every batch, where there are several."""
-    return {} if launched_rank() is None else {"data-parallel ranks": os.environ["WORLD_SIZE"]}
+    """Lines for the report: how many ranks share every batch, and what batch statistics are taken over."""
+    if launched_rank() is None:
+        return {}
+    ranks = os.environ["WORLD_SIZE"]
+    batches = {"batch statistics": "synchronized over the ranks, except in micro-batches"} if int(ranks) > 1 else {}
+    return {"data-parallel ranks": ranks, **batches}
 
 
 def lead(address: StoreAddress, config: StudyConfig, data: Data, on_progress: Progress) -> None:

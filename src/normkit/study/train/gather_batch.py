@@ -1,8 +1,9 @@
-"""Batch statistics over all ranks: a layer that normalizes by its batch sees the whole batch, not its rank's share.
+"""Synchronized batch statistics: a layer that normalizes by its batch sees the batch of all ranks, not its rank's share.
 
-So a batch size means the same on any number of ranks, for every method. Each such layer is given the rows of all ranks and
-hands on its own; that costs two all-reduces of its input per step, where SyncBatchNorm exchanges statistics alone, but it
-holds for any statistics (l_p norms, bounded corrections, online input normalization) and on any device.
+So batch normalization in a study under torchrun is synchronized batch normalization, and a batch size means the same on any
+number of ranks, for every method. Each such layer is given the rows of all ranks and hands on its own; that costs two
+all-reduces of its input per step, where SyncBatchNorm exchanges statistics alone, but it holds for any statistics (l_p norms,
+bounded corrections, online input normalization) and on any device.
 """
 
 from typing import Any
