@@ -10,6 +10,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 import normkit
@@ -124,3 +125,12 @@ def test_the_citation_names_the_five_papers():
     )
     assert len(cited) == 5
     assert cited <= readme
+
+
+@pytest.mark.parametrize(
+    "file",
+    [*sorted((ROOT / ".github").rglob("*.yml")), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"],
+    ids=lambda file: file.name,
+)
+def test_the_project_files_are_yaml(file):
+    assert isinstance(yaml.safe_load(file.read_text()), dict)
