@@ -73,7 +73,8 @@ def restored(layer: nn.Module, origin: Origin) -> nn.Module:
         parameters.update({name: p for name, p in layer._parameters.items() if name in ("weight", "bias")})
     now = {**layer._buffers, **running_tensors(layer)}
     buffers.update({name: now[name] for name, buffer in buffers.items() if buffer is not None and name in now})
-    bias = (layer if origin.biased is None else origin.biased).bias if is_placeholder(layer) else None
+    biased: Any = layer if origin.biased is None else origin.biased
+    bias = biased.bias if is_placeholder(layer) else None
     mean = buffers.get("running_mean")
     if mean is not None and bias is not None:
         buffers["running_mean"] = mean.to(bias.device) - bias.detach().to(mean.dtype)
