@@ -138,6 +138,7 @@ def test_kernels_are_chosen_by_device_and_switched_off_by_one_variable(monkeypat
     assert not use_triton(x)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90], ids=["Ampere", "Hopper"])
 def test_all_kernels_compile_to_machine_code_without_a_gpu(capability):
