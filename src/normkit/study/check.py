@@ -1,4 +1,4 @@
-"""What can be wrong with a study is found before its first run: data, model and device are tried once."""
+"""Checks before the first run of a study: data, model and device are tried once."""
 
 import warnings
 from collections.abc import Iterable
@@ -67,9 +67,9 @@ def check(config: StudyConfig) -> Data:
 
 
 def same_networks(methods: Iterable[str], model: nn.Module) -> list[str]:
-    """Those of ``methods`` that leave ``model`` as it is, to plain SGD, where they are two or more; else none.
+    """Return the methods that train ``model`` unchanged with plain SGD, if there are two or more, else none.
 
-    With batch normalization in it, only the recipe ``batch`` does.
+    In a model with batch normalization only the recipe ``batch`` does so.
 
     Args:
         methods: Names of recipes.

@@ -1,4 +1,4 @@
-"""The main job from end to end: check, plan, run, measure the cost, report. A killed study goes on where it was."""
+"""The main job from end to end: check, plan, run, measure the cost, report. A killed study resumes."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def assist(config: StudyConfig, out: Path | None = None) -> None:
-    """What the ranks other than 0 do in ``compare`` under ``torchrun``: train along, report nothing."""
+    """Do the part of the ranks other than 0 in ``compare`` under ``torchrun``: train, and report nothing."""
     follow(config, (out or Path("runs") / study_name(config)) / CHECKPOINTS)
 
 
@@ -45,7 +45,7 @@ def compare(
     track: Sequence[str] = (),
     arguments: Sequence[str] = ("compare",),
 ) -> tuple[StudyRecord, Path]:
-    """Run a study to its end, or on from where it was, and write its report.
+    """Run a study to its end, resuming where it was interrupted, and write its report.
 
     Args:
         config: What to compare.
@@ -62,7 +62,7 @@ def compare(
 
     Raises:
         StudyError: Bad input; nothing was run.
-        KeyboardInterrupt: The user stopped it; there is a report of what has ended, and the same call goes on.
+        KeyboardInterrupt: The user stopped it; there is a report of the trials that have ended, and the same call resumes.
     """
     check_workers(workers)
     path = out or Path("runs") / study_name(config)

@@ -1,4 +1,4 @@
-"""What can be asked for, as plain data: the command line parses these classes, and none of them needs torch."""
+"""Configurations as plain data; the command line parses these classes, and none of them needs torch."""
 
 import math
 from dataclasses import asdict, dataclass

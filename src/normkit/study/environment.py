@@ -1,4 +1,4 @@
-"""Where a study ran: versions, device, commit, and the command that repeats it."""
+"""The environment of a study: versions, device, commit, and the command that repeats it."""
 
 import contextlib
 import importlib.metadata
@@ -31,7 +31,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 def together(kept: dict[str, str] | None, found: dict[str, str]) -> dict[str, str]:
-    """What a study ran on, where it goes on elsewhere: all values of what differs.
+    """Merge the environments of a study that resumes elsewhere; where they differ, all values are kept.
 
     Examples:
         >>> together({"torch": "2.12", "device": "A"}, {"torch": "2.13", "device": "A"})

@@ -1,4 +1,4 @@
-"""What a user of the study meets when the input is bad: the argument, its value and the remedy in one line."""
+"""Errors about bad input: each names the argument, its value and the remedy in one line."""
 
 
 class StudyError(ValueError):

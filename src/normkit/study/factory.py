@@ -12,7 +12,7 @@ from normkit.study.errors import FactoryError
 
 
 def is_factory(spec: str) -> bool:
-    """Whether ``spec`` reads as module:name or file.py:name.
+    """Return whether ``spec`` has the form module:name or file.py:name.
 
     Examples:
         >>> is_factory("my.data:build"), is_factory("a b/data.py:build"), is_factory("cifar10"), is_factory("hf:vit")

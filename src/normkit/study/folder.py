@@ -93,7 +93,7 @@ class StudyFolder:
             raise StudyError(f"{file}: is damaged ({error}); remove it and give the command again") from error
 
     def address(self, storage: str | None) -> StoreAddress:
-        """Where the trials are, given the storage's full URL if it is not in the folder.
+        """Return where the trials are kept, given the storage's full URL if it is not in the folder.
 
         Raises:
             StudyError: The storage has a password, which is kept nowhere, and was not given.

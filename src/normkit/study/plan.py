@@ -142,7 +142,7 @@ def choose_lr(searched: Iterable[TrialResult]) -> float | None:
 
 
 def resolve(slot: Slot, results: Sequence[TrialResult], config: StudyConfig) -> TrialKey | str | None:
-    """What a slot becomes, given the results so far.
+    """Return the run that a slot becomes, given the results so far.
 
     Returns:
         The key of the run; None if its search has not ended; or, when no learning rate works, the reason as text.

@@ -1,4 +1,4 @@
-"""What a study writes down: one record per trial, one cost record per method and batch size.
+"""The records of a study: one per trial, and the cost per method and batch size.
 
 Plain data that goes to the store and to ``results.json`` and comes back equal; statistics and report read nothing else.
 """
@@ -86,7 +86,7 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method costs at one batch size, relative to the reference method, measured interleaved in one run.
+    """Cost of a method at one batch size, relative to the reference method, measured interleaved in one run.
 
     Attributes:
         method: Method name.

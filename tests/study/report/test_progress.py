@@ -81,7 +81,7 @@ def test_trials_of_an_earlier_start_are_told_once_and_do_not_speed_up_the_estima
         display.update(trials[:4], [])
         clock.now = 5.0
         assert display.seconds_left() == pytest.approx(2 * 1.25)
-    assert out.file.getvalue() == "going on: 4 of 6 trials are done\n"
+    assert out.file.getvalue() == "resuming: 4 of 6 trials are done\n"
 
 
 def test_time_left_scales_from_the_nearest_batch_size_until_one_is_known():

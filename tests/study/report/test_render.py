@@ -203,10 +203,10 @@ def test_a_study_of_best_weights_says_so_with_place_and_cost():
     ]
     study = record(trials, methods=("batch",), sizes=(64,), best_weights=True)  # 24 steps of 64 make 1,500 examples
     for page in (html_of(study).replace("\N{NO-BREAK SPACE}", " "), markdown_of(study)):
-        assert "best validation accuracy of each run" in page
+        assert "best checkpoint by validation accuracy" in page
         assert "after 50 to 100 % of the steps (median 75 %)" in page
-        assert "Validating took 5.0 % of the time" in page
-        assert "best validation accuracy" not in markdown_of(dataclasses.replace(study, config=realistic().config))
+        assert "The extra validation took 5.0 % of the time" in page
+        assert "best checkpoint" not in markdown_of(dataclasses.replace(study, config=realistic().config))
 
 
 def test_rates_given_for_each_method_are_told():

@@ -68,7 +68,7 @@ def test_changed_data_or_model_behind_the_same_name_are_refused(config, tmp_path
     check_fingerprint(notes, config, load(config))
     assert line in OWN
     (tmp_path / "own.py").write_text(OWN.replace(line, changed))
-    with pytest.raises(ValueError, match=f"^{what} .*is not what it was when this study began"):
+    with pytest.raises(ValueError, match=f"^{what} .*has changed since this study began"):
         check_fingerprint(notes, config, load(config))
 
 
@@ -80,7 +80,7 @@ def test_the_command_line_refuses_what_has_changed_and_keeps_the_results(config,
     kept = (tmp_path / "out" / "results.json").read_bytes()
     (tmp_path / "own.py").write_text(OWN.replace("nn.ReLU()", "nn.Tanh()"))
     assert main(command) == 2
-    assert re.search("--model .* is not what it was", capsys.readouterr().err)
+    assert re.search("--model .* has changed since this study began", capsys.readouterr().err)
     assert (tmp_path / "out" / "results.json").read_bytes() == kept
 
 
@@ -88,5 +88,5 @@ def test_named_data_is_known_again():
     notes, config = Notes(), StudyConfig(limit=100)
     check_fingerprint(notes, config, load(config))
     check_fingerprint(notes, config, load(config))
-    with pytest.raises(ValueError, match="--data digits: is not what it was"):
+    with pytest.raises(ValueError, match="--data digits: has changed since this study began"):
         check_fingerprint(notes, config, load(StudyConfig(limit=90)))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images are changed at random.
+    """Random changes of training images.
 
     Attributes:
         flip: Mirror left and right with probability 1/2.

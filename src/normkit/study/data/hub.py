@@ -1,4 +1,4 @@
-"""Where images come from: the hub or a local folder, through Hugging Face datasets; their splits and columns."""
+"""Image sources: the hub or a local folder, through Hugging Face datasets, with their splits and columns."""
 
 import socket
 from collections.abc import Generator
@@ -74,7 +74,7 @@ def _quick_offline() -> Generator[None, None, None]:
 
 
 def _reachable(endpoint: str) -> bool:
-    """Whether a name can be resolved and connected to, or a proxy is set (which is then trusted)."""
+    """Return whether a name can be resolved and connected to, or a proxy is set (which is then trusted)."""
     url = urlsplit(endpoint)
     if url.scheme in getproxies():
         return True

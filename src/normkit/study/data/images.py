@@ -30,7 +30,7 @@ _MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 
 
 def cache_folder() -> Path:
-    """Where decoded images are kept."""
+    """Return the folder of decoded images."""
     if "NORMKIT_CACHE" in os.environ:
         return Path(os.environ["NORMKIT_CACHE"])
     if sys.platform == "win32":

@@ -71,7 +71,7 @@ def stream(size: int, budget: int, batch_size: int, seed: int, start: int = 0) -
         budget: Number of examples a trial sees; the last batch is shorter where the batch size does not divide it.
         batch_size: Examples per batch.
         seed: Seed of the order.
-        start: Examples already seen, to go on in mid-trial.
+        start: Examples already seen, to resume in mid-trial.
 
     Yields:
         int64 indices ``(batch,)``.

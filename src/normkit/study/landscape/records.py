@@ -1,4 +1,4 @@
-"""What the landscape's runs are asked for, and what they showed: plain data."""
+"""Measurements of the landscape's runs, as plain data."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ NOISE_ALONE = "none+noise"  # not a recipe: the noise of noisy-batch on a net wi
 
 @dataclass(frozen=True)
 class Trace:
-    """What one run showed.
+    """Measurements of one run.
 
     Attributes:
         method: The method.

@@ -44,7 +44,7 @@ KEPT = ("step", "lr", "loss", "gradient_norm", "landscape", "curvature", "remove
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, apart from the method.
+    """A training task, apart from the method.
 
     Attributes:
         objective: ``loss = objective(model, batch)``.

@@ -139,7 +139,7 @@ def findings(traces: Sequence[Trace], *, deep_linear: bool) -> tuple[Finding, ..
         found = facts[method][name]
         return float("nan") if found is None else found
 
-    def told(name: str, methods: Sequence[str]) -> str:
+    def values(name: str, methods: Sequence[str]) -> str:
         return ", ".join(f"{m} {value(m, name):.3g}" for m in methods)
 
     pair = ("none", "batch")
@@ -151,23 +151,23 @@ def findings(traces: Sequence[Trace], *, deep_linear: bool) -> tuple[Finding, ..
         (
             "With batch normalization the loss varies less along the gradient",
             clearly(value("none", "band"), value("batch", "band")),
-            f"median width of the band: {told('band', pair)}",
+            f"median width of the band: {values('band', pair)}",
         ),
         (
             "With batch normalization the gradient changes less along the gradient",
             clearly(value("none", "change"), value("batch", "change")),
-            f"median of the largest change: {told('change', pair)}",
+            f"median of the largest change: {values('change', pair)}",
         ),
         (
             "With batch normalization the effective beta-smoothness is better, early most of all",
             clearly(ratio, 1.0) and clearly(early, ratio),
-            f"median beta: {told('beta', pair)} (ratio {ratio:.3g}); in the first third {told('early_beta', pair)} "
+            f"median beta: {values('beta', pair)} (ratio {ratio:.3g}); in the first third {values('early_beta', pair)} "
             f"(ratio {early:.3g})",
         ),
         (
             "Batch normalization often has more internal covariate shift",
             clearly(value("batch", "shift"), value("none", "shift")),
-            f"median |G - G'|/|G|: {told('shift', pair)}; median cosine: {told('cosine', pair)}",
+            f"median |G - G'|/|G|: {values('shift', pair)}; median cosine: {values('cosine', pair)}",
         ),
         (
             "Noisy batch normalization trains like batch normalization ...",
@@ -177,7 +177,7 @@ def findings(traces: Sequence[Trace], *, deep_linear: bool) -> tuple[Finding, ..
         (
             "... although its activations are less stable than those of the plain net",
             clearly(value("noisy-batch", "drift"), value("none", "drift")),
-            f"median change of the means by one step: {told('drift', ('none', 'batch', 'noisy-batch'))}",
+            f"median change of the means by one step: {values('drift', ('none', 'batch', 'noisy-batch'))}",
         ),
         (
             "The same noise on the plain net stops its training",
@@ -187,12 +187,12 @@ def findings(traces: Sequence[Trace], *, deep_linear: bool) -> tuple[Finding, ..
         (
             "l_p normalizations smooth like batch normalization ...",
             all(value(m, "beta") < between for m in LP),
-            f"median beta: {told('beta', (*pair, *LP))}",
+            f"median beta: {values('beta', (*pair, *LP))}",
         ),
         (
             "... while their activations shift more",
             all(clearly(value(m, "variance_drift"), value("batch", "variance_drift")) for m in LP),
-            f"median change of the variances by one step: {told('variance_drift', ('batch', *LP))}",
+            f"median change of the variances by one step: {values('variance_drift', ('batch', *LP))}",
         ),
     ]
     if deep_linear:
@@ -206,7 +206,7 @@ def findings(traces: Sequence[Trace], *, deep_linear: bool) -> tuple[Finding, ..
 
 
 def clearly(larger: float, smaller: float) -> bool:
-    """Whether the first figure exceeds the second by more than one seed's noise, as we take it: 10 %."""
+    """Return whether the first figure exceeds the second by more than one seed's noise, as we take it: 10 %."""
     return larger > CLEAR * smaller
 
 

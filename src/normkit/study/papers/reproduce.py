@@ -35,11 +35,11 @@ def preset_list() -> str:
 
 
 def _cost(preset: Preset) -> str:
-    def told(arm: Preset) -> str:
+    def size(arm: Preset) -> str:
         return f"{arm.runs:,} runs, {arm.examples / 1e6:,.0f} million training examples"
 
     fixed = preset.at_paper_rates()
-    return told(preset) + (f"; with --paper-rates {told(fixed)}" if fixed is not None else "")
+    return size(preset) + (f"; with --paper-rates {size(fixed)}" if fixed is not None else "")
 
 
 def find(name: str, *, model: str | None = None, paper_rates: bool = False) -> Preset:

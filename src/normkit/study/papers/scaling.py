@@ -1,4 +1,4 @@
-"""What a preset is: a paper's comparisons as studies, in two arms, and a share of their size.
+"""Presets: a paper's comparisons as studies, in two arms, and at a share of their size.
 
 Every preset trains by the paper's protocol (network, optimizer, schedule, batch sizes, number of runs). In the fair arm each
 method gets a learning rate of its own, picked on a validation split from a grid of the same size. In the paper's the

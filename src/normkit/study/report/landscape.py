@@ -145,7 +145,7 @@ def sections(traces: Sequence[Trace]) -> list[tuple[str, str, list[Panel]]]:
 
 
 def _finite(value: float | None) -> bool:
-    """Whether a number can be drawn; None is what JSON made of one that is not finite."""
+    """Return whether a number can be drawn; JSON turns a number that is not finite into None."""
     return value is not None and math.isfinite(value)
 
 

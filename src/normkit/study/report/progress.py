@@ -1,4 +1,4 @@
-"""What is seen while a study runs: a bar per method on a terminal, a line per trial elsewhere, nothing when quiet."""
+"""The display of a running study: a bar per method on a terminal, a line per trial elsewhere, nothing when quiet."""
 
 import math
 import time
@@ -80,7 +80,7 @@ class Display:
             self._updated = True
             self._before = set(self._results)
             if new:
-                self.write(f"going on: {len(new)} of {len(self.planned)} trials are done")
+                self.write(f"resuming: {len(new)} of {len(self.planned)} trials are done")
         elif self._live is None:
             done = len(self._results) - len(new)
             for place, result in enumerate(new, done + 1):
@@ -159,7 +159,7 @@ def describe(key: TrialKey | Slot) -> str:
 
 
 def outcome(result: TrialResult) -> str:
-    """How a trial ended, in a few words."""
+    """Describe in a few words how a trial ended."""
     if result.state != "finished":
         return f"{result.state}{f' ({result.error})' if result.error else ''}"
     split = "validation" if result.test_accuracy is None else "test"

@@ -1,4 +1,4 @@
-"""Where things go in a chart: scales, round tick values, labels that do not overlap."""
+"""Positions in a chart: scales, round tick values, labels that do not overlap."""
 
 import math
 from collections.abc import Callable, Sequence

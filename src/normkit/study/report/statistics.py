@@ -1,4 +1,4 @@
-"""What the trials of a study say: accuracy per method and batch size, differences paired by seed, and their noise.
+"""Statistics of a study: accuracy per method and batch size, differences paired by seed, and their noise.
 
 Only final runs enter, and of them only those that finished. Runs that diverged or failed have no accuracy: they are
 counted beside the mean, and the seed is left out of the pairing for that method. No number is made up for them.
@@ -139,7 +139,7 @@ def finite(values: Iterable[float | None]) -> list[float]:
 
 
 def unfinished(record: StudyRecord) -> bool:
-    """Whether trials of the plan are still to come; then nothing is claimed."""
+    """Return whether trials of the plan are still to come; then nothing is claimed."""
     return record.planned > len(record.trials)
 
 

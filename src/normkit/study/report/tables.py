@@ -77,7 +77,7 @@ def failed_runs(record: StudyRecord) -> list[FailedRuns]:
 
 
 def grid_edges(record: StudyRecord, summaries: Sequence[Summary]) -> list[str]:
-    """Where the chosen learning rate is the lowest or highest of those searched, so that a better one may lie beyond.
+    """Return where the chosen learning rate is the lowest or highest of those searched, so that a better one may lie beyond.
 
     Args:
         record: A study, finished or not.
@@ -96,7 +96,7 @@ def grid_edges(record: StudyRecord, summaries: Sequence[Summary]) -> list[str]:
 
 
 def selection_note(record: StudyRecord) -> str:
-    """Which weights were judged, when they were taken, and what looking for them cost; empty where they are the last.
+    """Describe which weights were tested, when they were taken and what validation cost; empty if they are the last.
 
     Args:
         record: A study, finished or not.
@@ -104,8 +104,8 @@ def selection_note(record: StudyRecord) -> str:
     if not record.config.get("best_weights"):
         return ""
     text = (
-        "Judged, on the test split too, are the weights with the best validation accuracy of each run, which was validated "
-        "after every epoch and at some points of its curve"
+        "Each run is tested at its best checkpoint by validation accuracy, checked after every epoch and at some points of "
+        "its curve"
     )
     ran = [trial for trial in record.trials if trial.best_step is not None and trial.key.phase == "final"]
     if not ran:
@@ -115,7 +115,7 @@ def selection_note(record: StudyRecord) -> str:
     share = 100 * sum(trial.validation_seconds for trial in ran) / max(sum(trial.seconds for trial in ran), 1e-9)
     return (
         f"{text}; in the final runs they were taken after {min(places):.0f} to {max(places):.0f} % of the steps (median "
-        f"{median(places):.0f} %). Validating took {share:.1f} % of the time of these runs."
+        f"{median(places):.0f} %). The extra validation took {share:.1f} % of the time of these runs."
     )
 
 

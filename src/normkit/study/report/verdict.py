@@ -12,7 +12,7 @@ from normkit.study.report.format import enumerate_words, format_percent, plurali
 from normkit.study.report.statistics import PAIRS_FOR_A_CLAIM, Summary, unfinished
 
 SIGNIFICANT = 0.05
-_NEAR_CHANCE = 1.5  # accuracy below 1.5 times chance level is told as such
+_NEAR_CHANCE = 1.5  # accuracy below 1.5 times chance level is called that
 _FELL = 0.1  # lost against the reference's own best batch size, as a fraction
 _NAMED = 3  # longer lists of methods are counted, not read out
 
@@ -31,12 +31,12 @@ class Verdict:
 
 
 def direction(summary: Summary, *, tested: bool) -> int:
-    """1 where the method is ahead of the reference beyond noise, -1 where behind, 0 where neither can be said.
+    """Return 1 where the method is ahead of the reference beyond noise, -1 where behind, 0 where neither can be said.
 
     Args:
         summary: A method at one batch size.
-        tested: Whether there are p-values at this batch size. Then they decide, and a method without one is not told;
-            otherwise the 95 % intervals decide, and what they say is told as a measurement, not claimed.
+        tested: Whether there are p-values at this batch size. Then they decide, and a method without one is left out;
+            otherwise the 95 % intervals decide, and the result is given as a measurement, not as a claim.
     """
     paired = summary.paired
     if paired is None or paired.low is None or paired.high is None:
@@ -83,7 +83,7 @@ def _leaning(others: Sequence[Summary], sign: int) -> list[Summary]:
 
 
 def _compared(record: StudyRecord, ran: Sequence[Summary]) -> str:
-    """What stands out, first and in full; then, in brief, where else a method is ahead, none is, or all are level."""
+    """Describe the largest difference in full, then in brief where else a method is ahead, none is, or all are level."""
     reference, chance = record.config["reference"], 1 / (record.config["classes"] or math.inf)
     best = max((s.mean for s in ran if s.method == reference and s.mean is not None), default=0.0)
     one_sided = record.config.get("alternative") == "greater"
@@ -119,7 +119,7 @@ def _compared(record: StudyRecord, ran: Sequence[Summary]) -> str:
 
 
 def _unmeasured(seen: Sequence[Summary]) -> str:
-    """What methods, best first, reached where there is no measure of the noise."""
+    """Describe what methods, best first, reached where there is no measure of the noise."""
     if len(seen) > _NAMED:
         return f"accuracy ranges from {_name(seen[-1], with_mean=True)} to {_name(seen[0], with_mean=True)}"
     words = [f"{_name(s)}{'' if k else ' reached'} {format_percent(s.mean or 0.0)}" for k, s in enumerate(seen)]
@@ -138,8 +138,8 @@ def _ahead(others: Sequence[Summary], base: Summary, best: float, chance: float)
     if base.mean is None:
         top = others[0].mean or 0.0
         how = "diverged" if not base.failed else "failed" if not base.diverged else "diverged or failed"
-        told = f"{_name(others[0])} reached {format_percent(top)}, while every run of {_name(base)} {how}"
-        return top, told, told
+        text = f"{_name(others[0])} reached {format_percent(top)}, while every run of {_name(base)} {how}"
+        return top, text, text
     ahead = _leaning(others, 1)
     if not ahead:
         return None

@@ -1,1 +1,1 @@
-"""Where trials are kept, claimed and worked on: the Optuna study, workers, fingerprints."""
+"""The store of a study: its trials, the workers that claim them, fingerprints of data and model."""

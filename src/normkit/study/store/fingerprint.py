@@ -1,6 +1,6 @@
-"""Behind the same name a user's data and model can change between two starts of a study, or between two machines.
+"""Fingerprints of data and model, so that a study never mixes results of different ones under the same name.
 
-What they were when the study began is kept beside its trials, and compared at every later start.
+The fingerprint of the first start is kept beside the trials and compared at every later start, on every machine.
 """
 
 import hashlib
@@ -22,26 +22,26 @@ RELATIVE, ABSOLUTE = 1e-2, 1e-4  # decoders, processors and versions differ by l
 
 
 def check_fingerprint(store: Store, config: StudyConfig, data: Data) -> None:
-    """Keep what data and model are in a study that begins; refuse others in one that goes on.
+    """Keep the fingerprint of data and model in a new study, and refuse to resume it with other ones.
 
     Raises:
-        StudyError: Data or model are not what they were when the study began.
+        StudyError: Data or model have changed since the study began.
     """
-    found, kept = identity(config, data), store.get_attr("identity")
+    found, kept = fingerprint(config, data), store.get_attr("identity")
     if kept is None:
         store.set_attr("identity", found)
         return
     for what, name in (("data", config.data), ("model", config.model)):
-        if not _alike(kept[what], found[what]):
+        if not _equal(kept[what], found[what]):
             raise StudyError(
-                f"--{what} {name}: is not what it was when this study began, whose results would be mixed; give another --out, "
+                f"--{what} {name}: has changed since this study began, and its results would be mixed; give another --out, "
                 f"or the {what} as it was"
             )
 
 
 @torch.no_grad()
-def identity(config: StudyConfig, data: Data) -> dict[str, Any]:
-    """What data and model are, as plain data: labels and some examples; layers, and the untrained model's output."""
+def fingerprint(config: StudyConfig, data: Data) -> dict[str, Any]:
+    """Return the fingerprint: labels and some examples of the data; layers and untrained output of the model."""
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
     seed_all(0)
     model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device).eval()
@@ -69,11 +69,11 @@ def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
-def _alike(kept: Any, found: Any) -> bool:
+def _equal(kept: Any, found: Any) -> bool:
     if isinstance(kept, dict):
-        return kept.keys() == found.keys() and all(_alike(kept[key], found[key]) for key in kept)
+        return kept.keys() == found.keys() and all(_equal(kept[key], found[key]) for key in kept)
     if isinstance(kept, list):
-        return len(kept) == len(found) and all(map(_alike, kept, found))
+        return len(kept) == len(found) and all(map(_equal, kept, found))
     if isinstance(kept, float):
         return math.isclose(kept, found, rel_tol=RELATIVE, abs_tol=ABSOLUTE) or (math.isnan(kept) and math.isnan(found))
     return kept == found

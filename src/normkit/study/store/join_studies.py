@@ -50,7 +50,7 @@ def join(
         url: The storage.
         study: Name of one study, or None for all.
         count: Worker processes on this machine.
-        checkpoints: Folder of checkpoints; shared between machines, a trial goes on where another machine left it.
+        checkpoints: Folder of checkpoints; if machines share it, they resume each other's trials.
         check: Loads what a study needs and raises where this machine cannot run it.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Where trials are claimed and kept: an Optuna study, in SQLite by default or in any other Optuna storage.
+"""The store of trials: an Optuna study, in SQLite by default or in any other Optuna storage.
 
 Every slot of the plan is one Optuna trial that waits from the start, so that any number of processes can work on one
 study: claiming is one atomic change of state. A slot whose worker died is freed and claimed again. Nothing here trains.
@@ -91,7 +91,7 @@ class Store:
         self.config = config
 
     def exists(self) -> bool:
-        """Whether the storage has the study."""
+        """Return whether the storage has the study."""
         return self.name in optuna.get_all_study_names(self.storage)
 
     @property
@@ -278,14 +278,14 @@ def alive(holder: str) -> bool:
 
 
 def difference(kept: dict[str, Any], given: dict[str, Any]) -> str:
-    """What two configurations differ in, as an error message."""
+    """Return the differences of two configurations as an error message."""
     keys = [key for key in sorted({*kept, *given}) if kept.get(key) != given.get(key)]
     changes = "; ".join(f"{key}: kept {kept.get(key)}, given {given.get(key)}" for key in keys)
     return f"--out holds a study with another configuration ({changes}); give another --out, or the kept values"
 
 
 def _abandoned(trial: FrozenTrial) -> bool:
-    """Whether the trial's process is gone, or was gone before it could sign its claim."""
+    """Return whether the trial's process is gone, or was gone before it could sign its claim."""
     if "owner" in trial.user_attrs:
         return not alive(trial.user_attrs["owner"])
     started = trial.datetime_start
@@ -301,7 +301,7 @@ def _ended(trial: FrozenTrial) -> bool:
 
 
 def _died(trial: FrozenTrial) -> bool:
-    """Whether the trial was given up without a result, its worker gone."""
+    """Return whether the trial was given up without a result, its worker gone."""
     return trial.state == TrialState.FAIL and not _ended(trial)
 
 

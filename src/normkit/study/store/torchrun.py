@@ -1,6 +1,6 @@
 """Data-parallel trials: under ``torchrun`` all ranks train each trial together, each on its share of every batch.
 
-Rank 0 claims and records; the others are told what to train. Every method gives the result of one process up to rounding:
+Rank 0 claims and records; the others receive the key of each run. Every method gives the result of one process up to rounding:
 BNP and batchless reduce their statistics over ranks, and ``normkit.study.train.gather_batch`` does it for all others.
 """
 
@@ -87,7 +87,7 @@ def follow(config: StudyConfig, checkpoints: Path | None) -> None:
 
 
 def _agreed(store: Store, claim: Claim, point: CurvePoint) -> bool:
-    """Whether all ranks give the run up."""
+    """Return whether all ranks stop the run."""
     return bool(from_first(store.below_median(claim, point)))
 
 

@@ -1,4 +1,4 @@
-"""What a method costs: time per step and memory, relative to the reference, interleaved in one run.
+"""Cost of a method: time per step and memory relative to the reference, measured interleaved in one run.
 
 Machines drift (clocks, other processes); a ratio of two measurements taken one right after the other does not.
 """

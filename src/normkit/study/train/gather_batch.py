@@ -70,7 +70,7 @@ class WholeBatch:
         return y[start:stop]
 
     def _rows(self, own: int) -> tuple[int, int, int]:
-        """Where this rank's ``own`` rows begin and end among all, and how many there are; an example may have several."""
+        """Return begin and end of this rank's ``own`` rows among all, and the number of all; a sample may have several rows."""
         assert self._sizes is not None
         rank = dist.get_rank()
         each = own // self._sizes[rank]

@@ -138,7 +138,7 @@ def evaluate(model: nn.Module, data: Data, split: Split, training: Training | No
 
 
 class Loop:
-    """One training run. ``points()`` trains; between any two steps ``state_dict()`` is all that is needed to go on exactly.
+    """One training run. ``points()`` trains; between any two steps ``state_dict()`` is all that is needed to resume exactly.
 
     Args:
         config: The study.
@@ -219,7 +219,7 @@ class Loop:
                 saved = time.perf_counter()
 
     def _ended_epoch(self, examples: int) -> bool:
-        """Whether the last ``examples`` ended an epoch, after which the best weights are looked for."""
+        """Return whether the last ``examples`` ended an epoch, after which the weights are validated."""
         return self.best is not None and self.seen % len(self.data.train) < examples
 
     def _validate(self, step: int) -> float | None:
@@ -289,7 +289,7 @@ class Loop:
         if self.best is not None:
             self.best.load_state_dict(state["best"])
         rank, world = ranks()
-        if len(state["random"]) == world:  # on another number of ranks the run goes on with other random numbers
+        if len(state["random"]) == world:  # on another number of ranks the run resumes with other random numbers
             self._set_random(*state["random"][rank])
         self.seen, self.seconds, self.validation_seconds, total, self._count = state["progress"]
         self._total = total.to(self.config.device)

@@ -1,4 +1,4 @@
-"""How the learning rate goes over a run: pure factors of the recipe's rate, the same for every method."""
+"""Learning-rate schedules: pure factors of the recipe's rate, the same for every method."""
 
 import math
 from collections.abc import Callable

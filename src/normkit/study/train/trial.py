@@ -118,7 +118,7 @@ def run_trial(
         config: The study.
         key: Which run.
         data: What ``load`` returned.
-        folder: Folder of checkpoints; a run that was interrupted goes on from its last one, exactly.
+        folder: Folder of checkpoints; an interrupted run resumes from its last one, exactly.
         on_point: Called with each point of the curve; when it returns True the run is given up as ``pruned``.
 
     Returns:

@@ -49,11 +49,11 @@ class WeightAverage:
             average.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
+        """Return the state for a checkpoint."""
         return {"steps": self.steps, "average": list(self._average)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict``."""
+        """Resume from ``state_dict``."""
         self.steps = state["steps"]
         values: list[Tensor] = state["average"]
         for average, value in zip(self._average, values, strict=True):
@@ -90,9 +90,9 @@ class BestWeights:
         self._model.load_state_dict(self._state)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
+        """Return the state for a checkpoint."""
         return {"accuracy": self.accuracy, "step": self.step, "state": self._state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict``."""
+        """Resume from ``state_dict``."""
         self.accuracy, self.step, self._state = state["accuracy"], state["step"], state["state"]
