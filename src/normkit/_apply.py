@@ -133,6 +133,7 @@ def _restored_on_error(model: nn.Module) -> Generator[None, None, None]:
     modules = list(model.modules())
     modules += [origin.module for module in modules if (origin := origin_of(module)) is not None]
     attributes = [(vars(module), dict(vars(module))) for module in modules]
+    types = [(module, type(module)) for module in modules]
     containers = [
         (value, value.copy())
         for _, values in attributes
@@ -150,6 +151,8 @@ def _restored_on_error(model: nn.Module) -> Generator[None, None, None]:
     try:
         yield
     except BaseException:
+        for module, kind in types:
+            module.__class__ = kind
         for now, before in attributes:
             now.clear()
             now.update(before)

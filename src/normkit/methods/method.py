@@ -118,7 +118,6 @@ class Target:
             without the projection of batch normalization's backward pass, does not stop it from being trained, and it
             would grow for nothing.
         needs_positions: Whether it needs several values per channel and sample, so that flat features cannot have it.
-        replaces_relu: Makes the activation that takes the place of the ReLU behind the new layer; None leaves it.
     """
 
     build: Callable[..., nn.Module]
@@ -128,7 +127,6 @@ class Target:
     configurable: bool = False
     freezes_bias: bool = False
     needs_positions: bool = False
-    replaces_relu: Callable[[nn.Module], nn.Module] | None = None
 
 
 @dataclass(frozen=True)

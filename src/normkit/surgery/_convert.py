@@ -276,9 +276,11 @@ def _exchanged(value: Any, replaced: dict[nn.Module, nn.Module]) -> Any:
     if isinstance(value, nn.Module):
         return replaced.get(value, value)
     if isinstance(value, dict):
-        value.update({
+        changed = {
             key: replaced[item] for key, item in value.items() if isinstance(item, nn.Module) and item in replaced
-        })
+        }
+        if changed:  # there are dictionaries that may not be written to
+            value.update(changed)
     elif isinstance(value, list):
         value[:] = [replaced.get(item, item) if isinstance(item, nn.Module) else item for item in value]
     elif type(value) is tuple:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from normkit.inspection.norms import features_of, is_norm, outputs
 from normkit.methods.catalog import TARGETS
@@ -63,7 +64,7 @@ def describe(model: nn.Module) -> list[LayerDescription]:
             features, replaced = features_of(origin.module), type(origin.module).__name__
             lost = TARGETS[origin.to].lost
             rows.append(LayerDescription(path, kind, features, replaced, lost, biased, revision))
-        elif "normkit_undo" in vars(layer):
+        elif "normkit_undo" in vars(layer) and is_parametrized(layer):
             used = ", ".join(type(p).__name__ for p in layer.parametrizations.weight)  # pyright: ignore
             rows.append(LayerDescription(path, f"{kind} with {used}", outputs(layer)))  # pyright: ignore
         elif is_norm(layer):

@@ -1,6 +1,5 @@
 """Residual networks for small images: ResNet-20/56/110, and ResNet-18/34/50 with a 3x3 stem and no early pooling."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,12 +33,13 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1, self.norm1 = conv(inputs, width, 3, stride), nn.BatchNorm2d(width)
         self.conv2, self.norm2 = conv(width, width), nn.BatchNorm2d(width)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to ``(N, C, H, W)``."""
-        out = torch.relu(self.norm1(self.conv1(x)))
-        return torch.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
+        out = self.relu1(self.norm1(self.conv1(x)))
+        return self.relu2(self.norm2(self.conv2(out)) + self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
@@ -52,13 +52,14 @@ class Bottleneck(nn.Module):
         self.conv1, self.norm1 = conv(inputs, width, 1), nn.BatchNorm2d(width)
         self.conv2, self.norm2 = conv(width, width, 3, stride), nn.BatchNorm2d(width)
         self.conv3, self.norm3 = conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
+        self.relu1, self.relu2, self.relu3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to ``(N, C, H, W)``."""
-        out = torch.relu(self.norm1(self.conv1(x)))
-        out = torch.relu(self.norm2(self.conv2(out)))
-        return torch.relu(self.norm3(self.conv3(out)) + self.shortcut(x))
+        out = self.relu1(self.norm1(self.conv1(x)))
+        out = self.relu2(self.norm2(self.conv2(out)))
+        return self.relu3(self.norm3(self.conv3(out)) + self.shortcut(x))
 
 
 def _stages(

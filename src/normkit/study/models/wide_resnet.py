@@ -1,6 +1,5 @@
 """Wide residual networks (Zagoruyko, Komodakis, arXiv 1605.07146): normalization comes before the convolution."""
 
-import torch
 from torch import Tensor, nn
 
 from normkit.study.models.layers import conv, he_initialize, pooled_classifier
@@ -13,13 +12,13 @@ class WideBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = nn.BatchNorm2d(inputs), conv(inputs, width, 3, stride)
         self.norm2, self.conv2 = nn.BatchNorm2d(width), conv(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.relu1, self.relu2, self.dropout = nn.ReLU(), nn.ReLU(), nn.Dropout(dropout)
         self.shortcut = conv(inputs, width, 1, stride) if stride != 1 or inputs != width else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to ``(N, C, H, W)``."""
-        active = torch.relu(self.norm1(x))
-        out = self.dropout(torch.relu(self.norm2(self.conv1(active))))
+        active = self.relu1(self.norm1(x))
+        out = self.dropout(self.relu2(self.norm2(self.conv1(active))))
         return self.conv2(out) + (x if self.shortcut is None else self.shortcut(active))
 
 
