@@ -9,6 +9,7 @@ _FILES = (
     "weight_standardization",
     "frozen",
     "online",
+    "filter_response",
     "batch_renorm",
     "riemannian",
     "noisy_norm",
