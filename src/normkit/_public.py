@@ -9,6 +9,7 @@ from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d, Ba
 from normkit.methods.batchless.training import attach, initialize
 from normkit.methods.bnp.bnp import BNP
 from normkit.methods.bnp.langevin import LangevinBNP
+from normkit.methods.filter_response import FilterResponseNorm1d, FilterResponseNorm2d, FilterResponseNorm3d
 from normkit.methods.lp_norm import LpNorm1d, LpNorm2d, LpNorm3d
 from normkit.methods.noisy_norm import NoisyBatchNorm1d, NoisyBatchNorm2d, NoisyBatchNorm3d
 from normkit.methods.revisited.input_norm import InputNorm
@@ -35,6 +36,9 @@ __all__ = [
     "BatchlessNorm1d",
     "BatchlessNorm2d",
     "BatchlessNorm3d",
+    "FilterResponseNorm1d",
+    "FilterResponseNorm2d",
+    "FilterResponseNorm3d",
     "InputNorm",
     "LangevinBNP",
     "LpNorm1d",

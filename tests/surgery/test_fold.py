@@ -8,6 +8,7 @@ from torch.nn.utils import parametrizations
 
 import normkit
 from normkit.inspection.record import record
+from normkit.methods.filter_response import FilterResponseNorm2d, ThresholdedLinearUnit
 from normkit.methods.online import OnlineNorm2d
 
 
@@ -88,7 +89,7 @@ def test_a_norm_before_a_layer_that_pads_no_zeros_is_folded_exactly(norm, layer,
             (2, 6, 5, 5),
             "1 (GroupNorm): it normalises by the statistics of its",
         ),
-        ([nn.Conv2d(6, 4, 1), nn.InstanceNorm2d(4)], (2, 6, 5, 5), "it keeps no running statistics"),
+        ([nn.Conv2d(6, 4, 1), nn.InstanceNorm2d(4)], (2, 6, 5, 5), "it normalises by the statistics of its own input"),
         ([nn.Linear(6, 4), nn.LayerNorm(4)], (2, 6), "it normalises by the statistics of its own input"),
         ([nn.Linear(6, 5), nn.BatchNorm1d(3)], (2, 3, 6), "another number of channels"),
     ],
@@ -265,10 +266,11 @@ def test_a_trained_model_of_every_recipe_folds_to_the_same_function_in_torch_alo
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         folded = normkit.fold(model.eval())
-    assert bool(caught) == (name.startswith(("group", "layer", "instance", "online")))
+    assert bool(caught) == (name.startswith(("group", "layer", "instance", "online", "filter-response")))
     torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-6)
     own = [type(module) for module in folded.modules() if not type(module).__module__.startswith("torch.")]
-    assert own == ([OnlineNorm2d] * 2 if name == "online" else [])  # layer scaling depends on the sample
+    dependent = {"online": [OnlineNorm2d] * 2, "filter-response": [FilterResponseNorm2d, ThresholdedLinearUnit] * 2}
+    assert own == dependent.get(name, [])  # what depends on the sample stays
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in folded.modules())
 
 
