@@ -8,6 +8,8 @@ one (ours, geoopt); all other parameters follow ordinary SGD or Adam. On one thr
 """
 
 import argparse
+import contextlib
+import importlib
 import statistics
 import sys
 import warnings
@@ -72,12 +74,17 @@ def parameters(shapes: str, device: str) -> tuple[list[nn.Parameter], list[nn.Pa
     return [p for p in everything if p.ndim == 4], [p for p in everything if p.ndim != 4]
 
 
-def contenders(shapes: str, device: str) -> dict[str, torch.optim.Optimizer]:
-    """Each optimizer with parameters of its own."""
-    with warnings.catch_warnings():
+def _module(name: str) -> Any:
+    """A package, or None where it is not installed."""
+    with warnings.catch_warnings(), contextlib.suppress(ImportError):
         warnings.simplefilter("ignore")
-        import geoopt
-        import pytorch_optimizer as zoo
+        return importlib.import_module(name)
+    return None
+
+
+def contenders(shapes: str, device: str) -> dict[str, torch.optim.Optimizer]:
+    """Each optimizer with parameters of its own; others' only where they are installed."""
+    geoopt, zoo = (_module(name) for name in ("geoopt", "pytorch_optimizer"))
 
     def ours(rule: Any, **options: Any) -> torch.optim.Optimizer:
         weights, rest = parameters(shapes, device)
@@ -106,11 +113,14 @@ def contenders(shapes: str, device: str) -> dict[str, torch.optim.Optimizer]:
         "AdamG": lambda: ours(AdamG, orthogonality=0.0),
         "SGDG readable loop": lambda: ours(SGDG, orthogonality=0.0, foreach=False),
         "SGDG, orthogonality 0.1": lambda: ours(SGDG),
-        "geoopt RiemannianSGD": lambda: spherical(geoopt.optim.RiemannianSGD, lr=0.01, momentum=0.9, nesterov=True),
-        "geoopt RiemannianAdam": lambda: spherical(geoopt.optim.RiemannianAdam, lr=0.01),
-        "SGDP": lambda: plain(zoo.SGDP, **sgd),
-        "AdamP": lambda: plain(zoo.AdamP, lr=0.001),
     }
+    if geoopt:
+        table["geoopt RiemannianSGD"] = lambda: spherical(
+            geoopt.optim.RiemannianSGD, lr=0.01, momentum=0.9, nesterov=True
+        )
+        table["geoopt RiemannianAdam"] = lambda: spherical(geoopt.optim.RiemannianAdam, lr=0.01)
+    if zoo:
+        table |= {"SGDP": lambda: plain(zoo.SGDP, **sgd), "AdamP": lambda: plain(zoo.AdamP, lr=0.001)}
     if device == "cuda":
         table["torch SGD fused"] = lambda: plain(torch.optim.SGD, fused=True, **sgd)
         table["SGDG foreach"] = lambda: ours(SGDG, orthogonality=0.0, fused=False)

@@ -39,6 +39,7 @@ def test_parameter_count_of_imagenet_resnet_with_small_stem():
     assert parameter_count("resnet18") == 11_689_512 - 64 * 3 * (49 - 9) - 990 * 513
     assert parameter_count("resnet34") == 21_797_672 - 64 * 3 * (49 - 9) - 990 * 513
     assert parameter_count("resnet50") == 25_557_032 - 64 * 3 * (49 - 9) - 990 * 2049
+    assert parameter_count("resnet50-imagenet", (3, 224, 224), classes=1000) == 25_557_032
 
 
 @pytest.mark.parametrize(("name", "repeats"), [("vgg13", (2, 2, 2, 2, 2)), ("vgg19", (2, 2, 4, 4, 4))])
@@ -81,6 +82,9 @@ SMALL = {
     "resnet20": (1, 8, 8),
     "resnet34": (3, 8, 8),
     "resnet50": (3, 8, 8),
+    "resnet18-imagenet": (3, 32, 32),
+    "resnet34-imagenet": (3, 32, 32),
+    "resnet50-imagenet": (3, 33, 33),
     "resnet56": (3, 8, 8),
     "resnet110": (3, 8, 8),
     "wrn-10-1": (3, 8, 8),

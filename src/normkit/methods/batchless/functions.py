@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normkit.methods.kernels.rows import rows_of, use_triton
 from normkit.moments import Moments, observe_unchecked
 
 Gradient = Literal["natural", "plain"]
@@ -113,6 +114,33 @@ def affine_map(
     shape = (-1, *[1] * (x.dim() - 2))
     scale = (variance + eps).rsqrt()
     return torch.addcmul((-mean * scale).view(shape), x, scale.view(shape)).to(x.dtype)
+
+
+def one_pass(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Moments] | None:
+    """:func:`affine_map` and :func:`moments_about` by one kernel, and their gradients by another; None where it cannot run.
+
+    Args:
+        x: ``(N, C, ...)``.
+        mean: mu, ``(C,)``.
+        variance: ``sigma^2 - eps``, ``(C,)``.
+        weight: gamma ``(C,)`` or None.
+        bias: beta ``(C,)`` or None.
+        eps: Added to the variance.
+
+    Returns:
+        Output, in shape and dtype of ``x``, and moments of C features.
+    """
+    if not use_triton(x, mean) or mean.dtype != torch.float32 or (weight is None) != (bias is None):
+        return None
+    rows = rows_of(x, 1)
+    if rows is None:
+        return None
+    from normkit.methods.batchless.triton_kernel import OnePass
+
+    y, *moments = OnePass.apply(x, weight, bias, mean, variance, rows, eps)  # pyright: ignore[reportGeneralTypeIssues]
+    return y, Moments(*moments)
 
 
 def per_feature(values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.inspection.counting import Collector, RowCounter, disable_dynamo, is_counting
-from normkit.methods.batchless.functions import Gradient, affine_map, moments_about
+from normkit.methods.batchless.functions import Gradient, affine_map, moments_about, one_pass
 from normkit.methods.method import Successor, WideStatistics
 from normkit.moments import Moments, empty, merge, observe_unchecked, statistics_dtype
 
@@ -150,19 +150,20 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
         learns = self.training and torch.is_grad_enabled()
         # constants to the task loss, also in a model whose parameters were all unfrozen
         statistics = self.running_mean.detach(), self.running_var.detach()
-        y = affine_map(rows, *statistics, self.weight, self.bias, self.eps)
+        arguments = rows, *statistics, self.weight, self.bias, self.eps
+        counts = learns and is_counting()
+        y, moments = (one_pass(*arguments) if counts and mask is None else None) or (affine_map(*arguments), None)
         y = y.view_as(x) if last else y
-        if learns and is_counting():
-            self._count(rows if mask is None else x, y, mask)
+        if counts:
+            self._count(rows if mask is None else x, y, mask, moments)
         return y
 
     @disable_dynamo
-    def _count(self, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
-        if mask is None:
-            moments = moments_about(x, self.running_mean.detach(), self.running_var.detach(), self.eps)
-        else:
+    def _count(self, x: Tensor, y: Tensor, mask: Tensor | None, moments: Moments | None) -> None:
+        if mask is not None:
             moments = observe_unchecked(x, self.feature_dim, mask)
-
+        elif moments is None:
+            moments = moments_about(x, self.running_mean.detach(), self.running_var.detach(), self.eps)
         self.counter.count(y, (moments, len(y)), self.weight)
 
     def _no_collector(self) -> Collector:

@@ -22,7 +22,7 @@ from normkit.inspection.graph import producers
 from normkit.inspection.markers import attachment
 from normkit.methods.batchless.functions import per_feature
 from normkit.methods.batchless.layer import BatchlessNorm
-from normkit.moments import sum_and_square_sum
+from normkit.methods.kernels.sums import sum_and_square_sum
 
 
 def projected_weight_gradient(

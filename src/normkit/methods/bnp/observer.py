@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from normkit.inspection.counting import Collector, InputCounter, disable_dynamo, is_counting
 from normkit.inspection.markers import attachment
-from normkit.moments import sum_and_square_sum
+from normkit.methods.kernels.sums import sum_and_square_sum
 
 Layer: TypeAlias = nn.Linear | _ConvNd
 

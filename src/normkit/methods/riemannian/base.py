@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
-from normkit.methods.kernels import has_triton, use_triton
+from normkit.methods.kernels.rows import has_triton, use_triton
 from normkit.methods.riemannian.filters import (
     Filters,
     arranged,

@@ -33,6 +33,8 @@ def _image_models() -> dict[str, tuple[int, Callable[..., nn.Module]]]:
         table[f"vgg{depth}-small"] = (17, lambda c, h, w, k, depth=depth: vgg(depth, c, k, divisor=4))
     for depth in (18, 20, 34, 50, 56, 110):
         table[f"resnet{depth}"] = (1, lambda c, h, w, k, depth=depth: resnet(depth, c, k))
+    for depth in (18, 34, 50):
+        table[f"resnet{depth}-imagenet"] = (32, lambda c, h, w, k, depth=depth: resnet(depth, c, k, large=True))
     return table
 
 

@@ -1,4 +1,4 @@
-"""Residual networks for small images: ResNet-20/56/110, and ResNet-18/34/50 with a 3x3 stem and no early pooling."""
+"""Residual networks: ResNet-20/56/110, and ResNet-18/34/50 with the stem for small images or the one for ImageNet."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -87,8 +87,12 @@ def _resnet(
     project: bool,
     channels: int,
     classes: int,
+    large: bool = False,
 ) -> nn.Module:
-    stem = [conv(channels, widths[0]), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    first = conv(channels, widths[0], 7, 2) if large else conv(channels, widths[0])
+    stem = [first, nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    if large:
+        stem.append(nn.MaxPool2d(3, stride=2, padding=1))
     head = pooled_classifier(widths[-1] * block.expansion, classes)
     model = nn.Sequential(*stem, *_stages(block, widths, depths, project), *head)
     he_initialize(model)
@@ -98,13 +102,14 @@ def _resnet(
 _IMAGENET = {18: (BasicBlock, (2, 2, 2, 2)), 34: (BasicBlock, (3, 4, 6, 3)), 50: (Bottleneck, (3, 4, 6, 3))}
 
 
-def resnet(depth: int, channels: int, classes: int) -> nn.Module:
-    """ResNet of He, Zhang, Ren, Sun (arXiv 1512.03385) for small images.
+def resnet(depth: int, channels: int, classes: int, *, large: bool = False) -> nn.Module:
+    """ResNet of He, Zhang, Ren, Sun (arXiv 1512.03385).
 
     Depths 20, 56, 110 have widths 16, 32, 64 and shortcuts without parameters, as in that paper's section on CIFAR-10;
-    18, 34, 50 are its ImageNet networks with a 3x3 stem of stride 1, no max-pooling and projection shortcuts.
+    18, 34, 50 are its ImageNet networks with projection shortcuts, for small images with a 3x3 stem of stride 1 and no
+    max-pooling, for ``large`` images with the paper's 7x7 stem of stride 2 and max-pooling.
     """
     if depth in _IMAGENET:
         block, depths = _IMAGENET[depth]
-        return _resnet(block, (64, 128, 256, 512), depths, True, channels, classes)
+        return _resnet(block, (64, 128, 256, 512), depths, True, channels, classes, large)
     return _resnet(BasicBlock, (16, 32, 64), ((depth - 2) // 6,) * 3, False, channels, classes)

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from normkit.methods.batchless.triton_kernel import _backward, _forward
-from normkit.methods.bnp.triton_kernel import _sums
+from normkit.methods.kernels.triton_kernel import _sums
 from normkit.methods.riemannian.triton_kernel import _advance
 
 IMAGES = {"inner_stride": 1, "BLOCK_ROWS": 2048, "BLOCK_FEATURES": 1}

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import normkit
+from normkit import BatchlessNorm1d, BatchlessNorm2d
 from normkit.methods.batchless.functions import affine_map
-from normkit.methods.kernels import SWITCH, rows_of, use_triton
+from normkit.methods.kernels.rows import SWITCH, rows_of, use_triton
 from normkit.moments import observe, sum_and_square_sum
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,7 +93,7 @@ def test_batchless_backward_gives_all_three_gradients_in_one_pass(layout, dtype,
 @cases
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
 def test_bnp_sums_equal_the_readable_sum_and_square_sum(layout, dtype, last, wide):
-    from normkit.methods.bnp.triton_kernel import sums
+    from normkit.methods.kernels.triton_kernel import sums
 
     x = inputs(layout, dtype, last=last)
     tolerance = {"rtol": 1e-12, "atol": 0.0} if wide == torch.float64 else {"rtol": 1e-5, "atol": 1e-4}
@@ -157,3 +160,50 @@ def test_all_kernels_compile_to_machine_code_without_a_gpu(capability):
     for entry in (entry for entry in found if entry["kernel"] != "_advance"):
         assert entry["wide_loads"], entry  # 16 bytes a thread, or memory does not run at its speed
         assert not entry["spills"], entry
+
+
+def trained(recipe, monkeypatch, switch, dtype=torch.float32):
+    """Parameters, and double gradients of the loss, after three steps with the kernels on or off."""
+    monkeypatch.setenv(SWITCH, switch)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Flatten()
+    )
+    model = model.to(DEVICE, dtype)
+    inputs = torch.randn(3, 5, 2, 6, 6).to(DEVICE, dtype)
+    model, optimizer = normkit.apply(recipe, model, lr=0.05, batches=[inputs[0]])
+    for x in inputs:
+        optimizer.zero_grad()
+        for part in x.split(3):  # accumulated
+            model(part).square().mean().backward()
+        optimizer.step()
+    loss = model(inputs[0]).square().mean()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in gradients), parameters)
+    return [*model.state_dict().values(), *gradients, *second]
+
+
+@needs_triton
+@pytest.mark.parametrize("recipe", ["batchless", "batchless-projected", "bnp"])
+def test_a_model_trains_alike_with_and_without_kernels(recipe, monkeypatch):
+    for ours, expected in zip(*(trained(recipe, monkeypatch, switch) for switch in "10"), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("norm", "shape"), [(BatchlessNorm2d, (2, 3, 4, 4)), (BatchlessNorm1d, (2, 3, 5))])
+def test_the_batchless_layer_passes_the_same_gradients_with_and_without_kernels(norm, shape, affine, monkeypatch):
+    found = []
+    for switch in "10":
+        monkeypatch.setenv(SWITCH, switch)
+        layer = norm(3, affine=affine).to(DEVICE)
+        layer.set_statistics(torch.tensor([0.1, -0.2, 0.3]), torch.tensor([0.5, 1.0, 2.0]))
+        x = torch.arange(float(torch.Size(shape).numel()), device=DEVICE).sin().view(shape).requires_grad_()
+        y = layer(x)
+        assert type(y.grad_fn).__name__.startswith("OnePass") == (switch == "1")
+        y.cos().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

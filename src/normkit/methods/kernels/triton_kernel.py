@@ -1,4 +1,4 @@
-"""The sums that BNP (arXiv 2108.01110) needs of a layer's input, in one pass over memory. Imported only where Triton is."""
+"""Sum and sum of squares of a layer's input in one pass over memory. Imported only where Triton is."""
 
 # pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from normkit.methods.kernels import Rows, on_device
+from normkit.methods.kernels.rows import Rows, on_device
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def sums(x: Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     Args:
         x: Input of a layer; nothing is recorded for autograd.
-        rows: Where the rows of ``x`` lie, see ``normkit.methods.kernels.rows_of``.
+        rows: Where the rows of ``x`` lie, see ``normkit.methods.kernels.rows.rows_of``.
         dtype: Dtype of the sums, float32 or float64.
 
     Returns:

@@ -1,0 +1,1 @@
+"""Triton kernels that several methods use, and what decides where kernels run."""
