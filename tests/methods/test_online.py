@@ -200,3 +200,17 @@ def test_wrong_shapes_and_decays_are_refused():
         OnlineNorm2d(3, forward_decay=1.0)
     with pytest.raises(ValueError, match=r"backward_decay is -0\.1"):
         OnlineNorm2d(3, backward_decay=-0.1)
+
+
+def test_a_compiled_model_trains_as_the_eager_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), OnlineNorm1d(3), nn.ReLU())
+    copied = copy.deepcopy(model)
+    compiled = torch.compile(copied, backend="aot_eager")
+    for _ in range(2):
+        x = torch.randn(5, 4)
+        model(x).square().sum().backward()
+        compiled(x).square().sum().backward()
+    for one, other in zip(model.parameters(), copied.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(copied.named_buffers()))

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+import normkit
 from normkit.inspection.branches import branch_ends
-from normkit.methods.zero_gamma import last_norms, zero_gamma, zero_last_weights
+from normkit.methods.method import zero_last_weights
+from normkit.methods.zero_gamma import last_norms, zero_gamma
 from normkit.study.models import build_model
 from normkit.surgery._convert import convert
 
@@ -94,6 +96,14 @@ def test_a_model_whose_branches_end_in_norms_or_that_has_none_keeps_its_weights(
         with pytest.raises(ValueError, match="no residual branch"):
             zero_last_weights(model)
         assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("recipe", ["none", "bnp"])
+def test_branches_start_at_zero_where_the_user_says_so(recipe):
+    model, _ = normkit.apply(recipe, image_model("resnet20"), lr=0.1, options={"zero_residual": True})
+    assert all(not model.get_submodule(path).weight.any() for path in branch_ends(model))
+    model, _ = normkit.apply(recipe, image_model("resnet20"), lr=0.1)
+    assert all(model.get_submodule(path).weight.any() for path in branch_ends(model))
 
 
 def test_transformers_resnet_is_understood():

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from normkit.inspection.norms import NormTraits, features_of, is_batchnorm
-from normkit.methods.method import FROM_START, Dims, Method, Part, Recipe, Target, share_affine, to_batchnorm
+from normkit.methods.method import (
+    FROM_START,
+    ZERO_RESIDUAL,
+    Dims,
+    Method,
+    Part,
+    Recipe,
+    Target,
+    share_affine,
+    to_batchnorm,
+)
 
 
 class Removed(NormTraits, nn.Identity):
@@ -91,6 +101,7 @@ METHOD = Method(
             "the baseline",
             0.1,
             convert=Part("none"),
+            prepare=ZERO_RESIDUAL,
             group=_GROUP,
         ),
         Recipe(

@@ -15,7 +15,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from normkit.inspection.branches import branch_ends
 from normkit.inspection.norms import (
+    PRODUCERS,
     NormTraits,
     features_of,
     is_batchnorm,
@@ -343,3 +345,40 @@ def layer_target(
         return isinstance(module, classes) and all(getattr(module, name, None) == v for name, v in own.items())
 
     return Target(build, is_native, lost, configurable=True, **facts)
+
+
+@torch.no_grad()
+def zero_last_weights(model: nn.Module) -> nn.Module:
+    """Set weight and bias of the last layer of every residual branch to zero: each block starts as its shortcut.
+
+    For networks whose branches end in a linear or convolution layer: normalization layers removed, or pre-activation. A
+    part of Fixup Initialization (Zhang, Dauphin, Ma 2019, arXiv 1901.09321).
+
+    Args:
+        model: A model with such branches; changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: No residual branch ends in a linear or convolution layer.
+    """
+    ends = [layer for path in branch_ends(model) if isinstance(layer := model.get_submodule(path), PRODUCERS)]
+    if not ends:
+        raise ValueError(
+            "zero_last_weights: no residual branch of the model ends in a linear or convolution layer; plain networks have "
+            "no such branch, and in networks that torch.fx does not trace none is found: leave the option zero_residual out"
+        )
+    for layer in ends:
+        layer.weight.zero_()
+        if layer.bias is not None:
+            layer.bias.zero_()
+    return model
+
+
+def _zero_residual(model: nn.Module, batches: object, zero_residual: bool = False) -> nn.Module:
+    return zero_last_weights(model) if zero_residual else model
+
+
+ZERO_RESIDUAL = Part(_zero_residual, "zero_residual")
+"""What a recipe without normalization layers prepares: the user's choice that residual branches start at zero."""

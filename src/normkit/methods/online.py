@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from normkit.inspection.counting import disable_dynamo
 from normkit.methods.method import FROM_START, Method, Part, Recipe, Successor, WideStatistics, layer_target
@@ -130,12 +129,12 @@ class _Normalize(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx | Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         y, scale = ctx.saved_tensors
-        errors: tuple[Tensor, Tensor] = ctx.errors
-        grad, *now = controlled_gradient(grads[0], y, scale, *(error.clone() for error in errors), ctx.decay)
+        error_y, error_1 = ctx.errors
+        grad, *now = controlled_gradient(grads[0], y, scale, error_y.clone(), error_1.clone(), ctx.decay)
         with torch.no_grad():
-            for error, new in zip(errors, now, strict=True):
+            for error, new in zip((error_y, error_1), now, strict=True):
                 error.copy_(new)
         return grad, None, None, None, None, None
 

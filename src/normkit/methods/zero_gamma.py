@@ -1,8 +1,7 @@
-"""Residual blocks that start as the identity: the last scale or the last weight of each block begins at zero.
+"""Residual blocks that start as the identity: the last normalization of each block begins with scale zero.
 
 Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour, Priya Goyal, Piotr Dollár, Ross Girshick and others,
-arXiv 1706.02677. Without a normalization, as the last weight: Fixup Initialization, Hongyi Zhang, Yann Dauphin, Tengyu Ma,
-arXiv 1901.09321.
+arXiv 1706.02677.
 """
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from normkit.inspection.branches import branch_ends
 from normkit.inspection.graph import Dataflow
-from normkit.inspection.norms import PRODUCERS, is_norm
+from normkit.inspection.norms import is_norm
 from normkit.methods.method import Method, Part, Recipe
 
 
@@ -50,34 +49,6 @@ def zero_gamma(model: nn.Module) -> nn.Module:
         )
     for scale in scales:
         scale.zero_()
-    return model
-
-
-@torch.no_grad()
-def zero_last_weights(model: nn.Module) -> nn.Module:
-    """Set weight and bias of the last layer of every residual branch to zero: each block starts as its shortcut.
-
-    For networks whose branches end in a linear or convolution layer: normalization layers removed, or pre-activation.
-
-    Args:
-        model: A model with such branches; changed in place.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: No residual branch ends in a linear or convolution layer.
-    """
-    ends = [layer for path in branch_ends(model) if isinstance(layer := model.get_submodule(path), PRODUCERS)]
-    if not ends:
-        raise ValueError(
-            "zero_last_weights: no residual branch of the model ends in a linear or convolution layer; plain networks have "
-            "no such branch, and in networks that torch.fx does not trace none is found: leave out zero_residual"
-        )
-    for layer in ends:
-        layer.weight.zero_()
-        if layer.bias is not None:
-            layer.bias.zero_()
     return model
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import normkit
 from normkit.inspection.branches import classifiers
 from normkit.methods.weight_standardization.normalizer_free import (
     ScaledWeightStandardization,
@@ -140,3 +141,32 @@ def test_settings_out_of_range_are_refused():
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="threshold is 0"):
         attach_clipping(model, torch.optim.SGD(model.parameters(), lr=0.1), threshold=0)
+
+
+def test_a_refused_setting_leaves_the_model_as_it_was():
+    torch.manual_seed(0)
+    model = build_model("resnet20", input_shape=(3, 8, 8), classes=4).eval()
+    x, keys = torch.randn(2, 3, 8, 8), list(model.state_dict())
+    expected, kinds = model(x), [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="threshold is -1"):
+        normkit.apply("normalizer-free", model, lr=0.1, options={"threshold": -1.0})
+    assert [type(module) for module in model.modules()] == kinds
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(x), expected)
+
+
+def test_the_threshold_is_the_users():
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2))
+
+    for threshold in (0.01, 0.1):
+        net, optimizer = normkit.apply(
+            "normalizer-free", build(), lr=1.0, momentum=0.0, options={"threshold": threshold}
+        )
+        weight = net[0].parametrizations.weight.original
+        before = weight.detach().clone()
+        (1e3 * net(torch.randn(2, 3, 1, 1)).square().sum()).backward()
+        optimizer.step()
+        moved = (weight.detach() - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+        torch.testing.assert_close(moved, torch.full_like(moved, threshold), rtol=1e-3, atol=0)

@@ -21,7 +21,7 @@ from normkit.methods.bnp.layers import choose, removed_means
 from normkit.methods.bnp.observer import Mask, Observed
 from normkit.methods.bnp.statistics import Preconditioner, Preconditioners, RowStatistics, restored
 from normkit.methods.bnp.transform import LayerStep, Rate, Transform
-from normkit.methods.method import Method, Part, Recipe, adam
+from normkit.methods.method import ZERO_RESIDUAL, Method, Part, Recipe, adam
 from normkit.optim.step_hooks import StepHandle, attach_to_step, effective_lr
 
 
@@ -319,6 +319,7 @@ METHOD = Method(
             _PAPER,
             0.3,
             convert=Part("none"),
+            prepare=ZERO_RESIDUAL,
             attach=Part(precondition_steps, *_OPTIONS, max_change=0.05),
             group=_GROUP,
         ),

@@ -13,6 +13,7 @@ ReLU.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -209,18 +210,18 @@ def attach_clipping(model: nn.Module, optimizer: Optimizer, threshold: float = 0
         if not value > 0:
             raise ValueError(f"adaptive gradient clipping: {name} is {value}; give a positive number")
     excluded = {parameter for layer in classifiers(model) for parameter in layer.parameters()}
-    groups = {
-        p: 0 for p in model.parameters() if p not in excluded
-    }  # of transposed convolutions: (in, out / groups, ...)
+    groups: dict[Tensor, int] = {p: 0 for p in model.parameters() if p not in excluded}
     for layer in model.modules():
-        if isinstance(layer, _ConvTransposeNd):
-            own = (
-                layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
-            )
-            groups[own] = layer.groups
+        if isinstance(layer, _ConvTransposeNd):  # its weight is (in, out / groups, ...)
+            groups[_trained_weight(layer)] = layer.groups
     return attach_to_step(
         optimizer, "adaptive gradient clipping", partial(_clip, groups=groups, threshold=threshold, eps=eps)
     )
+
+
+def _trained_weight(layer: Any) -> Tensor:
+    """The parameter behind a layer's weight."""
+    return layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
 
 
 def _clip(optimizer: Optimizer, *, groups: dict[Tensor, int], threshold: float, eps: float) -> None:
@@ -230,8 +231,8 @@ def _clip(optimizer: Optimizer, *, groups: dict[Tensor, int], threshold: float, 
         if parameter.grad is None:
             continue
         if count:
-            pair = (t.detach().unflatten(0, (count, -1)) for t in (parameter, parameter.grad))
-            clip_by_unit_(*pair, limit, eps, (0, 2))
+            weight, gradient = (t.detach().unflatten(0, (count, -1)) for t in (parameter, parameter.grad))
+            clip_by_unit_(weight, gradient, limit, eps, (0, 2))
         else:
             clip_by_unit_(parameter, parameter.grad, limit, eps)
 

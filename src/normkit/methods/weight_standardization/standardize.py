@@ -133,7 +133,7 @@ def parametrizable(model: nn.Module, method: str) -> list[tuple[str, _ConvNd]]:
     for path, layer in model.named_modules():
         if not isinstance(layer, _ConvNd):
             continue
-        if is_lazy(layer._parameters.get("weight")):
+        if any(is_lazy(parameter) for parameter in layer.parameters()):
             raise ValueError(
                 f"{method}: {path or 'the model'} ({type(layer).__name__}) does not know its channels yet; run one batch "
                 "through the model first"
