@@ -1,0 +1,57 @@
+"""Instance normalization against its definition in float64, and what becomes of flat features."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import normkit
+
+CASES = [
+    (nn.Conv1d, nn.BatchNorm1d, nn.InstanceNorm1d, (2, 3, 6)),
+    (nn.Conv2d, nn.BatchNorm2d, nn.InstanceNorm2d, (2, 3, 5, 4)),
+    (nn.Conv3d, nn.BatchNorm3d, nn.InstanceNorm3d, (1, 3, 3, 3, 2)),
+]
+
+
+@pytest.mark.parametrize(("conv", "batchnorm", "instancenorm", "shape"), CASES)
+@pytest.mark.parametrize("training", [True, False])
+def test_each_channel_of_each_sample_is_normalized_by_itself(conv, batchnorm, instancenorm, shape, training):
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 4, 2), batchnorm(4)).double().train(training)
+    nn.init.normal_(model[1].weight)
+    nn.init.normal_(model[1].bias)
+    x = torch.randn(shape).double() * 3 + 1
+    h = model[0](x)
+    expected = torch.empty_like(h)
+    for sample in range(len(h)):
+        for channel in range(4):
+            values = h[sample, channel]
+            normal = (values - values.mean()) / (values.var(correction=0) + 1e-5).sqrt()
+            expected[sample, channel] = normal * model[1].weight[channel] + model[1].bias[channel]
+    oracle = instancenorm(4, affine=True).double()
+    oracle.load_state_dict({name: model[1].state_dict()[name] for name in ("weight", "bias")})
+    statistics = [buffer.clone() for buffer in model[1].buffers()]
+    normkit.convert(model, "instance")
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(x), oracle(h), rtol=1e-12, atol=1e-12)
+    normkit.revert(model)
+    assert all(torch.equal(a, b) for a, b in zip(model[1].buffers(), statistics, strict=True))
+
+
+def test_flat_features_keep_their_normalization_and_the_log_names_it(caplog):
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3),
+        nn.BatchNorm2d(2),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+        nn.BatchNorm1d(4),
+        nn.ReLU(),
+        nn.BatchNorm1d(4),
+    )
+    with caplog.at_level(logging.WARNING, logger="normkit"):
+        normkit.apply("instance", model, lr=0.1)
+    assert [type(model[i]) for i in (1, 4, 6)] == [nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm1d]
+    assert "4 (BatchNorm1d) normalizes flat features" in caplog.text
+    assert "6 (BatchNorm1d) normalizes flat features" in caplog.text
