@@ -1,5 +1,6 @@
 """The pure functions of batch normalization preconditioning against slow references in float64."""
 
+import copy
 from math import prod
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import normkit
 import normkit.moments as moments_module
 from normkit.functional import (
     bounding_factors,
@@ -383,3 +385,67 @@ def test_moments_count_only_the_rows_of_the_mask():
     assert moments.count == 13
     assert torch.allclose(moments.mean, x[mask].mean(0), rtol=1e-12)
     assert torch.allclose(moments.variance, x[mask].var(0, correction=0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_hundred_steps_of_bnp_are_a_hundred_calls_of_the_pure_functions(bias):
+    """What runs joins layers of one shape; what is shown takes one layer at a time."""
+    torch.manual_seed(0)
+    layers = [
+        *(
+            nn.Conv2d(3, 4, 3, bias=bias),
+            nn.Conv2d(4, 4, 1, groups=2, bias=bias),
+            nn.Conv2d(4, 4, 1, groups=2, bias=bias),
+        ),
+        *(
+            nn.ConvTranspose2d(4, 2, 2, bias=bias),
+            nn.Flatten(),
+            nn.Linear(50, 6, bias=bias),
+            nn.Linear(6, 6, bias=bias),
+        ),
+    ]
+    model = nn.Sequential(*layers).double()
+    shown = copy.deepcopy(model)
+    optimizer, plain = (torch.optim.SGD(m.parameters(), lr=0.02, momentum=0.9) for m in (model, shown))
+    normkit.BNP(model, decay=0.9).attach(optimizer)
+    learned = [layer for layer in shown if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))]
+    inputs = {}
+    for layer in learned:
+        layer.register_forward_hook(lambda layer, args, output: inputs.update({layer: (args[0], output)}))
+    running = {}
+    for step in range(100):
+        x = torch.randn(5, 3, 6, 6, dtype=torch.float64) + 1
+        for m, opt in ((model, optimizer), (shown, plain)):
+            opt.zero_grad()
+            m(x).square().mean().backward()
+            if m is shown:
+                for layer in learned:
+                    shown_step(layer, *inputs[layer], running, weight=max(1 / (step + 1), 1 - 0.9))
+            opt.step()
+    for ours, theirs in zip(model.parameters(), shown.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def shown_step(layer, x, output, running, *, weight):
+    """Precondition one layer's gradient in place, as the docs say it."""
+    dim = -1 if isinstance(layer, nn.Linear) else 1
+    features, shape = x.shape[dim], geometry(layer)
+    rows = observe(x, dim)
+    count = row_count(layer, x.shape)  # zeros that a transposed convolution inserts are rows, too
+    mean = rows.mean * rows.count / count
+    variance = (rows.m2 + rows.count * rows.mean.square()) / count - mean.square()
+    before = running.get(layer, (torch.zeros(features).double(), torch.ones(features).double()))
+    running[layer] = update_running(*before, mean, variance, weight)
+    divisor = step_divisor(shape.fan_in, torch.tensor(output.numel() / output.shape[dim]).double())
+    grads = precondition(
+        layer.weight.grad,
+        None if layer.bias is None else layer.bias.grad,
+        running[layer][0],
+        guarded_variance(running[layer][1]),
+        divisor=divisor,
+        groups=shape.groups,
+        transposed=shape.transposed,
+    )
+    for p, grad in zip((layer.weight, layer.bias), grads, strict=True):
+        if p is not None:
+            p.grad.copy_(grad)

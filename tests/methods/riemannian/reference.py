@@ -5,7 +5,7 @@ import math
 import torch
 
 
-def reference_gradient(y, g, *, alpha, nu, penalty_clipped):
+def reference_gradient(y, g, *, alpha, nu):
     """Projected, clipped gradient of one weight, with y and g of shape (C_out, n)."""
     rows, n = y.shape
     penalty = torch.zeros_like(y)
@@ -14,12 +14,10 @@ def reference_gradient(y, g, *, alpha, nu, penalty_clipped):
         penalty = (2 * alpha * columns @ (columns.T @ columns - torch.eye(rows, dtype=y.dtype))).T
     h = torch.empty_like(y)
     for i in range(rows):
-        g_i = g[i] + penalty[i] if penalty_clipped else g[i]
+        g_i = g[i] + penalty[i]
         tangent = g_i - torch.dot(y[i], g_i) * y[i]
         length = float(tangent.norm())
         h[i] = tangent * (min(1.0, nu / length) if length > 0 else 1.0)
-        if not penalty_clipped:
-            h[i] += penalty[i] - torch.dot(y[i], penalty[i]) * y[i]
     return h
 
 
@@ -35,9 +33,9 @@ def exp_and_transport(y, d, carried):
 class Reference:
     """One weight on the sphere; ``rule`` is "sgdg" or "adamg"."""
 
-    def __init__(self, rule, weight, *, lr, alpha=0.1, nu=0.1, penalty_clipped=True, momentum=0.9, betas=(0.9, 0.99)):
+    def __init__(self, rule, weight, *, lr, alpha=0.1, nu=0.1, momentum=0.9, betas=(0.9, 0.99)):
         self.rule, self.lr, self.momentum, self.betas, self.eps = rule, lr, momentum, betas, 1e-8
-        self.options = {"alpha": alpha, "nu": nu, "penalty_clipped": penalty_clipped}
+        self.options = {"alpha": alpha, "nu": nu}
         self.shape = weight.shape
         rows = weight.detach().double().flatten(1)
         self.y = rows / rows.norm(dim=1, keepdim=True)

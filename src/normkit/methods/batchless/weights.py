@@ -98,7 +98,7 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
         """Return the number of rows ``()``, sum and sum of squares ``(in,)`` of the layer's inputs since the last call."""
         like, counted = self.norm.running_mean.detach(), self.take()
         if not counted:
-            return like.new_zeros(()), *(like.new_zeros(self.features) for _ in range(2))
+            return like.new_zeros(()), like.new_zeros(self.features), like.new_zeros(self.features)
         rows, totals, squares = zip(*counted, strict=True)
         return like.new_full((), sum(rows)), functools.reduce(torch.add, totals), functools.reduce(torch.add, squares)
 

@@ -63,7 +63,7 @@ class LayerIndex:
 class Preconditioners(NamedTuple):
     """What preconditions the layers of a step, side by side; ``known`` is 1 for layers with rows so far, else 0."""
 
-    index: LayerIndex
+    layer_index: LayerIndex
     mean: Tensor
     variance: Tensor
     divisor: Tensor
@@ -71,8 +71,10 @@ class Preconditioners(NamedTuple):
 
     def of_each(self) -> list[tuple[Observed, Preconditioner]]:
         """Each layer with its metric, in the dtype and on the device of its weight."""
-        sizes = self.index.sizes
-        parts = zip(self.index.layers, self.mean.split(sizes), self.variance.split(sizes), self.divisor, strict=True)
+        sizes = self.layer_index.sizes
+        parts = zip(
+            self.layer_index.layers, self.mean.split(sizes), self.variance.split(sizes), self.divisor, strict=True
+        )
         each = []
         for observed, *tensors in parts:
             weight = observed.layer.weight

@@ -42,11 +42,11 @@ class Transform:
 
     def __call__(self, steps: Sequence[LayerStep], preconditioners: Preconditioners, max_change: float | None) -> None:
         """Transform the gradients of ``steps``, bounded by ``max_change`` where that is given."""
-        kinds = _kinds(steps, preconditioners.index)
-        if self._key != (preconditioners.index, kinds):
-            self._key = preconditioners.index, kinds
-            groups = _together(steps, kinds, preconditioners.index)
-            self._batches = [_Batch(same_shape, steps, preconditioners.index) for same_shape in groups]
+        kinds = _kinds(steps, preconditioners.layer_index)
+        if self._key != (preconditioners.layer_index, kinds):
+            self._key = preconditioners.layer_index, kinds
+            groups = _together(steps, kinds, preconditioners.layer_index)
+            self._batches = [_Batch(same_shape, steps, preconditioners.layer_index) for same_shape in groups]
         for batch in self._batches:
             batch.transform_([steps[i] for i in batch.positions], preconditioners, max_change)
 

@@ -92,39 +92,37 @@ class SphereOptimizer(Optimizer):
             if not group["manifold"]:
                 self._step_euclidean(group, params)
             elif group["foreach"]:
-                filters = [one for p in params if (one := self._filters(group, p)).y.numel() > 0]
-                kernel = self._kernel(group, filters)
+                weights = [filters for p in params if (filters := self._filters(group, p)).y.numel() > 0]
+                kernel = self._kernel(group, weights)
                 step = advance if kernel is None else kernel.advance
-                step(filters, max_norm=group["max_norm"], **self._numbers(group))
+                step(weights, max_norm=group["max_norm"], **self._numbers(group))
             else:
                 for p in params:
                     self._step_readable(group, self._filters(group, p))
         return loss
 
-    def _kernel(self, group: dict[str, Any], filters: list[Filters]) -> Any:
+    def _kernel(self, group: dict[str, Any], weights: list[Filters]) -> Any:
         """The fused kernel where it can do the group's step, else None.
 
         Raises:
             RuntimeError: ``fused=True`` was asked for and is not possible.
         """
-        if group["fused"] is False or (group["fused"] is None and not use_triton(*(one.y for one in filters))):
+        if group["fused"] is False or (group["fused"] is None and not use_triton(*(filters.y for filters in weights))):
             return None
         if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return None  # the kernel is told addresses, which a graph would keep
-        floats = all(one.in_place and one.y.dtype == torch.float32 for one in filters)
-        floats = floats and len({one.y.device for one in filters}) == 1
-        numbers = not any(torch.is_tensor(x) for x in (group["lr"], *(one.correction for one in filters)))
-        clipped = group["clip_orthogonality"] or group["orthogonality"] == 0
-        if has_triton() and floats and numbers and clipped and filters:
+        floats = all(filters.in_place and filters.y.dtype == torch.float32 for filters in weights)
+        floats = floats and len({filters.y.device for filters in weights}) == 1
+        numbers = not any(torch.is_tensor(x) for x in (group["lr"], *(filters.correction for filters in weights)))
+        if has_triton() and floats and numbers and weights:
             from normkit.methods.riemannian.triton_kernel import FusedRows
 
             kernels = vars(self).setdefault("_kernels", {})
             return kernels.setdefault(id(group), FusedRows())
-        if group["fused"] and filters:
+        if group["fused"] and weights:
             raise RuntimeError(
                 f"{type(self).__name__}: fused=True needs Triton, contiguous float32 weights, a learning rate that is a "
-                "number (capturable=False), and clip_orthogonality=True or orthogonality=0; leave fused at None to use "
-                "it where it is possible"
+                "number (capturable=False); leave fused at None to use it where it is possible"
             )
         return None
 
@@ -138,7 +136,9 @@ class SphereOptimizer(Optimizer):
             ValueError: It is another optimizer's.
         """
         for number, group in enumerate(state_dict["param_groups"]):
-            if missing := self.defaults.keys() - group.keys():
+            if (
+                missing := self.defaults.keys() - group.keys() - {"differentiable"}
+            ):  # torch adds it to a loaded optimizer
                 raise ValueError(
                     f"{type(self).__name__}: group {number} of the state has no {', '.join(sorted(missing))}, so it is that of "
                     "another optimizer, whose momentum means something else; start without it"
@@ -152,19 +152,16 @@ class SphereOptimizer(Optimizer):
                 if torch.is_tensor(value) and value.ndim > 0 and value.dtype != self.state[p][name].dtype:
                     self.state[p][name] = value.to(device=p.device, copy=True)
 
-    def _step_readable(self, group: dict[str, Any], one: Filters) -> None:
+    def _step_readable(self, group: dict[str, Any], filters: Filters) -> None:
         """The paper's step for one weight, as it is written."""
-        y = wide(rows(one.y))
+        y = wide(rows(filters.y))
         y = y / norm(y)  # rounding, or weights loaded since, may have left the sphere
-        g, extra = one.gradient()
-        h = clip_rows(project(y, wide(rows(g))), group["max_norm"])
-        if extra is not None:
-            h = h + rows(extra)
-        y, tau, v = self._move(group, one, y, h)
-        one.y.copy_(y.view(one.y.shape))
-        one.tau.copy_(tau.view(one.tau.shape))
-        if one.v is not None and v is not None:
-            one.v.copy_(v)
+        h = clip_rows(project(y, wide(rows(filters.gradient()))), group["max_norm"])
+        y, tau, v = self._move(group, filters, y, h)
+        filters.y.copy_(y.view(filters.y.shape))
+        filters.tau.copy_(tau.view(filters.tau.shape))
+        if filters.v is not None and v is not None:
+            filters.v.copy_(v)
 
     def _filters(self, group: dict[str, Any], p: Tensor) -> Filters:
         state = self.state[p]
@@ -174,7 +171,7 @@ class SphereOptimizer(Optimizer):
         tau = arranged(state[self.tau], order)
         v = local(state["exp_avg_sq"]).flatten(1) if "exp_avg_sq" in state else None
 
-        def gradient() -> tuple[Tensor, Tensor | None]:
+        def gradient() -> Tensor:
             return self._gradient(group, p, order)
 
         if hasattr(p, "full_tensor"):  # its collectives must come in the same order on all ranks: now
@@ -182,25 +179,20 @@ class SphereOptimizer(Optimizer):
             gradient = lambda: found  # ruff: ignore[lambda-assignment]
         return Filters(arranged(p, order), gradient, tau, v, self._correction(group, state))
 
-    def _gradient(
-        self, group: dict[str, Any], p: Tensor, order: tuple[int, ...] | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The gradient, and the penalty's tangent gradient where that must not be clipped."""
+    def _gradient(self, group: dict[str, Any], p: Tensor, order: tuple[int, ...] | None) -> Tensor:
+        """The gradient of loss and penalty."""
         assert p.grad is not None
         g = arranged(p.grad, order)
         alpha = group["orthogonality"]
         if alpha == 0 or p.shape[0] >= math.prod(p.shape[1:]):
-            return g, None
+            return g
         y = wide(rows(arranged(p, order)))
         y = y / norm(y)
         others = None
         if hasattr(p, "full_tensor"):
             others = wide(rows(arranged(p.full_tensor(), order)))  # pyright: ignore[reportAttributeAccessIssue]
             others = others / norm(others)
-        penalty = orthogonality_gradient(y, alpha, others)
-        if group["clip_orthogonality"]:
-            return penalty.view(g.shape).add_(g), None
-        return g, project(y, penalty).view(g.shape)
+        return orthogonality_gradient(y, alpha, others).view(g.shape).add_(g)
 
     def _start(self, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
         """State of a weight on the sphere."""
@@ -214,7 +206,9 @@ class SphereOptimizer(Optimizer):
         """What the fused kernel must know of the rule."""
         raise NotImplementedError
 
-    def _move(self, group: dict[str, Any], one: Filters, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _move(
+        self, group: dict[str, Any], filters: Filters, y: Tensor, h: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The rule for unit rows: new ``y``, ``tau`` and ``v``."""
         raise NotImplementedError
 

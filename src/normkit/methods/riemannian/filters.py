@@ -22,14 +22,14 @@ class Filters:
 
     Attributes:
         y: The weight, shape ``(C_out, ...)``, dimensions in the order of memory; shares memory with the parameter.
-        gradient: Gives the gradient and, when the orthogonality penalty is not clipped, the penalty's tangent gradient.
+        gradient: Returns the gradient, that of the orthogonality penalty included.
         tau: Momentum in the layout of ``y``, float32 or wider.
         v: Second moment per filter, ``(C_out, 1)``, or None.
         correction: Bias correction of the learning rate, a number or a 0-dim tensor.
     """
 
     y: Tensor
-    gradient: Callable[[], tuple[Tensor, Tensor | None]]
+    gradient: Callable[[], Tensor]
     tau: Tensor
     v: Tensor | None
     correction: float | Tensor

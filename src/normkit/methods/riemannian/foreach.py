@@ -33,7 +33,6 @@ class Matrix:
         g: Gradient.
         tau: Momentum; updated in place.
         h: Memory of the same shape.
-        extra: Tangent gradient that is added after the clip, or None.
         vs: Second moments per filter, updated in place; none for SGD-G.
         weights: What ``y`` is a stack of; none where it is no copy.
         momenta: What ``tau`` is a stack of; none where it is no copy.
@@ -43,84 +42,80 @@ class Matrix:
     g: Tensor
     tau: Tensor
     h: Tensor
-    extra: Tensor | None
     vs: list[Tensor]
     weights: list[Tensor] = field(default_factory=list)
     momenta: list[Tensor] = field(default_factory=list)
 
 
 def advance(
-    filters: Iterable[Filters],
+    weights: Iterable[Filters],
     *,
     lr: float | Tensor,
-    keep: float,
+    momentum: float,
     max_norm: float,
     beta2: float | None = None,
     eps: float = 0.0,
 ) -> None:
-    """One step for all filters, in place.
+    """Step all filters, in place: what ``sgdg`` and ``adamg`` compute, with far fewer calls.
 
     Args:
-        filters: The weights.
+        weights: The weights.
         lr: Learning rate.
-        keep: Share of the momentum that is kept.
+        momentum: Share of tau that is kept.
         max_norm: Bound on the length of a filter's tangent gradient.
         beta2: Decay of the second moment, for Adam-G.
         eps: Added to the second moment, for Adam-G.
     """
     alike: dict[Hashable, list[Filters]] = {}
-    for one in filters:
-        alike.setdefault((one.y.device, one.tau.dtype, one.correction), []).append(one)
+    for filters in weights:
+        alike.setdefault((filters.y.device, filters.tau.dtype, filters.correction), []).append(filters)
     for some in alike.values():
         rate, limit = lr * some[0].correction, CHUNK.get(some[0].y.device.type, LARGE)
         batch: list[Matrix] = []
         for matrix in _matrices(some, limit):
-            if batch and sum(one.y.numel() for one in batch) + matrix.y.numel() > limit:
-                _step(batch, rate, keep, max_norm, beta2, eps)
+            if batch and sum(other.y.numel() for other in batch) + matrix.y.numel() > limit:
+                _step(batch, rate, momentum, max_norm, beta2, eps)
                 batch = []
             batch.append(matrix)
-        _step(batch, rate, keep, max_norm, beta2, eps)
+        _step(batch, rate, momentum, max_norm, beta2, eps)
 
 
-def _matrices(filters: list[Filters], limit: int) -> Iterator[Matrix]:
+def _matrices(weights: list[Filters], limit: int) -> Iterator[Matrix]:
     stacks: dict[Hashable, list[Filters]] = {}
-    for one in filters:
-        if one.in_place and one.y.device.type == "cpu" and one.y.numel() > SMALL:
-            g, extra = one.gradient()
-            count = max(1, limit // one.fan_in)
+    for filters in weights:
+        if filters.in_place and filters.y.device.type == "cpu" and filters.y.numel() > SMALL:
+            g = filters.gradient()
+            count = max(1, limit // filters.fan_in)
             for run in (slice(start, start + count) for start in range(0, g.shape[0], count)):
-                y, tau, extra_ = rows(one.y[run]), rows(one.tau[run]), None if extra is None else rows(extra[run])
-                yield Matrix(y, rows(g[run]), tau, torch.empty_like(y), extra_, [] if one.v is None else [one.v[run]])
+                y, tau = rows(filters.y[run]), rows(filters.tau[run])
+                yield Matrix(y, rows(g[run]), tau, torch.empty_like(y), [] if filters.v is None else [filters.v[run]])
         else:
-            stack = stacks.setdefault((one.y.dtype, one.y.shape[1:]), [])
-            if stack and sum(other.y.numel() for other in stack) + one.y.numel() > limit:
+            stack = stacks.setdefault((filters.y.dtype, filters.y.shape[1:]), [])
+            if stack and sum(other.y.numel() for other in stack) + filters.y.numel() > limit:
                 yield _stacked(stack)
                 stack.clear()
-            stack.append(one)
+            stack.append(filters)
     yield from (_stacked(stack) for stack in stacks.values())
 
 
 def _stacked(stack: list[Filters]) -> Matrix:
     """Weights of one shape, one above the other."""
-    ys, taus, vs = [one.y for one in stack], [one.tau for one in stack], [one.v for one in stack if one.v is not None]
-    gradients, extras = zip(*(one.gradient() for one in stack), strict=True)
+    ys, taus = [filters.y for filters in stack], [filters.tau for filters in stack]
+    vs = [filters.v for filters in stack if filters.v is not None]
+    gradients = [filters.gradient() for filters in stack]
     # One block of memory: of several large ones the C library hands the freed top back to the system at every step, and
     # the page faults to get it again cost more than the step.
     size = (4, sum(y.shape[0] for y in ys), *ys[0].shape[1:])
     y, g, tau, h = torch.empty(size, dtype=taus[0].dtype, device=ys[0].device).unbind()
     for parts, whole in ((ys, y), (gradients, g), (taus, tau)):
         torch.cat(parts, out=whole)
-    extra = None
-    if any(x is not None for x in extras):
-        extra = torch.cat([torch.zeros_like(t) if x is None else x for x, t in zip(extras, taus, strict=True)])
-        extra = rows(extra)
-    return Matrix(rows(y), rows(g), rows(tau), rows(h), extra, vs, ys, taus)
+    return Matrix(rows(y), rows(g), rows(tau), rows(h), vs, ys, taus)
 
 
 def _step(
-    batch: list[Matrix], rate: float | Tensor, keep: float, max_norm: float, beta2: float | None, eps: float
+    batch: list[Matrix], rate: float | Tensor, momentum: float, max_norm: float, beta2: float | None, eps: float
 ) -> None:
-    ys, gs, taus, hs = zip(*((one.y, one.g, one.tau, one.h) for one in batch), strict=True)
+    ys, gs, taus, hs = zip(*((matrix.y, matrix.g, matrix.tau, matrix.h) for matrix in batch), strict=True)
     sizes = [y.shape[0] for y in ys]
 
     # h = g - (y.g) y, with rows y that rounding, or weights loaded since, may have taken off the sphere
@@ -131,21 +126,14 @@ def _step(
     length = _norms(hs)
     clip = length.reciprocal().mul_(max_norm).clamp_(max=1)
     length.mul_(clip)
-    if any(one.extra is not None for one in batch):
-        torch._foreach_mul_(hs, clip.split(sizes))
-        for one in batch:
-            if one.extra is not None:
-                one.h.add_(one.extra)
-        length, clip = _norms(hs), torch.ones_like(clip)
-
-    # m = keep tau + gain h, d = scale m
-    torch._foreach_mul_(taus, keep)
+    # m = momentum tau + gain h, d = scale m
+    torch._foreach_mul_(taus, momentum)
     if beta2 is None:
         torch._foreach_addcmul_(taus, hs, clip.mul_(-rate).split(sizes))
         m = t = _norms(taus)
     else:
-        torch._foreach_addcmul_(taus, hs, clip.split(sizes), 1 - keep)
-        vs = [v for one in batch for v in one.vs]
+        torch._foreach_addcmul_(taus, hs, clip.split(sizes), 1 - momentum)
+        vs = [v for matrix in batch for v in matrix.vs]
         v = torch.cat(vs).mul_(beta2).addcmul_(length, length, value=1 - beta2)
         torch.split_with_sizes_copy(v, [x.shape[0] for x in vs], out=vs)
         m = _norms(taus)
@@ -161,8 +149,8 @@ def _step(
     for h, tau, x in zip(hs, taus, cosine.split(sizes), strict=True):
         torch.addcmul(h, tau, x, out=tau)
 
-    for one in batch:
-        for stack, parts in ((one.y, one.weights), (one.tau, one.momenta)):
+    for matrix in batch:
+        for stack, parts in ((matrix.y, matrix.weights), (matrix.tau, matrix.momenta)):
             if parts:
                 whole = stack.view(-1, *parts[0].shape[1:]).to(parts[0].dtype)
                 torch.split_with_sizes_copy(whole, [part.shape[0] for part in parts], out=parts)

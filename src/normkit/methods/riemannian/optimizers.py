@@ -8,12 +8,11 @@ AdamG of arXiv 2405.04376, another method.
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from normkit.methods.method import Method, Part, Recipe, Request
 from normkit.methods.riemannian.base import Rate, SphereOptimizer
@@ -24,7 +23,10 @@ from normkit.optim.param_groups import param_groups
 
 
 def sgdg(y: Tensor, h: Tensor, tau: Tensor, *, lr: Rate, momentum: float) -> tuple[Tensor, Tensor]:
-    """One step of SGD-G: ``d = momentum tau - lr h``, ``y <- exp_y(d)``, ``tau <- pt_y(d; d)``.
+    """Compute one step of SGD-G: ``d = momentum tau - lr h``, ``y <- exp_y(d)``, ``tau <- pt_y(d; d)``.
+
+    ``SGDG`` calls it with ``foreach=False``; by default the same step is computed for all filters together, which a test holds
+    to this function over 100 steps.
 
     Args:
         y: Filters, unit rows of shape ``(C_out, n)``.
@@ -48,10 +50,11 @@ def sgdg(y: Tensor, h: Tensor, tau: Tensor, *, lr: Rate, momentum: float) -> tup
 def adamg(
     y: Tensor, h: Tensor, tau: Tensor, v: Tensor, *, rate: Rate, betas: tuple[float, float], eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of Adam-G, with one second moment per filter.
+    """Compute one step of Adam-G, with one second moment per filter.
 
     ``m = b1 tau + (1 - b1) h``, ``v <- b2 v + (1 - b2) h.h``, ``d = -rate m / sqrt(v + eps)``, ``y <- exp_y(d)``,
-    ``tau <- pt_y(m; d)``.
+    ``tau <- pt_y(m; d)``. ``AdamG`` calls it with ``foreach=False``; by default the same step is computed for all filters
+    together, which a test holds to this function over 100 steps.
 
     Args:
         y: Filters, unit rows of shape ``(C_out, n)``.
@@ -90,8 +93,8 @@ class SGDG(SphereOptimizer):
         manifold: Whether the group's weights live on the sphere, one row per filter (``weight.flatten(1)``).
         max_norm: Bound on the length of each filter's projected gradient; ``math.inf`` for none.
         orthogonality: Strength ``alpha`` of the penalty ``(alpha / 2) |W W^T - I|_F^2`` on weights with fewer filters
-            than fan-in; 0 for none. It costs two matrix products per weight.
-        clip_orthogonality: Add the penalty's gradient before the projection and the clip (the paper), or after both.
+            than fan-in, added to the loss (its gradient is projected and clipped, too); 0 for none. It costs two matrix
+            products per weight.
         weight_decay: Decoupled weight decay of groups that are not on the manifold; a direction has nothing to decay.
         foreach: Few calls for many filters (default), or the readable loop over weights.
         fused: One kernel for all filters: on a GPU, with Triton. Default: where it is possible.
@@ -115,7 +118,6 @@ class SGDG(SphereOptimizer):
         manifold: bool = False,
         max_norm: float = 0.1,
         orthogonality: float = 0.1,
-        clip_orthogonality: bool = True,
         weight_decay: float = 0.0,
         foreach: bool = True,
         fused: bool | None = None,
@@ -126,7 +128,6 @@ class SGDG(SphereOptimizer):
             "manifold": manifold,
             "max_norm": max_norm,
             "orthogonality": orthogonality,
-            "clip_orthogonality": clip_orthogonality,
             "weight_decay": weight_decay,
             "foreach": foreach,
             "fused": fused,
@@ -134,14 +135,14 @@ class SGDG(SphereOptimizer):
         super().__init__(params, defaults)
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, float]:
-        return {"lr": group["lr"], "keep": group["momentum"]}
+        return {"lr": group["lr"], "momentum": group["momentum"]}
 
-    def _move(self, group: dict[str, Any], one: Filters, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *sgdg(y, h, rows(one.tau), lr=group["lr"], momentum=group["momentum"]), None
+    def _move(self, group: dict[str, Any], filters: Filters, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *sgdg(y, h, rows(filters.tau), lr=group["lr"], momentum=group["momentum"]), None
 
 
 class AdamG(SphereOptimizer):
-    """Adam-G (arXiv 1709.09603) for the filters of manifold groups, SGD with Nesterov momentum or Adam for all others.
+    """Adam-G (arXiv 1709.09603) for the filters of manifold groups, SGD with Nesterov momentum for all others.
 
     Manifold groups, per filter ``y``, with the projected and clipped gradient ``h``: ``m = b1 tau + (1 - b1) h``,
     ``v <- b2 v + (1 - b2) h.h`` (one number per filter), ``d = -lr sqrt(1 - b2^t) / (1 - b1^t) m / sqrt(v + eps)``,
@@ -156,10 +157,9 @@ class AdamG(SphereOptimizer):
         manifold: Whether the group's weights live on the sphere, one row per filter (``weight.flatten(1)``).
         max_norm: Bound on the length of each filter's projected gradient; ``math.inf`` for none.
         orthogonality: Strength ``alpha`` of the penalty ``(alpha / 2) |W W^T - I|_F^2`` on weights with fewer filters
-            than fan-in; 0 for none. It costs two matrix products per weight.
-        clip_orthogonality: Add the penalty's gradient before the projection and the clip (the paper), or after both.
+            than fan-in, added to the loss (its gradient is projected and clipped, too); 0 for none. It costs two matrix
+            products per weight.
         weight_decay: Decoupled weight decay of groups that are not on the manifold; a direction has nothing to decay.
-        euclidean: Rule of the other groups, ``"nesterov"`` (the paper) or ``"adam"`` (with the same betas and eps).
         foreach: Few calls for many filters (default), or the readable loop over weights.
         fused: One kernel for all filters: on a GPU, with Triton. Default: where it is possible.
         capturable: Count steps on the weights' device, so that a step can be captured in a CUDA graph.
@@ -189,9 +189,7 @@ class AdamG(SphereOptimizer):
         manifold: bool = False,
         max_norm: float = 0.1,
         orthogonality: float = 0.1,
-        clip_orthogonality: bool = True,
         weight_decay: float = 0.0,
-        euclidean: Literal["nesterov", "adam"] = "nesterov",
         foreach: bool = True,
         fused: bool | None = None,
         capturable: bool = False,
@@ -204,9 +202,7 @@ class AdamG(SphereOptimizer):
             "manifold": manifold,
             "max_norm": max_norm,
             "orthogonality": orthogonality,
-            "clip_orthogonality": clip_orthogonality,
             "weight_decay": weight_decay,
-            "euclidean": euclidean,
             "foreach": foreach,
             "fused": fused,
             "capturable": capturable,
@@ -225,41 +221,12 @@ class AdamG(SphereOptimizer):
         return (1 - beta2**step) ** 0.5 / (1 - beta1**step)
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, float]:
-        return {"lr": group["lr"], "keep": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
+        return {"lr": group["lr"], "momentum": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
 
-    def _move(self, group: dict[str, Any], one: Filters, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        assert one.v is not None
-        rate = group["lr"] * one.correction
-        return adamg(y, h, rows(one.tau), one.v, rate=rate, betas=group["betas"], eps=group["eps"])
-
-    def _step_euclidean(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        if group["euclidean"] == "nesterov":
-            super()._step_euclidean(group, params)
-            return
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
-        states = [self.state[p] for p in params]
-        adamw(
-            params,
-            [p.grad for p in params if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            foreach=group["foreach"],
-            capturable=group["capturable"],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+    def _move(self, group: dict[str, Any], filters: Filters, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert filters.v is not None
+        rate = group["lr"] * filters.correction
+        return adamg(y, h, rows(filters.tau), filters.v, rate=rate, betas=group["betas"], eps=group["eps"])
 
 
 def on_sphere(

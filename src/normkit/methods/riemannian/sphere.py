@@ -89,6 +89,8 @@ def logarithmic_map(y: Tensor, z: Tensor) -> Tensor:
 
     It undoes [`normkit.functional.exponential_map`][] for lengths below pi.
 
+    The optimizers do not need it; ``norm(logarithmic_map(y, z))`` is the angle between two filters.
+
     With ``v = z - (y.z) y`` and ``theta = atan2(|v|, y.z)`` it is ``theta v / |v| = v / sinc(theta)``, zero at
     ``z = y``. At ``z = -y`` every direction is shortest; the result is then finite and its direction is rounding's.
 

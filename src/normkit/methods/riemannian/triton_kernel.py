@@ -24,7 +24,7 @@ def _advance(
     owners,
     weights,
     lr,
-    keep,
+    momentum,
     beta2,
     eps,
     max_norm,
@@ -68,7 +68,7 @@ def _advance(
     clip = max_norm / tl.maximum(tl.sqrt(h_square), max_norm)
 
     if ADAM:
-        push = (1.0 - keep) * clip
+        push = (1.0 - momentum) * clip
         v_row = tl.load(pointers + 3 * weights + weight).to(tl.pointer_type(tl.float32)) + index
         v = beta2 * tl.load(v_row) + (1.0 - beta2) * clip * clip * h_square
         tl.store(v_row, v)
@@ -76,7 +76,7 @@ def _advance(
     else:
         push = -lr * clip
         scale = 1.0
-    m_square = keep * keep * tl.sum(tt) + 2.0 * keep * push * tl.sum(th) + push * push * h_square
+    m_square = momentum * momentum * tl.sum(tt) + 2.0 * momentum * push * tl.sum(th) + push * push * h_square
     m_square = tl.maximum(m_square, 0.0)
     t = tl.abs(scale) * tl.sqrt(m_square)
     cosine = tl.cos(t)
@@ -89,7 +89,7 @@ def _advance(
         y = tl.load(y_row + start + lanes, mask=inside, other=0.0)
         g = tl.load(g_row + start + lanes, mask=inside, other=0.0)
         tau = tl.load(tau_row + start + lanes, mask=inside, other=0.0)
-        m = keep * tau + push * (g - a * y)
+        m = momentum * tau + push * (g - a * y)
         tl.store(y_row + start + lanes, cosine * shrink * y + scale * sinc * m, mask=inside)
         tl.store(tau_row + start + lanes, cosine * m - back * y, mask=inside)
 
@@ -101,31 +101,31 @@ class FusedRows:
         self._shapes: list[tuple[int, int]] = []
         self._layout: tuple[torch.Tensor, ...] = ()
 
-    def advance(self, filters: list[Filters], *, lr: float, keep: float, max_norm: float, **adam: float) -> None:
-        """One step for all filters, in place.
+    def advance(self, weights: list[Filters], *, lr: float, momentum: float, max_norm: float, **adam: float) -> None:
+        """Step all filters, in place: what ``sgdg`` and ``adamg`` compute, in one launch.
 
         Args:
-            filters: float32 weights whose rows lie in one line of memory, without unclipped penalty.
+            weights: float32 weights whose rows lie in one line of memory.
             lr: Learning rate.
-            keep: Share of the momentum that is kept.
+            momentum: Share of tau that is kept.
             max_norm: Bound on the length of a filter's tangent gradient.
             **adam: ``beta2`` and ``eps`` for Adam-G.
         """
-        device = filters[0].y.device
-        gradients = [one.gradient()[0].contiguous() for one in filters]
-        self._place([(one.y.shape[0], one.fan_in) for one in filters], device)
-        table = [[one.y.data_ptr() for one in filters], [g.data_ptr() for g in gradients]]
+        device = weights[0].y.device
+        gradients = [filters.gradient().contiguous() for filters in weights]
+        self._place([(filters.y.shape[0], filters.fan_in) for filters in weights], device)
+        table = [[filters.y.data_ptr() for filters in weights], [g.data_ptr() for g in gradients]]
         table += [
-            [one.tau.data_ptr() for one in filters],
-            [0 if one.v is None else one.v.data_ptr() for one in filters],
+            [filters.tau.data_ptr() for filters in weights],
+            [0 if filters.v is None else filters.v.data_ptr() for filters in weights],
         ]
         pointers = _sent(torch.tensor(table, dtype=torch.int64), device)
-        corrections = _sent(torch.tensor([one.correction for one in filters], dtype=torch.float32), device)
+        corrections = _sent(torch.tensor([filters.correction for filters in weights], dtype=torch.float32), device)
         fan_ins, firsts, owners = self._layout
         with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
             _advance[(len(owners),)](
-                *(pointers, corrections, fan_ins, firsts, owners, len(filters)),
-                *(lr, keep, adam.get("beta2", 0.0), adam.get("eps", 0.0), min(max_norm, 3e38)),
+                *(pointers, corrections, fan_ins, firsts, owners, len(weights)),
+                *(lr, momentum, adam.get("beta2", 0.0), adam.get("eps", 0.0), min(max_norm, 3e38)),
                 ADAM=bool(adam),
                 BLOCK=1024,
             )
