@@ -165,3 +165,30 @@ def test_any_optimizer_can_be_a_class_or_a_callable(recipe):
         network(MODELS["images"].batches()[0][0]).square().mean().backward()
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), other.parameters(), strict=True))
+
+
+class Bookkeeper(nn.Module):
+    """Keeps tensors in a list, and a configuration that may not be written to."""
+
+    class Frozen(dict):
+        def update(self, *_):
+            raise TypeError("frozen")
+
+        clear = __setitem__ = update
+
+    def __init__(self):
+        super().__init__()
+        self.layers = MODELS["images"].model()
+        self.log, self.config = [torch.zeros(3), torch.ones(3)], self.Frozen(width=3)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_containers_of_tensors_and_frozen_ones_are_left_alone():
+    model = Bookkeeper()
+    log = list(model.log)
+    with pytest.raises(ArithmeticError, match="no optimizer today"):
+        normkit.apply("group", model, lr=0.1, optimizer=refuse)
+    assert all(a is b for a, b in zip(model.log, log, strict=True))
+    assert isinstance(normkit.apply("group", model, lr=0.1)[0].layers[1], nn.GroupNorm)

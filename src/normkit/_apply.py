@@ -165,7 +165,11 @@ def _restored_on_error(model: nn.Module) -> Generator[None, None, None]:
 
 def _refill(container: Any, content: Any) -> None:
     """Give a container its former content back; one that was not written to is not written to now."""
-    if container == content:
+    now, before = (
+        list(c.items()) if isinstance(c, dict) else [(None, entry) for entry in c] for c in (container, content)
+    )
+    same = len(now) == len(before) and all(a is b and k == key for (k, a), (key, b) in zip(now, before, strict=True))
+    if same:
         return
     container.clear()
     container.extend(content) if isinstance(container, list) else container.update(content)
@@ -175,4 +179,5 @@ def _refill(container: Any, content: Any) -> None:
 def _restore(tensor: Tensor, before: Tensor, requires_grad: bool, version: int) -> None:
     if tensor._version != version:
         tensor.copy_(before)
-    tensor.requires_grad_(requires_grad)
+    if tensor.requires_grad != requires_grad:
+        tensor.requires_grad_(requires_grad)

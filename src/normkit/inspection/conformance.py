@@ -50,7 +50,7 @@ def _inputs(norm: nn.Module) -> list[Tensor]:
     return [_line(*shape) for shape in shapes]
 
 
-def honours_bias(layer: nn.Module) -> bool:
+def has_torch_forward(layer: nn.Module) -> bool:
     """Whether the layer computes as torch's own does, so that a bias it is given takes effect."""
     plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     names = ("forward", "_conv_forward")
@@ -67,7 +67,7 @@ def scales_with_its_filters(layer: nn.Linear | _ConvNd) -> bool:
     Args:
         layer: A linear or (not transposed) convolution layer.
     """
-    if honours_bias(layer):
+    if has_torch_forward(layer):
         return True
     own: Any = type(layer)
     probe = _probe(layer)

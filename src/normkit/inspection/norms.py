@@ -16,6 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from normkit.inspection.markers import Leaf
 from normkit.moments import Moments, observe
 
+Producer: TypeAlias = nn.Linear | _ConvNd
 PRODUCERS = (nn.Linear, _ConvNd)
 """Layers with a weight whose output a normalization can take (transposed and lazy ones included)."""
 

@@ -178,7 +178,7 @@ def threshold_relus(model: nn.Module, batches: object = None) -> nn.Module:
             continue
         layer = modules[norm]
         like = next(layer.parameters(), torch.empty(0))
-        relu.__class__ = ThresholdedLinearUnit
+        relu.__class__ = ThresholdedLinearUnit  # pyright: ignore[reportAttributeAccessIssue]
         threshold = torch.zeros(vars(layer)["num_features"], device=like.device, dtype=like.dtype)
         relu.register_parameter("threshold", nn.Parameter(threshold))
         vars(relu)["normkit_undo"] = _make_relu

@@ -71,9 +71,9 @@ def parameter_kinds(model: nn.Module) -> dict[nn.Parameter, tuple[Kind, float]]:
     for module in model.modules():
         if isinstance(module, ParametrizationList) and hasattr(module, "original"):
             continue  # counted with the module whose tensor it parametrizes
-        factors: dict[str, float] = getattr(vars(module).get(LR_MARK), "lr_factors", {})
+        own: dict[str, float] = getattr(vars(module).get(LR_MARK), "lr_factors", {})
         for name, kind in own_kinds(module).items():
-            factor = factors.get(name, 1.0)
+            factor = own.get(name, 1.0)
             claims.setdefault(module.get_parameter(name), []).append((kind, factor))
     found: dict[nn.Parameter, tuple[Kind, float]] = {}
     for parameter in model.parameters():

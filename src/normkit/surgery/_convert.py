@@ -19,14 +19,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from normkit._errors import closest
-from normkit.inspection.conformance import computes_as_its_type, honours_bias
+from normkit.inspection.conformance import computes_as_its_type, has_torch_forward
 from normkit.inspection.graph import producers
-from normkit.inspection.norms import PRODUCERS, is_norm, outputs
+from normkit.inspection.norms import PRODUCERS, Producer, is_norm, outputs
 from normkit.methods.baselines import Removed
 from normkit.methods.catalog import TARGETS
 from normkit.methods.method import spatial_dims
 from normkit.optim.param_groups import check_optimizer, regroup
-from normkit.surgery.conversion_state import Origin, Producer, default_bias, lend, origin_of, restored, translate
+from normkit.surgery.conversion_state import Origin, default_bias, load_other_form, origin_of, restored, transfer_hooks
 
 _logger = logging.getLogger("normkit")
 
@@ -225,7 +225,7 @@ def _plan(
             "module of its own"
         )
     biased = frozen = None
-    if to == "none" and producer is not None and honours_bias(producer):
+    if to == "none" and producer is not None and has_torch_forward(producer):
         new, biased = Removed(), producer if producer.bias is None else None
     else:
         new = target.build(source, lambda: spatial_dims(path, source, producer, model), **settings)
@@ -238,10 +238,10 @@ def _plan(
             f"{path}: the {type(changed).__name__} before it does not know its features yet; run one batch through the "
             "model first"
         )
-    lend(source, new)
+    transfer_hooks(source, new)
     module = layer if origin is None else origin.module
     vars(new)["normkit_origin"] = Origin(module, to, settings, biased, frozen)
-    new.register_load_state_dict_pre_hook(translate)
+    new.register_load_state_dict_pre_hook(load_other_form)
     return _Swap(layer, new, was)
 
 
@@ -260,7 +260,7 @@ def _carry_out(
     for layer in undone:
         vars(layer).pop("normkit_undo")(layer)
     for swap in swaps:
-        _settle(swap)
+        _swap_biases(swap)
     replaced = {swap.old: swap.new for swap in swaps}
     for parent in list(model.modules()):
         for name, value in list(vars(parent).items()):
@@ -288,7 +288,7 @@ def _exchanged(value: Any, replaced: dict[nn.Module, nn.Module]) -> Any:
     return value
 
 
-def _settle(swap: _Swap) -> None:
+def _swap_biases(swap: _Swap) -> None:
     """Bring the replaced layer up to date, and take and give the biases of the layers before."""
     origin, future = origin_of(swap.old), origin_of(swap.new)
     if origin is not None and swap.restored is not None:

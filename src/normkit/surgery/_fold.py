@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from normkit.inspection.conformance import honours_bias
+from normkit.inspection.conformance import has_torch_forward
 from normkit.inspection.forward import Forward, evaluating, run_batch
 from normkit.inspection.graph import dataflow, sole_consumer, source_of
 from normkit.inspection.markers import is_attachment
@@ -116,7 +116,7 @@ def _obstacle(layer: nn.Module, side: str) -> str:
     name = f"the {type(layer).__name__} {side} it"
     if _has_hooks(layer):
         return f"{name} has hooks"
-    if not honours_bias(layer):
+    if not has_torch_forward(layer):
         return f"{name} has a forward of its own"
     if any(is_lazy(parameter) for parameter in layer.parameters()):
         return f"{name} has not seen its first batch"
@@ -172,7 +172,7 @@ def _bare_copy(model: nn.Module) -> nn.Module:
 def _take_feature_scale(layer: nn.Module) -> None:
     """Let a linear layer's weight carry the factor that a revisited model multiplies the layer's input by."""
     scales = {key: hook for key, hook in layer._forward_pre_hooks.items() if isinstance(hook, FeatureScale)}
-    if scales and isinstance(layer, nn.Linear) and honours_bias(layer):
+    if scales and isinstance(layer, nn.Linear) and has_torch_forward(layer):
         _plain(layer)
         for key, scale in scales.items():
             layer.weight.mul_(scale.factor)

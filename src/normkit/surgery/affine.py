@@ -10,9 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from normkit.inspection.norms import is_placeholder, outputs, statistics_of
-
-Producer = nn.Linear | _ConvNd
+from normkit.inspection.norms import Producer, is_placeholder, outputs, statistics_of
 
 
 @dataclass(frozen=True)

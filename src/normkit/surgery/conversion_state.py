@@ -6,16 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from normkit.inspection.markers import attachment
-from normkit.inspection.norms import is_placeholder, running_tensors
+from normkit.inspection.norms import Producer, is_placeholder, running_tensors
 from normkit.methods.catalog import TARGETS
 from normkit.methods.method import spatial_dims
-from normkit.methods.revisited.revisit import mark, revision_of
-
-Producer = nn.Linear | _ConvNd
+from normkit.methods.revisited.revisit import revision_of, tag
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -54,9 +51,9 @@ def origin_of(module: nn.Module) -> Origin | None:
     return vars(module).get("normkit_origin")
 
 
-def lend(source: nn.Module, new: nn.Module) -> None:
+def transfer_hooks(source: nn.Module, new: nn.Module) -> None:
     """Give ``new`` what ``source`` has beside its function: hooks, training flag, buffers (so the keys stay), marks."""
-    mark(new, revision_of(source))
+    tag(new, revision_of(source))
     for name in _HOOKS:
         vars(new)[name] = vars(source)[name]
     new.train(source.training)
@@ -84,7 +81,7 @@ def restored(layer: nn.Module, origin: Origin) -> nn.Module:
 def _rebuilt(source: nn.Module, layer: nn.Module, origin: Origin) -> nn.Module:
     """What the conversion that made ``layer`` makes of ``source``."""
     new = TARGETS[origin.to].build(source, lambda: spatial_dims("", layer, None, layer), **origin.settings)
-    lend(source, new)
+    transfer_hooks(source, new)
     return new
 
 
@@ -96,7 +93,7 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 @attachment
-def translate(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def load_other_form(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a converted layer load a state dict of the layer it replaced, or of one that was its kind from the start."""
     origin = origin_of(layer)
     if origin is None:

@@ -19,7 +19,7 @@ from normkit.methods.revisited.input_norm import InputNorm
 from normkit.methods.revisited.revisit import FeatureScale, Revision
 from normkit.moments import Tally
 from normkit.surgery.affine import PadChannels
-from normkit.surgery.conversion_state import Origin, default_bias, translate
+from normkit.surgery.conversion_state import Origin, default_bias, load_other_form
 
 FORMER, NOW = "evenkeel", "normkit"
 
@@ -47,7 +47,7 @@ _TODAY: dict[str, Any] = {
     "Revision": Revision,
     "FeatureScale": FeatureScale,
     "Tally": Tally,
-    "translate": translate,
+    "translate": load_other_form,
     "default_bias": default_bias,
     "_without_count": _without_count,
     "_ignoring": _inert_hook,

@@ -89,7 +89,7 @@ class FeatureScale:
         return (args[0] * self.factor, *args[1:])
 
 
-def mark(module: nn.Module, change: Revision | None) -> None:
+def tag(module: nn.Module, change: Revision | None) -> None:
     """Note on a normalization layer what was done to it; survives ``deepcopy`` and pickling."""
     if change is not None:
         setattr(module, LR_MARK, change)
@@ -155,7 +155,7 @@ def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 1
             if norm in behind and norm.running_var is not None and norm.num_batches_tracked is not None:
                 fresh = norm.num_batches_tracked == 0
                 norm.running_var.copy_(torch.where(fresh, norm.running_var * change.scale**2, norm.running_var))
-        mark(norm, change)
+        tag(norm, change)
     return model
 
 

@@ -248,8 +248,10 @@ def on_sphere(
         rule: Which weights go on the sphere, see ``normkit.scale_invariance``.
         **options: Further arguments of the optimizer.
     """
-    rates = {"lr": request.lr / divisor, "manifold_lr": request.lr, "weight_decay": request.weight_decay}
-    return optimizer(param_groups(model, **rates, rule=rule), momentum=request.momentum, **options)
+    groups = param_groups(
+        model, lr=request.lr / divisor, weight_decay=request.weight_decay, manifold_lr=request.lr, rule=rule
+    )
+    return optimizer(groups, momentum=request.momentum, **options)
 
 
 _PAPER = "Cho, Lee 2017, arXiv 1709.09603"

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from normkit.inspection.conformance import honours_bias
+from normkit.inspection.conformance import has_torch_forward
 from normkit.moments import statistics_dtype
 
 _logger = logging.getLogger("normkit")
@@ -140,7 +140,7 @@ def parametrizable(model: nn.Module, method: str) -> list[tuple[str, _ConvNd]]:
             )
         if parametrize.is_parametrized(layer, "weight"):
             left.append(f"{path} (its weight is parametrized already)")
-        elif not honours_bias(layer):
+        elif not has_torch_forward(layer):
             left.append(f"{path} ({type(layer).__name__} has a forward of its own)")
         elif layer.in_channels // layer.groups * math.prod(layer.kernel_size) == 1:
             left.append(f"{path} (its filters have one weight)")
