@@ -145,40 +145,26 @@ class Report:
         return 0
 
 
-GROUPS = {
-    "As the model is": ("none", "batch"),
-    "Other layers": ("group", "layer", "batch-renorm", "l1"),
-    "No layers, preconditioned gradients": ("bnp", "bnp-adam"),
-    "Layers without batch statistics": ("batchless", "batchless-projected"),
-    "Filters on the unit sphere": ("sgd-g", "adam-g"),
-    "Start and learning rates of batch normalization": ("revisited", "revisited+input", "zero-gamma"),
-}
-
-
 @dataclass(frozen=True)
 class Recipes:
     """List the methods in groups, with their papers."""
 
     all: bool = False
-    """List the arms of ablations, probes and the papers' own variants too."""
+    """List the arms of ablations too."""
 
     def run(self, arguments: list[str]) -> int:
         """Print the list."""
         from normkit._apply import recipes
 
-        known = recipes()
+        known = {name: recipe for name, recipe in recipes().items() if self.all or not recipe.ablation}
         width = max(map(len, known))
-        groups = dict(GROUPS)
-        if self.all:
-            groups["Ablations, probes and variants"] = tuple(
-                known.keys() - {name for g in GROUPS.values() for name in g}
-            )
-        for title, names in groups.items():
-            print(f"{title}:")
-            for name in (name for name in known if name in names):
-                print(f"  {name:<{width}}  {known[name].summary}\n  {'':<{width}}  {known[name].paper}")
+        for group in dict.fromkeys(recipe.group for recipe in known.values()):
+            print(f"{group}:")
+            for name, recipe in known.items():
+                if recipe.group == group:
+                    print(f"  {name:<{width}}  {recipe.summary}\n  {'':<{width}}  {recipe.paper}")
         if not self.all:
-            print("\n`normkit recipes --all` lists the rest: ablations, probes and the papers' own variants.")
+            print("\n`normkit recipes --all` lists the arms of ablations too.")
         return 0
 
 
