@@ -166,7 +166,7 @@ class OnePass(torch.autograd.Function):
         ctx.rows, ctx.eps = rows, eps
         ctx.mark_non_differentiable(*moments)
         ctx.set_materialize_grads(False)
-        return y, *moments
+        return y, moments.count, moments.mean, moments.m2
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

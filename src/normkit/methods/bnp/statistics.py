@@ -102,7 +102,8 @@ class RowStatistics:
         """Take this step's rows into the running statistics; what preconditions the layers now."""
         index = self._index_of(layers)
         rows, positions, sums = self._reduced(index)
-        mean, variance, steps = self._running_of(index)
+        kept = self._running_of(index)
+        mean, variance, steps = kept
 
         # a layer's sum of squares is finite only if each of its rows is
         usable = (rows > 0) & (index.summed(sums[1]) < inf)
@@ -112,7 +113,9 @@ class RowStatistics:
         batch_mean, batch_square = sums.masked_fill_(weight == 0, 0).div_(count)
         batch_variance = (batch_square - batch_mean.square()).clamp_(min=0)
         mean, variance = update_running(mean, variance, batch_mean, batch_variance, weight)
-        self._running = index, mean, variance, steps
+        for before, after in zip(kept, (mean, variance, steps), strict=True):
+            before.copy_(after)  # in place: a CUDA graph of the step reads what its last replay wrote
+        self._running = index, *kept
 
         largest, known = index.per_feature(index.largest(variance), steps)
         guarded = guarded_variance(variance, self.eps_relative, self.eps, largest=largest)
