@@ -1,7 +1,7 @@
 """What only a GPU can tell, in one command: tests, step time and peak memory, training.
 
     python benchmarks/gpu.py --minutes 9 --data PATH/TO/cifar10     # everything, most valuable first
-    python benchmarks/gpu.py --wheels DIR                           # beforehand: packages for a machine without network
+    python benchmarks/gpu.py --wheels DIR --python 3.12             # beforehand: packages for a machine without network
     python benchmarks/gpu.py --device cpu --minutes 0.2 --out DIR   # the rehearsal: every piece, as small as possible
 
 Needs torch 2.11 or later and numpy; pytest for the tests, pyarrow and pillow to read images, geoopt for its optimizers: what is
@@ -53,6 +53,18 @@ from normkit.study.models import build_model  # noqa: E402
 METHODS = ("batch", "none", "group", "bnp", "batchless", "batchless-projected", "sgd-g")
 TRAINED = ("batch", "bnp", "batchless-projected", "group", "sgd-g")
 WHEELS = ("optuna", "tyro", "rich", "datasets", "geoopt", "pytest", "pytest-timeout", "pytest-xdist")
+NEEDED = [
+    "alembic",
+    "colorlog",
+    "sqlalchemy",
+    "mako",
+    "greenlet",
+    "docstring-parser",
+    "typeguard",
+    "execnet",
+    "multiprocess",
+    "dill",
+]  # by them
 fork = multiprocessing.get_context(
     "fork"
 )  # children start with everything imported; this process never touches the GPU
@@ -339,17 +351,16 @@ def optimizers(table: Table, deadline: float, args: argparse.Namespace) -> None:
             )
 
 
-def images(path: str | None, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """CIFAR-10 on the device as uint8: training images and labels, test images and labels.
+def images(path: str | None) -> list[Tensor]:
+    """CIFAR-10 as uint8: training images and labels, test images and labels.
 
     Args:
         path: A folder with ``*train*`` and ``*test*`` files, Parquet or Arrow, of encoded images and labels; None, in the
             rehearsal alone, makes images up.
-        device: Where.
     """
     if path is None:
         x, y = torch.randint(256, (192, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (192,))
-        return x[:128].to(device), y[:128].to(device), x[128:].to(device), y[128:].to(device)
+        return [x[:128], y[:128], x[128:], y[128:]]
     import pyarrow as pa
     import pyarrow.parquet as parquet
     from PIL import Image
@@ -364,12 +375,15 @@ def images(path: str | None, device: str) -> tuple[Tensor, Tensor, Tensor, Tenso
         encoded = whole.get("img") or whole["image"]
         pixels = np.stack([np.asarray(Image.open(io.BytesIO(one["bytes"])).convert("RGB")) for one in encoded])
         splits += [torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(whole["label"])]
-    return tuple(t.to(device) for t in splits)  # pyright: ignore[reportReturnType]
+    return splits
 
 
-def trained(method: str, batch: int, seed: int, epochs: float, args: argparse.Namespace, deadline: float) -> Any:
+def trained(
+    data: list[Tensor], job: tuple[str, int, int], epochs: float, device: str, deadline: float
+) -> dict[str, Any] | None:
     """One run: test accuracy and its curve; None if there was no time to finish it."""
-    x, y, test_x, test_y = images(args.data, args.device)
+    method, batch, seed = job
+    x, y, test_x, test_y = (t.to(device) for t in data)
     mean, std = x.float().mean((0, 2, 3), keepdim=True), x.float().std((0, 2, 3), keepdim=True)
     torch.manual_seed(seed)
     draws = torch.Generator().manual_seed(seed)
@@ -379,9 +393,9 @@ def trained(method: str, batch: int, seed: int, epochs: float, args: argparse.Na
 
     recipe = normkit.recipes()[method]
     lr = recipe.lr * (batch / 64) ** recipe.lr_exponent
-    network = "digits-cnn" if args.device == "cpu" else "resnet18"
-    model = build_model(network, input_shape=(3, 32, 32), classes=10).to(args.device, memory_format=torch.channels_last)
-    start = prepared(x[torch.randperm(len(x), generator=draws)[:1024].to(args.device)]).split(128)
+    network = "digits-cnn" if device == "cpu" else "resnet18"
+    model = build_model(network, input_shape=(3, 32, 32), classes=10).to(device, memory_format=torch.channels_last)
+    start = prepared(x[torch.randperm(len(x), generator=draws)[:1024].to(device)]).split(128)
     model, optimizer = normkit.apply(method, model, lr=lr, batches=start, weight_decay=0.0)
     total = max(1, round(epochs * len(x) / batch))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
@@ -389,7 +403,7 @@ def trained(method: str, batch: int, seed: int, epochs: float, args: argparse.Na
 
     def accuracy() -> float:
         model.eval()
-        with torch.no_grad(), torch.autocast(args.device, torch.bfloat16):
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
             right = [
                 (model(prepared(i)).argmax(1) == t).sum()
                 for i, t in zip(test_x.split(1000), test_y.split(1000), strict=True)
@@ -400,10 +414,10 @@ def trained(method: str, batch: int, seed: int, epochs: float, args: argparse.Na
     for number in range(1, total + 1):
         if len(order) < batch:
             order = torch.randperm(len(x), generator=draws)
-        rows, order = order[:batch].to(args.device, non_blocking=True), order[batch:]
+        rows, order = order[:batch].to(device, non_blocking=True), order[batch:]
         inputs = augment(x[rows], Augmentation(flip=True, crop=4), torch.rand(batch, 3, generator=draws))
         optimizer.zero_grad()
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             loss = F.cross_entropy(model(prepared(inputs)), y[rows])
         loss.backward()
         optimizer.step()
@@ -426,6 +440,7 @@ def training(table: Table, deadline: float, args: argparse.Namespace) -> None:
     seeds = range(1 if args.device == "cpu" else 3)
     names = TRAINED[:2] if args.device == "cpu" else TRAINED
     jobs = [(m, b, s) for s in seeds for b in epochs for m in names if f"{m}/{b}/{s}" not in table.rows]
+    data = images(args.data) if jobs else []  # before the fork: workers share its memory
     waiting, done = fork.Queue(), fork.Queue()
     for job in jobs:
         waiting.put(job)
@@ -434,9 +449,9 @@ def training(table: Table, deadline: float, args: argparse.Namespace) -> None:
         torch.set_num_threads(1)
         with contextlib.suppress(queue.Empty):
             while time.monotonic() < deadline:
-                method, batch, seed = waiting.get(timeout=0.5)
+                method, batch, seed = job = waiting.get(timeout=0.5)
                 try:
-                    row = trained(method, batch, seed, epochs[batch], args, deadline)
+                    row: Any = trained(data, job, epochs[batch], args.device, deadline)
                 except Exception as error:  # one run's end is not that of the others
                     row = {"error": f"{type(error).__name__}: {error}"[:300]}
                 done.put((f"{method}/{batch}/{seed}", row))
@@ -498,14 +513,23 @@ PIECES: dict[str, tuple[float, Callable[[Table, float, argparse.Namespace], None
 }
 
 
-def collect(folder: str) -> None:
-    """Download what a machine without network may lack, for this Python and system, in the versions that are tested."""
-    command = [sys.executable, "-m", "pip", "download", "--dest", folder, "-c", str(ROOT / "constraints.txt"), *WHEELS]
-    subprocess.run(command, check=True)
-    for heavy in ("torch-*", "nvidia_*", "triton-*", "cuda_*"):  # the machine has its own
-        for file in Path(folder).glob(heavy):
-            file.unlink()
-    print(f"there: python -m pip install --no-index --no-deps {folder}/*.whl")
+def collect(folder: str, python: str) -> None:
+    """Download what a Linux machine without network may lack, in the versions that are tested."""
+    platforms = [f"--platform=manylinux{tag}_x86_64" for tag in ("_2_28", "_2_27", "_2_17", "2014")]
+    target = ["--only-binary=:all:", "--python-version", python, *platforms]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--dest",
+        folder,
+        "-c",
+        str(ROOT / "constraints.txt"),
+    ]
+    subprocess.run([*command, *target, *WHEELS, *NEEDED], check=True)
+    print(f"there: python -m pip install --no-index --find-links {folder} {' '.join(WHEELS)}")
 
 
 def isolated(piece: Callable[..., None], *arguments: Any) -> None:
@@ -527,9 +551,12 @@ def main() -> None:
     parser.add_argument("--pieces", nargs="+", choices=list(PIECES), default=list(PIECES))
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "gpu"), help="folder of the results")
     parser.add_argument("--wheels", metavar="DIR", help="collect packages there, and stop")
+    parser.add_argument(
+        "--python", default="{}.{}".format(*sys.version_info), help="version that --wheels collects for"
+    )
     args = parser.parse_args()
     if args.wheels:
-        collect(args.wheels)
+        collect(args.wheels, args.python)
         return
     end = time.monotonic() + 60 * args.minutes
     Path(args.out).mkdir(parents=True, exist_ok=True)
