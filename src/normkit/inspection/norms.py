@@ -177,6 +177,12 @@ def uses_batch_statistics(module: nn.Module) -> bool:
     return statistics_of(module) == "batch" and (module.training or module.running_mean is None)
 
 
+def normalizes_own_input(norm: nn.Module) -> bool:
+    """Whether ``norm`` uses the statistics of each instance in eval mode, too."""
+    tracks = isinstance(norm, _InstanceNorm) and norm.running_mean is not None
+    return statistics_of(norm) == "instance" and not tracks
+
+
 def running_tensors(norm: nn.Module) -> dict[str, Tensor]:
     """The tensors ``norm`` evaluates with beside its parameters, by the names that batch normalization gives them."""
     names = ("running_mean", "running_var", "num_batches_tracked")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from normkit.inspection.norms import Producer, is_placeholder, outputs, statistics_of
+from normkit.inspection.norms import Producer, is_placeholder, normalizes_own_input, outputs
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def affine_of(norm: nn.Module) -> Affine | str:
     """
     if any(is_lazy(tensor) for tensor in (*norm.parameters(), *norm.buffers())):
         return "it has not seen its first batch"
-    if statistics_of(norm) == "instance" and getattr(norm, "running_mean", None) is None:
+    if normalizes_own_input(norm):
         return "it normalises by the statistics of its own input"
     layer: Any = copy.deepcopy(norm).double().eval()
     affine = _read(layer)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from normkit.inspection.markers import attachment
-from normkit.inspection.norms import Producer, is_placeholder, running_tensors
+from normkit.inspection.norms import Producer, is_placeholder, running_tensors, statistics_of
 from normkit.methods.catalog import TARGETS
 from normkit.methods.method import spatial_dims
 from normkit.methods.revisited.revisit import revision_of, tag
@@ -57,7 +57,7 @@ def transfer_hooks(source: nn.Module, new: nn.Module) -> None:
     for name in _HOOKS:
         vars(new)[name] = vars(source)[name]
     new.train(source.training)
-    if isinstance(new, nn.GroupNorm):
+    if statistics_of(new) == "instance":
         for name, buffer in source._buffers.items():
             new.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
 
