@@ -7,16 +7,16 @@ normalisation. The images are random, 32x32x3 and as many as CIFAR-10 has; their
 import argparse
 
 import torch
-from torch import Tensor
 
 import normkit
 from common import interleaved, ratio, save
 from normkit.study.config import Training
 from normkit.study.data.augmentation import Augmentation
 from normkit.study.data.batches import batches
-from normkit.study.data.dataset import Split, make_data
+from normkit.study.data.dataset import Split, TensorSamples, make_data
 from normkit.study.models import build_model
-from normkit.study.train.loop import training_step
+from normkit.study.task import classification_loss
+from normkit.study.train.loop import LossOf, training_step
 
 
 def measure(batch_size: int, steps: int, rounds: int) -> dict[str, object]:
@@ -25,9 +25,10 @@ def measure(batch_size: int, steps: int, rounds: int) -> dict[str, object]:
     split = Split(inputs, torch.arange(50_000) % 10)
     data = make_data("random", split, split)
     model, optimizer = normkit.apply("batch", build_model("resnet20", input_shape=(3, 32, 32), classes=10), lr=0.01)
-    options = {"batch_size": batch_size, "seed": 0, "augmentation": Augmentation(flip=True, crop=4)}
-    stream = batches(data, split, budget=10**9, **options)
-    batch: tuple[Tensor, Tensor] = next(stream)
+    network = LossOf(model, classification_loss)
+    samples = TensorSamples(data, split, Augmentation(flip=True, crop=4))
+    stream = batches(samples, batch_size=batch_size, budget=10**9, seed=0)
+    batch = next(stream)
 
     def pipeline() -> None:
         for _ in range(steps):
@@ -35,7 +36,7 @@ def measure(batch_size: int, steps: int, rounds: int) -> dict[str, object]:
 
     def training() -> None:
         for _ in range(steps):
-            training_step(model, optimizer, *batch, Training())
+            training_step(network, optimizer, batch, Training())
 
     seconds = interleaved({"pipeline": pipeline, "training": training}, rounds)
     share = ratio(seconds["pipeline"], seconds["training"])

@@ -23,11 +23,10 @@ from torch.optim import SGD, Optimizer
 from common import save
 from normkit import SGDG, AdamG, param_groups
 from normkit.study.config import StudyConfig
-from normkit.study.data.dataset import Data
-from normkit.study.models import build_model
+from normkit.study.load import load
 from normkit.study.records import TrialKey
+from normkit.study.task import Task
 from normkit.study.train.loop import Diverged, Loop, evaluate
-from normkit.study.train.trial import load
 
 DECAY = 5e-4
 Build = Callable[[nn.Module, float], Optimizer]
@@ -67,21 +66,19 @@ CONTENDERS: dict[str, tuple[float, Build]] = {
 }
 
 
-def accuracy(config: StudyConfig, data: Data, build: Build, lr: float, seed: int, *, final: bool) -> float:
+def accuracy(config: StudyConfig, task: Task, build: Build, lr: float, seed: int, *, final: bool) -> float:
     """Accuracy of one run, on the test split for final runs; a diverged run counts as 0."""
     torch.manual_seed(seed)
-    model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device)
+    model = task.model().to(config.device)
     key = TrialKey("final" if final else "search", "", config.batch_sizes[0], lr, seed)
-    loop = Loop(config, key, data, model, build(model, lr))
+    loop = Loop(config, key, task, model, build(model, lr))
     try:
         for _ in loop.points():
             pass
     except Diverged:
         return 0.0
-    split = data.test if final else data.validation
-    assert split is not None
-    value, loss = evaluate(model, data, split, config)
-    return value if math.isfinite(loss) else 0.0
+    value, loss = evaluate(model, task, "test" if final else "validation", config)
+    return value if loss is not None and math.isfinite(loss) else 0.0
 
 
 def main() -> None:
@@ -114,15 +111,15 @@ def main() -> None:
         limit=options.limit,
     )
     config = replace(config, flip=options.flip, crop=options.crop)
-    data = load(config)
+    task = load(config)
     table: dict[str, Any] = {}
     print(f"{options.model} on {options.data}, {options.budget} examples a run, {options.seeds} seeds: test accuracy")
     for name in options.only:
         centre, build = CONTENDERS[name]
         grid = [centre * 10 ** ((k - options.rates // 2) / 2) for k in range(options.rates)]
-        search = {lr: accuracy(config, data, build, lr, 0, final=False) for lr in grid}
+        search = {lr: accuracy(config, task, build, lr, 0, final=False) for lr in grid}
         best = max(search, key=search.__getitem__)
-        final = [accuracy(config, data, build, best, seed, final=True) for seed in range(1, options.seeds + 1)]
+        final = [accuracy(config, task, build, best, seed, final=True) for seed in range(1, options.seeds + 1)]
         edge = best in (grid[0], grid[-1])
         table[name] = {"search": search, "lr": best, "at the edge of the grid": edge, "test": final}
         spread = f"{statistics.mean(final):.4f} +- {statistics.stdev(final):.4f}"

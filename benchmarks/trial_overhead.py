@@ -17,10 +17,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from common import interleaved, ratio, save
 from normkit.study.config import StudyConfig
+from normkit.study.load import load
 from normkit.study.records import CurvePoint, TrialKey
 from normkit.study.train.loop import LOSS_POINTS, Loop
 from normkit.study.train.schedules import lr_factor
-from normkit.study.train.trial import build_trial, load
+from normkit.study.train.trial import build_trial
 
 REPEATS = 4  # pairs of runs, each 23 paired times
 
@@ -31,16 +32,17 @@ def measure(model: str, method: str, batch_size: int, chunk: int, repeats: int) 
     steps = LOSS_POINTS * chunk
     config = StudyConfig(model=model, methods=(method,), batch_sizes=(batch_size,), budget=steps * batch_size)
     key = TrialKey("search", method, batch_size, 0.01, 0)
-    data = load(config)
+    task = load(config)
+    data = task.data
     inputs, labels = data.normalise(data.train.inputs), data.train.labels
 
     def trial() -> Iterator[CurvePoint]:
-        loop = Loop(config, key, data, *build_trial(config, key, data))
+        loop = Loop(config, key, task, *build_trial(config, key, task))
         loop._validate = lambda _: None  # type: ignore[method-assign]
         return loop.points()
 
     def bare() -> Iterator[None]:
-        network, optimizer = build_trial(config, key, data)
+        network, optimizer = build_trial(config, key, task)
         schedule = LambdaLR(optimizer, lambda step: lr_factor("cosine", step, steps, 0.05))
         order = torch.cat([torch.randperm(len(labels)) for _ in range(-(-config.budget // len(labels)))])
         network.train()

@@ -6,10 +6,9 @@ import pytest
 
 from normkit.cli.main import main
 from normkit.study.check import check
-from normkit.study.compare import summary
 from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
-from normkit.study.train.trial import load
+from normkit.study.load import load
 
 OWN = """
 import torch
@@ -48,12 +47,12 @@ def own(tmp_path):
 
 
 def test_good_data_and_a_good_model_pass(own):
-    data = check(own(methods="none,batch,group,layer,bnp,batchless,l1,sgd-g,revisited,batch-renorm,noisy-batch"))
-    assert summary(data).endswith("of 2 classes, 5 inputs")
+    task = check(own(methods="none,batch,group,layer,bnp,batchless,l1,sgd-g,revisited,batch-renorm,noisy-batch"))
+    assert task.summary.endswith("of 2 classes, 5 inputs")
 
 
 def test_classes_that_training_never_shows_are_told(own):
-    assert "of 3 classes (2 of them in training)" in summary(load(own(data="from_one")))
+    assert "of 3 classes (2 of them in training)" in load(own(data="from_one")).summary
 
 
 @pytest.mark.parametrize(

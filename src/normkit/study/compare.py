@@ -11,7 +11,6 @@ from normkit._apply import recipes
 from normkit.instruments.result import plain
 from normkit.study.check import check
 from normkit.study.config import StudyConfig
-from normkit.study.data.dataset import Data
 from normkit.study.environment import command_line, environment, redact, together
 from normkit.study.errors import StudyError
 from normkit.study.folder import CHECKPOINTS, StudyFolder, study_name
@@ -66,19 +65,19 @@ def compare(
     """
     check_workers(workers)
     path = out or Path("runs") / study_name(config)
-    data = check(config)
+    task = check(config)
     folder = StudyFolder(path, config, command_line(arguments), redact(storage) if storage else None)
     folder.prepare()
     address = folder.address(storage)
     store = address.store()
     store.open(config)
-    check_fingerprint(store, config, data)
+    check_fingerprint(store, config, task)
     folder.save()
     if len(store.results()) < len(slots(config)):
         store.set_attr(
             "environment", together(store.get_attr("environment"), environment(config.device) | rank_count())
         )
-    store.set_attr("data", {"classes": data.classes, "data_summary": summary(data)})
+    store.set_attr("data", {"chance": task.chance, "chance_loss": task.chance_loss, "data_summary": task.summary})
     count = workers or (1 if config.device.startswith("cuda") else available_cores())
     try:
         with Display(quiet=quiet) as shown:
@@ -93,14 +92,14 @@ def compare(
             if launched_rank() is None:
                 run_workers(address, config, count, on_progress)
             else:
-                lead(address, config, data, on_progress)
+                lead(address, config, task, on_progress)
             if store.get_attr("costs") is None:
                 logger.info("measuring time and memory per step")
                 torch.set_num_threads(1)
-                store.set_attr("costs", [vars(cost) for cost in measure_costs(config, data)])
+                store.set_attr("costs", [vars(cost) for cost in measure_costs(config, task)])
             if landscape and store.get_attr("landscape") is None:
                 logger.info("measuring the landscape of every method")
-                traces = study_traces(config, data, store.results())
+                traces = study_traces(config, task, store.results())
                 store.set_attr("landscape", [plain(trace) for trace in traces])
     except KeyboardInterrupt:
         report(folder, store)  # of what there is
@@ -113,7 +112,7 @@ def report(folder: StudyFolder, store: Store) -> StudyRecord:
     from normkit.study.report.render import write_report
 
     config = folder.config
-    facts = store.get_attr("data") or {"classes": None, "data_summary": config.data}
+    facts = store.get_attr("data") or {"chance": None, "chance_loss": None, "data_summary": config.data}
     record = StudyRecord(
         config={**config.to_dict(), "reference": config.reference, **facts},
         environment=store.get_attr("environment") or {},
@@ -126,16 +125,6 @@ def report(folder: StudyFolder, store: Store) -> StudyRecord:
     )
     write_report(record, folder.path)
     return record
-
-
-def summary(data: Data) -> str:
-    """The data in one line, for the report."""
-    assert data.validation is not None
-    sizes = f"{len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test examples"
-    shape = "x".join(map(str, data.input_shape))
-    trained = len(data.train.labels.unique())
-    classes = f"{data.classes} classes" + (f" ({trained} of them in training)" if trained < data.classes else "")
-    return f"{data.name}: {sizes} of {classes}, {shape} inputs" + (f". {data.note}" if data.note else "")
 
 
 def check_workers(count: int) -> None:

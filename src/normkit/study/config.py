@@ -127,6 +127,16 @@ class StudyConfig(Training):
         """The method that the others are paired with."""
         return "batch" if "batch" in self.methods else self.methods[0]
 
+    @property
+    def validation_amount(self) -> float | int:
+        """How much is held out: a fraction, or a number of samples."""
+        return self.validation if self.validation < 1 else int(self.validation)
+
+    @property
+    def most_at_once(self) -> int:
+        """Samples in the largest forward pass of training."""
+        return self.micro_batch or max(self.batch_sizes)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain, JSON-ready data (tuples become lists)."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

@@ -1,23 +1,20 @@
 """The doctor on a model, data and checkpoint that are given by name."""
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 
 import normkit
 from normkit._errors import nearest
 from normkit.instruments import Diagnosis
-from normkit.study.check import check_fit
+from normkit.study.check import check_task
+from normkit.study.classification import classification
 from normkit.study.config import DoctorConfig
-from normkit.study.data.batches import batches
 from normkit.study.data.load import load_data
 from normkit.study.environment import check_device
 from normkit.study.errors import StudyError
-from normkit.study.models import build_model
 
 BATCHES = 8
 
@@ -35,29 +32,25 @@ def run_doctor(config: DoctorConfig) -> Diagnosis:
             raise StudyError(f"{flag} {count}: give at least 1")
     check_device(config.device)
     try:
-        data = load_data(config.data, limit=config.limit)
-        model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device)
+        task = classification(load_data(config.data, limit=config.limit), config.model)
+        model = task.model().to(config.device)
     except ValueError as error:
         raise StudyError(f"--data, --model: {error}") from error
-    check_fit(config.model, model, data, config.device)
-    budget = BATCHES * config.batch_size
-    stream = batches(data, data.train, batch_size=config.batch_size, budget=budget, seed=0, device=config.device)
-    samples = list(islice(stream, BATCHES))
+    check_task(task, model, config.device)
+    size = config.batch_size
+    stream = task.training_batches(batch_size=size, budget=BATCHES * size, seed=0, device=config.device)
+    samples = [micro.batch for (micro,) in stream]
     model, optimizer = normkit.apply(
         config.method,
         model,
         lr=normkit.recipes()[config.method].lr,
         weight_decay=config.weight_decay,
-        batches=[inputs for inputs, _ in samples],
+        batches=map(task.first_of, samples),
     )
     if config.checkpoint is not None:
         load_weights(model, config.checkpoint)
 
-    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        inputs, labels = batch
-        return cross_entropy(model(inputs), labels)
-
-    return normkit.doctor(model, objective, samples, optimizer=optimizer, accumulate=config.accumulate)
+    return normkit.doctor(model, task.loss, samples, optimizer=optimizer, accumulate=config.accumulate)
 
 
 def load_weights(model: nn.Module, file: Path) -> None:

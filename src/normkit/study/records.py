@@ -117,10 +117,10 @@ class StudyRecord:
 
     Attributes:
         config: The configuration of the study, JSON-ready; has at least ``data``, ``model``, ``methods`` (list), ``batch_sizes``
-            (list), ``seeds`` (number of final seeds), ``budget`` (training examples per run), ``reference`` (the method that the
-            others are paired with: ``batch`` if in the plan, else the first), ``classes`` and ``alternative``
-            (``two-sided`` | ``greater``); may have ``data_summary``, one
-            line that says what the data is.
+            (list), ``seeds`` (number of final seeds), ``budget`` (training samples per run), ``reference`` (the method that the
+            others are paired with: ``batch`` if in the plan, else the first), ``chance`` and ``chance_loss`` (score and loss of
+            guessing, or None) and ``alternative`` (``two-sided`` | ``greater``); may have ``data_summary``, one line that says
+            what the data is.
         environment: Package versions, device, host processor, git commit if any; name -> text.
         command: The exact command that reproduces the study, credentials redacted.
         trials: All trials that ended.

@@ -3,6 +3,7 @@ import torch
 
 from normkit.study.data.augmentation import Augmentation, augment
 from normkit.study.data.batches import batches, evaluation_batches
+from normkit.study.data.dataset import TensorSamples
 from normkit.study.data.load import load_data
 from normkit.study.data.sampling import stratified, stream
 
@@ -72,17 +73,20 @@ def test_impossible_augmentations_are_refused():
 @pytest.mark.parametrize("start", [0, 500, 1347, 1400])
 def test_augmented_batches_depend_on_the_position_alone(start):
     data = load_data("digits")
-    options = {"budget": 1500, "seed": 5, "augmentation": Augmentation(flip=True, crop=2)}
-    whole = torch.cat([x for x, _ in batches(data, data.train, batch_size=64, **options)])
-    parts = torch.cat([x for x, _ in batches(data, data.train, batch_size=7, start=start, **options)])
+    samples = TensorSamples(data, data.train, Augmentation(flip=True, crop=2))
+
+    def inputs(**options):
+        return torch.cat([micro.batch[0] for (micro,) in batches(samples, budget=1500, seed=5, **options)])
+
+    whole, parts = inputs(batch_size=64), inputs(batch_size=7, start=start)
     assert torch.equal(parts, whole[start:])
-    plain = torch.cat([x for x, _ in batches(data, data.train, batch_size=64, budget=1500, seed=5)])
+    plain = inputs(batch_size=64, augmented=False)
     assert not torch.equal(whole, plain)
 
 
 def test_evaluation_sees_every_example_once_in_order():
     data = load_data("digits")
-    parts = list(evaluation_batches(data, data.test, batch_size=128))
+    parts = list(evaluation_batches(TensorSamples(data, data.test), batch_size=128))
     assert torch.equal(torch.cat([y for _, y in parts]), data.test.labels)
     assert torch.equal(torch.cat([x for x, _ in parts]), data.normalise(data.test.inputs))
 
@@ -101,8 +105,12 @@ def test_stratified_keeps_shares_to_within_one_example(count):
 def test_the_batches_are_those_of_the_stream_whatever_is_prepared_together(batch_size, ranks):
     data = load_data("digits")
     picked = list(stream(len(data.train), 1400, batch_size, seed=2, start=42))
+    samples = TensorSamples(data, data.train)
     made = [
-        list(batches(data, data.train, batch_size=batch_size, budget=1400, seed=2, start=42, share=(rank, ranks)))
+        [
+            micro.batch
+            for (micro,) in batches(samples, batch_size=batch_size, budget=1400, seed=2, start=42, share=(rank, ranks))
+        ]
         for rank in range(ranks)
     ]
     for parts in zip(picked, *made, strict=True):

@@ -62,7 +62,8 @@ def record(trials, methods=METHODS, sizes=SIZES, seeds=3, planned=None, costs=()
         "seeds": seeds,
         "budget": 1500,
         "reference": "batch" if "batch" in methods else methods[0],
-        "classes": 10,
+        "chance": 0.1,
+        "chance_loss": math.log(10),
         "alternative": "two-sided",
     }
     return StudyRecord(

@@ -6,8 +6,8 @@ import pytest
 
 from normkit.cli.main import main
 from normkit.study.config import StudyConfig
+from normkit.study.load import load
 from normkit.study.store.fingerprint import check_fingerprint
-from normkit.study.train.trial import load
 
 OWN = """
 import random
@@ -41,7 +41,7 @@ def config(tmp_path):
 
 
 def test_a_factory_that_draws_gives_every_process_the_same_examples_and_splits(config):
-    first, second = load(config), load(config)
+    first, second = load(config).data, load(config).data
     assert first.train.inputs.equal(second.train.inputs)
     assert first.test.labels.equal(second.test.labels)
 

@@ -8,10 +8,11 @@ from torch import nn
 
 from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
+from normkit.study.load import load
 from normkit.study.plan import validate
 from normkit.study.records import TrialKey
 from normkit.study.train.loop import Loop, evaluate
-from normkit.study.train.trial import build_trial, load, run_trial
+from normkit.study.train.trial import build_trial, run_trial
 from normkit.study.train.weights import BestWeights
 
 CONFIG = StudyConfig(
@@ -21,7 +22,7 @@ KEY = TrialKey("final", "batch", 16, 0.2, 0)
 
 
 @pytest.fixture(scope="module")
-def data():
+def task():
     return load(CONFIG)
 
 
@@ -45,8 +46,8 @@ class Recorded(Loop):
 
     def _validate(self, step):
         with self.evaluated():
-            splits = self.data.validation, self.data.test
-            self.outcomes[step] = [evaluate(self.model, self.data, split, self.config) for split in splits]
+            splits = "validation", "test"
+            self.outcomes[step] = [evaluate(self.model, self.task, split, self.config) for split in splits]
         return self.outcomes[step][0][0]
 
     def _ended_epoch(self, examples):
@@ -54,11 +55,11 @@ class Recorded(Loop):
 
 
 @pytest.mark.parametrize("options", [{}, {"ema": 0.8}, {"micro_batch": 5}, {"channels_last": True}], ids=str)
-def test_what_is_judged_is_the_best_of_the_validated_steps(data, options):
+def test_what_is_judged_is_the_best_of_the_validated_steps(task, options):
     config = dataclasses.replace(CONFIG, **options)
-    result = run_trial(config, KEY, data)
+    result = run_trial(config, KEY, task)
     plain = dataclasses.replace(config, best_weights=False)
-    loop = Recorded(plain, KEY, data, *build_trial(plain, KEY, data))
+    loop = Recorded(plain, KEY, task, *build_trial(plain, KEY, task))
     loop.outcomes = {}
     for _ in loop.points():
         pass
@@ -70,26 +71,26 @@ def test_what_is_judged_is_the_best_of_the_validated_steps(data, options):
     assert (result.test_accuracy, result.test_loss) == test
 
 
-def test_without_the_option_the_last_weights_are_judged_and_no_epoch_is_validated(data):
-    result = run_trial(dataclasses.replace(CONFIG, best_weights=False), KEY, data)
+def test_without_the_option_the_last_weights_are_judged_and_no_epoch_is_validated(task):
+    result = run_trial(dataclasses.replace(CONFIG, best_weights=False), KEY, task)
     assert result.best_step is None
     assert result.validation_accuracy == result.curve[-1].validation_accuracy
     assert [p.examples // 16 for p in result.curve if p.validation_accuracy is not None] == [3, 6, 9, 12, 15]
 
 
-def test_a_run_that_diverges_after_its_best_is_a_diverged_run(data):
-    result = run_trial(CONFIG, dataclasses.replace(KEY, method="none", lr=1e6), data)
+def test_a_run_that_diverges_after_its_best_is_a_diverged_run(task):
+    result = run_trial(CONFIG, dataclasses.replace(KEY, method="none", lr=1e6), task)
     assert (result.state, result.test_accuracy, result.best_step) == ("diverged", None, None)
 
 
-def test_the_time_of_validating_is_part_of_the_time_of_the_run(data):
-    result = run_trial(CONFIG, KEY, data)
+def test_the_time_of_validating_is_part_of_the_time_of_the_run(task):
+    result = run_trial(CONFIG, KEY, task)
     assert 0 < result.validation_seconds < result.seconds
 
 
 @pytest.mark.parametrize(("amount", "expected"), [(0.1, 135), (0.2, 269), (47, 47)])
 def test_the_validation_split_has_the_size_asked_for_and_every_class_its_share(amount, expected):
-    data = load(StudyConfig(validation=amount))
+    data = load(StudyConfig(validation=amount)).data
     assert (len(data.validation), len(data.train)) == (expected, 1347 - expected)
     whole = torch.cat([data.validation.labels, data.train.labels]).bincount().double()
     assert (data.validation.labels.bincount() - whole * expected / 1347).abs().max() < 1

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from normkit.study.load import load
 from normkit.study.train.gather_batch import WholeBatch
-from normkit.study.train.loop import Loop, evaluate
-from normkit.study.train.trial import build_trial, load
+from normkit.study.train.loop import Loop, LossOf, evaluate
+from normkit.study.train.trial import build_trial
 from tests.study.train.ranks_program import CONFIG, METHODS, WHOLE, key
 
 pytestmark = pytest.mark.slow  # torchrun
@@ -37,7 +38,7 @@ def outcome(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data():
+def task():
     return load(CONFIG)
 
 
@@ -48,23 +49,23 @@ def test_ranks_keep_the_same_weights(outcome, batches, method):
     assert outcome[batches][method]["losses"][-1] < 10
 
 
-def one_process(config, method, data):
-    model, optimizer = build_trial(config, key(config, method), data)
-    losses = [point.train_loss for point in Loop(config, key(config, method), data, model, optimizer).points()]
-    return losses, evaluate(model, data, data.test, config)
+def one_process(config, method, task):
+    model, optimizer = build_trial(config, key(config, method), task)
+    losses = [point.train_loss for point in Loop(config, key(config, method), task, model, optimizer).points()]
+    return losses, evaluate(model, task, "test", config)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith(BY_BATCH)])
-def test_two_ranks_accumulate_as_one_process_does(outcome, method, data):
-    losses, _ = one_process(CONFIG, method, data)
+def test_two_ranks_accumulate_as_one_process_does(outcome, method, task):
+    losses, _ = one_process(CONFIG, method, task)
     assert outcome["micro"][method]["losses"] == pytest.approx(losses, rel=2e-3)
 
 
 @pytest.mark.parametrize(
     "method", [m for m in METHODS if m not in ("noisy-batch", "online")]
 )  # noise, statistics of a rank
-def test_two_ranks_train_on_whole_batches_as_one_process_does(outcome, method, data):
-    losses, test = one_process(WHOLE, method, data)
+def test_two_ranks_train_on_whole_batches_as_one_process_does(outcome, method, task):
+    losses, test = one_process(WHOLE, method, task)
     assert outcome["whole"][method]["losses"] == pytest.approx(losses, rel=2e-3)
     assert outcome["whole"][method]["test"] == pytest.approx(test, rel=2e-3)
 
@@ -83,9 +84,9 @@ def test_layers_called_by_keyword_are_given_the_rows_of_all_ranks(tmp_path):
     expected = ByKeyword()(x)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        network = nn.Sequential(ByKeyword())
+        network = LossOf(ByKeyword(), lambda model, batch: model(batch))
         WholeBatch(network, network)
-        torch.testing.assert_close(network(x), expected)
+        torch.testing.assert_close(network(x, 4), expected)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -1,51 +1,80 @@
-"""Batches on the training device: drawn, augmented, normalised.
+"""Batches on the training device, in micro-batches: from tensors in whole blocks, from any other dataset sample by sample.
 
 Order and augmentation depend on the seed and on the position in the sequence alone, so every method and every batch size
-sees the same examples with the same augmentation.
+sees the same samples.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from normkit.study.data.augmentation import Augmentation, augment
-from normkit.study.data.dataset import Data, Split
-from normkit.study.data.sampling import picks
+from normkit.study.data.augmentation import augment
+from normkit.study.data.dataset import TensorSamples
+from normkit.study.data.samples import Fetcher, MicroBatch, Request, fetched
+from normkit.study.data.sampling import picks, stream
+from normkit.study.data.structure import to_device
 
 BLOCK = 2**18  # values of the inputs (1 MiB) prepared in one call; batches are cut from them
 
 
 def batches(
-    data: Data,
-    split: Split,
+    dataset: Any,
     *,
     batch_size: int,
     budget: int,
     seed: int,
     device: torch.device | str = "cpu",
-    augmentation: Augmentation | None = None,
     start: int = 0,
     share: tuple[int, int] = (0, 1),
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training batches, augmented and normalised on ``device``, until ``budget`` examples were seen.
+    micro_batch: int = 0,
+    augmented: bool = True,
+    collate: Callable[[list[Any]], Any] | None = None,
+    workers: int = 0,
+) -> Iterator[list[MicroBatch]]:
+    """Training batches on ``device``, until ``budget`` samples were seen.
 
     Args:
-        data: Whose normalisation is used.
-        split: What to train on.
-        batch_size: Examples per batch.
-        budget: Number of examples.
+        dataset: What to train on; ``TensorSamples`` are read in blocks, any other dataset sample by sample.
+        batch_size: Samples per batch.
+        budget: Number of samples.
         seed: Seed of order and augmentation.
-        device: Training device; uint8 goes there, and becomes fp32 there.
-        augmentation: What to do to images, or None.
-        start: Examples already seen.
+        device: Training device.
+        start: Samples already seen.
         share: Rank and number of ranks that share each batch.
+        micro_batch: Samples per micro-batch; 0 for whole batches.
+        augmented: Whether ``TensorSamples`` are augmented as they say.
+        collate: Makes a batch from a list of samples; None for torch's own.
+        workers: Processes that fetch samples ahead; 0 to fetch in this one.
 
     Yields:
-        (inputs, labels) of this rank's share, on ``device``.
+        The micro-batches of this rank's share of each batch.
     """
+    if isinstance(dataset, TensorSamples):
+        dataset = dataset if augmented else replace(dataset, augmentation=None)
+        for inputs, labels in _blocks(dataset, batch_size, budget, seed, device, start, share):
+            yield _split(inputs, labels, micro_batch or len(labels))
+        return
+    requests = _requests(len(dataset), batch_size, budget, seed, start, share, micro_batch)
+    for made in fetched(Fetcher(dataset, "train", seed, collate), requests, workers):
+        yield [MicroBatch(to_device(batch, device), samples) for batch, samples in made]
+
+
+def _blocks(
+    dataset: TensorSamples,
+    batch_size: int,
+    budget: int,
+    seed: int,
+    device: torch.device | str,
+    start: int,
+    share: tuple[int, int],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    # Inputs and labels of each batch; several batches are read, moved, augmented and normalised in one call.
     rank, ranks = share
+    data, split = dataset.data, dataset.split
     together = max(1, BLOCK // (batch_size * math.prod(data.input_shape)))
     for indices, draws in picks(len(split), budget, together * batch_size, seed, start):
         sizes = [len(part) for part in indices.split(batch_size)]
@@ -56,19 +85,58 @@ def batches(
             )
             sizes = [size // ranks + (rank < size % ranks) for size in sizes]
         inputs, labels = (part.to(device) for part in split.examples(indices.to(split.labels.device)))
-        if augmentation:
-            inputs = augment(inputs, augmentation, draws)
+        if dataset.augmentation:
+            inputs = augment(inputs, dataset.augmentation, draws)
         yield from zip(data.normalise(inputs).split(sizes), labels.split(sizes), strict=True)
 
 
+def _split(inputs: Tensor, labels: Tensor, size: int) -> list[MicroBatch]:
+    if size >= len(labels):
+        return [MicroBatch((inputs, labels), len(labels))]
+    return [MicroBatch((x, y), len(y)) for x, y in zip(inputs.split(size), labels.split(size), strict=True)]
+
+
+def _requests(
+    length: int, batch_size: int, budget: int, seed: int, start: int, share: tuple[int, int], micro_batch: int
+) -> Iterator[Request]:
+    # What this rank fetches for each batch: its share, cut into micro-batches.
+    rank, ranks = share
+    for indices in stream(length, budget, batch_size, seed, start):
+        shares = indices.tensor_split(ranks)
+        own = shares[rank]
+        groups = own.split(micro_batch or max(1, len(own)))
+        yield Request(start + sum(map(len, shares[:rank])), tuple(tuple(group.tolist()) for group in groups))
+        start += len(indices)
+
+
 def evaluation_batches(
-    data: Data, split: Split, *, batch_size: int = 256, device: torch.device | str = "cpu"
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """All examples of a split once, in their order, normalised on ``device``.
+    dataset: Any,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    collate: Callable[[list[Any]], Any] | None = None,
+    name: str = "split",
+    workers: int = 0,
+) -> Iterator[Any]:
+    """All samples of a dataset once, in their order, on ``device``.
+
+    Args:
+        dataset: As for ``batches``; nothing is augmented.
+        batch_size: Samples per batch.
+        device: Where the batches go.
+        collate: Makes a batch from a list of samples; None for torch's own.
+        name: What a message calls the dataset.
+        workers: Processes that fetch samples ahead; 0 to fetch in this one.
 
     Yields:
-        (inputs, labels) on ``device``.
+        Batches.
     """
-    for start in range(0, len(split), batch_size):
-        inputs, labels = split.examples(slice(start, start + batch_size))
-        yield data.normalise(inputs.to(device)), labels.to(device)
+    starts = range(0, len(dataset), batch_size)
+    if isinstance(dataset, TensorSamples):
+        for start in starts:
+            inputs, labels = dataset.split.examples(slice(start, start + batch_size))
+            yield dataset.data.normalise(inputs.to(device)), labels.to(device)
+        return
+    requests = (Request(start, (tuple(range(start, min(start + batch_size, len(dataset)))),)) for start in starts)
+    for ((batch, _),) in fetched(Fetcher(dataset, name, 0, collate), requests, workers):
+        yield to_device(batch, device)

@@ -4,7 +4,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from normkit.study.data.augmentation import Augmentation
 from normkit.study.data.sampling import stratified
 from normkit.study.errors import DataError
 
@@ -49,6 +51,25 @@ class Split:
     def to(self, device: torch.device | str) -> "Split":
         """A copy of the examples on another device."""
         return Split(self.inputs.to(device), self.labels.to(device))
+
+
+def held_out(amount: float | int, total: int) -> int:
+    """Number of training samples that are held out for validation.
+
+    Args:
+        amount: A fraction in (0, 1), or a number of samples.
+        total: Number of training samples.
+
+    Raises:
+        DataError: One of the two splits would be empty.
+    """
+    count = round(amount * total) if isinstance(amount, float) else amount
+    if not 0 < count < total:
+        raise DataError(
+            f"validation amount {amount!r} of {total} training examples leaves an empty split; choose a fraction between 0 "
+            "and 1 or a smaller number of examples"
+        )
+    return count
 
 
 @dataclass(frozen=True)
@@ -104,13 +125,7 @@ class Data:
         """
         if self.validation is not None:
             return self.train, self.validation
-        count = round(amount * len(self.train)) if isinstance(amount, float) else amount
-        if not 0 < count < len(self.train):
-            raise DataError(
-                f"validation amount {amount!r} of {len(self.train)} training examples leaves an empty split; choose a "
-                "fraction between 0 and 1 or a smaller number of examples"
-            )
-        chosen = stratified(self.train.labels, count, seed)
+        chosen = stratified(self.train.labels, held_out(amount, len(self.train)), seed)
         keep = torch.ones(len(self.train), dtype=torch.bool)
         keep[chosen] = False
         return self.train.take(keep.nonzero().squeeze(1)), self.train.take(chosen)
@@ -123,6 +138,28 @@ class Data:
             test=self.test.to(device),
             validation=self.validation.to(device) if self.validation is not None else None,
         )
+
+
+@dataclass(frozen=True)
+class TensorSamples(Dataset[tuple[Tensor, Tensor]]):
+    """A split as a dataset of (normalised input, class) that batches read in whole blocks, not sample by sample.
+
+    Attributes:
+        data: Whose normalisation is used.
+        split: The samples.
+        augmentation: Random changes of training images, or None.
+    """
+
+    data: Data
+    split: Split
+    augmentation: Augmentation | None = None
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, labels = self.split.examples(slice(index, index + 1))
+        return self.data.normalise(inputs)[0], labels[0]
 
 
 def make_data(name: str, train: Split, test: Split, *, validation: Split | None = None, note: str = "") -> Data:

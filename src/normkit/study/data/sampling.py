@@ -4,16 +4,36 @@ Every method and every batch size sees the same examples, and a trial resumes at
 """
 
 import hashlib
+import random
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
     """A CPU generator of its own for each purpose and epoch, so that nothing else that draws can shift its sequence."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{epoch}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(seed_of(seed, purpose, epoch))
+
+
+def seed_of(seed: int, purpose: str, place: int = 0) -> int:
+    """A seed of its own, of 63 bits, for each purpose and place.
+
+    Args:
+        seed: Seed of the run.
+        purpose: What is drawn.
+        place: Epoch, or position in the sequence.
+    """
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{place}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def seed_all(seed: int) -> None:
+    """Seed the random number generators that a user's factory may draw from: Python's, NumPy's and torch's."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> Tensor:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 import normkit
@@ -23,17 +22,16 @@ from normkit.inspection.norms import PRODUCERS, is_norm
 from normkit.inspection.probe import Objective
 from normkit.instruments import Monitor, activations, covariate_shift, snapshot
 from normkit.methods.noisy_norm import MomentNoise
-from normkit.study.check import check_fit
+from normkit.study.check import check_task
+from normkit.study.classification import classification
 from normkit.study.config import LandscapeConfig, StudyConfig, Training
-from normkit.study.data.batches import batches
-from normkit.study.data.dataset import Data
 from normkit.study.data.load import load_data
 from normkit.study.environment import check_device, environment
 from normkit.study.errors import StudyError
 from normkit.study.landscape.records import NOISE_ALONE, LandscapeRecord, Trace
-from normkit.study.models import build_model
 from normkit.study.models.layers import glorot_initialize
 from normkit.study.records import TrialResult
+from normkit.study.task import Task
 from normkit.study.train.loop import evaluate
 
 logger = logging.getLogger(__name__)
@@ -43,14 +41,14 @@ KEPT = ("step", "lr", "loss", "gradient_norm", "landscape", "curvature", "remove
 
 
 @dataclass(frozen=True)
-class Task:
-    """A training task, apart from the method.
+class Experiment:
+    """What the runs of all methods share.
 
     Attributes:
         objective: ``loss = objective(model, batch)``.
         build: Method -> model and optimizer.
         batches: The training batches of one run, anew with every call.
-        score: Test accuracy of a trained model, or None.
+        score: Test score of a trained model, or None.
     """
 
     objective: Objective
@@ -59,29 +57,25 @@ class Task:
     score: Callable[[nn.Module], float | None] = lambda _: None
 
 
-def classification(config: LandscapeConfig, data: Data, **options: Any) -> Task:
-    """The task of a classification data set; ``options`` go to [`normkit.apply`][]."""
+def experiment(config: LandscapeConfig, task: Task, **options: Any) -> Experiment:
+    """The runs of a task; ``options`` go to [`normkit.apply`][]."""
+    size = config.batch_size
 
     def build(method: str) -> tuple[nn.Module, Optimizer]:
         torch.manual_seed(config.seed)
-        model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device)
+        model = task.model().to(config.device)
         if config.initialization == "glorot":
             glorot_initialize(model)
-        first = [inputs for inputs, _ in islice(stream(), 4)]
+        first = [task.first_of(batch) for batch in islice(stream(), 4)]
         settings = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay, **options}
         return apply(method, model, batches=first, **settings)
 
     def stream() -> Iterable[Any]:
-        budget = config.steps * config.batch_size
-        return batches(
-            data, data.train, batch_size=config.batch_size, budget=budget, seed=config.seed, device=config.device
-        )
+        how = {"batch_size": size, "budget": config.steps * size, "seed": config.seed, "device": config.device}
+        return (micro.batch for (micro,) in task.training_batches(**how, augmented=False))
 
-    def objective(model: nn.Module, batch: Any) -> torch.Tensor:
-        inputs, labels = batch
-        return cross_entropy(model(inputs), labels)
-
-    return Task(objective, build, stream, lambda model: evaluate(model, data, data.test)[0])
+    settings = StudyConfig(batch_sizes=(size,))
+    return Experiment(task.loss, build, stream, lambda model: evaluate(model, task, "test", settings)[0])
 
 
 def apply(method: str, model: nn.Module, **options: Any) -> tuple[nn.Module, Optimizer]:
@@ -97,7 +91,7 @@ def apply(method: str, model: nn.Module, **options: Any) -> tuple[nn.Module, Opt
 
 
 def train_and_measure(
-    task: Task,
+    shared: Experiment,
     method: str,
     *,
     every: int,
@@ -108,7 +102,7 @@ def train_and_measure(
     """Train one method under the instruments.
 
     Args:
-        task: What to train.
+        shared: What to train.
         method: The method.
         every: Steps from one measurement to the next.
         span: Of the walk along the gradient.
@@ -118,10 +112,10 @@ def train_and_measure(
     Returns:
         What was seen.
     """
-    plain, _ = task.build("batch")
+    plain, _ = shared.build("batch")
     places = _some([path for path, module in plain.named_modules() if is_norm(module)])
     weighted = _some([path for path, module in plain.named_modules() if isinstance(module, PRODUCERS)][1:])
-    model, optimizer = task.build(method)
+    model, optimizer = shared.build(method)
     present = {path for path, _ in model.named_modules()}
     places, weighted = ([path for path in paths if path in present] for paths in (places, weighted))
     losses: list[float] = []
@@ -129,12 +123,12 @@ def train_and_measure(
     diverged = False
     torch.manual_seed(seed)
     model.train()
-    with Monitor(model, task.objective, optimizer, every, steps=walk_steps, span=span) as monitor:
-        for step, batch in enumerate(task.batches()):
+    with Monitor(model, shared.objective, optimizer, every, steps=walk_steps, span=span) as monitor:
+        for step, batch in enumerate(shared.batches()):
             measured = step % every == 0
-            seen = activations(model, task.objective, batch, at=places) if measured else None
+            seen = activations(model, shared.objective, batch, at=places) if measured else None
             optimizer.zero_grad()
-            loss = task.objective(model, batch)
+            loss = shared.objective(model, batch)
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 diverged = True
@@ -144,13 +138,13 @@ def train_and_measure(
             before = snapshot(model) if measured else {}
             optimizer.step()
             if seen is not None:
-                shift = covariate_shift(model, task.objective, batch, before, layers=weighted)
+                shift = covariate_shift(model, shared.objective, batch, before, layers=weighted)
                 shifts.append((step, {s.layer: (s.relative, s.cosine) for s in shift.layers}))
                 first = first or seen
-                now = activations(model, task.objective, batch, at=places)
+                now = activations(model, shared.objective, batch, at=places)
                 change, total = now.drift(seen), now.drift(first)
                 drifts.append((step, {path: (*change[path], *total[path]) for path in change}))
-    accuracy = None if diverged else task.score(model)
+    accuracy = None if diverged else shared.score(model)
     records = tuple({key: r[key] for key in KEPT} for r in monitor.history if "landscape" in r)
     return Trace(method, _thinned(losses), records, tuple(shifts), tuple(drifts), accuracy, diverged)
 
@@ -202,36 +196,36 @@ def run_landscape(config: LandscapeConfig, *, command: str = "") -> LandscapeRec
     """
     _check(config)
     try:
-        data = load_data(config.data, limit=config.limit)
-        task = classification(config, data)
-        model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device)
+        task = classification(load_data(config.data, limit=config.limit), config.model)
+        model = task.model().to(config.device)
     except ValueError as error:
         raise StudyError(f"--data, --model: {error}") from error
-    check_fit(config.model, model, data, config.device)
+    check_task(task, model, config.device)
+    shared = experiment(config, task)
     traces, failed = [], []
     for method in config.methods:
         logger.info("%s: %d steps of %d samples", method, config.steps, config.batch_size)
         try:
-            traces.append(train_and_measure(task, method, every=config.every, span=config.span, seed=config.seed))
+            traces.append(train_and_measure(shared, method, every=config.every, span=config.span, seed=config.seed))
         except Exception as error:  # the others' runs are not lost for it
             failed.append(f"No landscape of {method}: {type(error).__name__}: {error}".splitlines()[0])
             logger.warning(failed[-1])
     if not traces:
         raise StudyError(f"--methods: none could run; {failed[0]}")
     title = f"{config.model} on {Path(config.data).name}: the landscape of {', '.join(config.methods)}"
-    notes = (*filter(None, [data.note]), *failed)
+    notes = (*filter(None, [task.data.note]), *failed)
     return LandscapeRecord(title, asdict(config), tuple(traces), command, environment(config.device), notes)
 
 
 STUDY_STEPS, STUDY_MEASUREMENTS = 200, 10
 
 
-def study_traces(config: StudyConfig, data: Data, results: Iterable[TrialResult]) -> list[Trace]:
+def study_traces(config: StudyConfig, task: Task, results: Iterable[TrialResult]) -> list[Trace]:
     """One run per method of a study, at its largest batch size and with the learning rate of its final runs there.
 
     Args:
         config: The study.
-        data: Its data.
+        task: Its task.
         results: Its trials.
 
     Returns:
@@ -252,10 +246,10 @@ def study_traces(config: StudyConfig, data: Data, results: Iterable[TrialResult]
                 weight_decay=config.weight_decay,
                 device=config.device,
             )
-            task = classification(settings, data, optimizer=config.optimizer)
+            shared = experiment(settings, task, optimizer=config.optimizer)
             every = max(1, steps // STUDY_MEASUREMENTS)
             try:
-                traces.append(train_and_measure(task, method, every=every, span=settings.span))
+                traces.append(train_and_measure(shared, method, every=every, span=settings.span))
             except Exception as error:  # as in its trials, whose results must not be lost for it
                 logger.warning(f"no landscape of {method}: {type(error).__name__}: {error}".splitlines()[0])
     return traces

@@ -16,7 +16,7 @@ from normkit.study.config import HowBNHelps, LandscapeConfig
 from normkit.study.environment import check_device, environment
 from normkit.study.errors import StudyError
 from normkit.study.landscape.records import NOISE_ALONE, LandscapeRecord, Trace
-from normkit.study.landscape.run import Task, apply, run_landscape, train_and_measure
+from normkit.study.landscape.run import Experiment, apply, run_landscape, train_and_measure
 from normkit.study.models import build_model
 from normkit.study.report.landscape import figures_of
 
@@ -102,7 +102,7 @@ def _deep_linear(config: HowBNHelps, command: str) -> LandscapeRecord:
     return LandscapeRecord(title, settings, tuple(traces), command, environment(config.device))
 
 
-def deep_linear_task(config: HowBNHelps, steps: int) -> Task:
+def deep_linear_task(config: HowBNHelps, steps: int) -> Experiment:
     """``min |W_1 .. W_25 x - A x|^2``, summed over 1,000 Gaussian samples, which are the batch."""
     generator = torch.Generator().manual_seed(config.seed)
     features = DEEP_LINEAR["features"]
@@ -121,7 +121,7 @@ def deep_linear_task(config: HowBNHelps, steps: int) -> Task:
     def stream() -> Iterable[Any]:
         return ((inputs, targets) for _ in range(steps))
 
-    return Task(objective, build, stream)
+    return Experiment(objective, build, stream)
 
 
 def findings(traces: Sequence[Trace], *, deep_linear: bool) -> tuple[Finding, ...]:

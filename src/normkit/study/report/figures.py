@@ -59,8 +59,8 @@ def by_batch_size(record: StudyRecord, summaries: Sequence[Summary]) -> list[Mar
     sizes = sorted({s.batch_size for s in summaries}, reverse=True)
     x = Axis("batch size (log scale, small to the right)", sizes[0], sizes[-1], tuple(sizes), scale=math.log2)
     y = _accuracy_axis("test accuracy, %", [value for s in series for _, value in (*s.points, *s.dots)])
-    chance = 1 / (record.config["classes"] or math.inf)
-    if y.low < chance < y.high:
+    chance = record.config["chance"]
+    if chance is not None and y.low < chance < y.high:
         y = replace(y, mark=(chance, "chance"))
     alt = f"Test accuracy against batch size. {'. '.join(texts)}."
     return [line_chart(series, x, y, size=size, alt=alt, css=css) for size, css in ((WIDE, "wide"), (NARROW, "narrow"))]
@@ -74,7 +74,7 @@ def training_curves(record: StudyRecord) -> list[Panel]:
     by_size = {size: lines for size in plan_axes(record)[1] if (lines := _loss_lines(record, size))}
     if not by_size:
         return []
-    chance_loss = math.log(record.config["classes"] or math.e)
+    chance_loss = record.config["chance_loss"] or 1.0
     everything = [line for lines in by_size.values() for line in lines]
     losses = [loss for line in everything for _, low, high in line.band for loss in (low, high)] or [chance_loss]
     shown_top = max([_LOSS_HEADROOM * chance_loss, *(line.points[-1][1] for line in everything if line.points)])

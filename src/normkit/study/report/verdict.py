@@ -3,7 +3,6 @@
 Method names stand in backticks, so that each kind of report can set them in its own way.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,7 +83,7 @@ def _leaning(others: Sequence[Summary], sign: int) -> list[Summary]:
 
 def _compared(record: StudyRecord, ran: Sequence[Summary]) -> str:
     """Describe the largest difference in full, then in brief where else a method is ahead, none is, or all are level."""
-    reference, chance = record.config["reference"], 1 / (record.config["classes"] or math.inf)
+    reference, chance = record.config["reference"], record.config["chance"] or 0.0
     best = max((s.mean for s in ran if s.method == reference and s.mean is not None), default=0.0)
     one_sided = record.config.get("alternative") == "greater"
     level = f"no method {'is shown to be better than' if one_sided else 'differs from'} `{reference}` beyond the noise"

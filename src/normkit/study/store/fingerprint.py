@@ -7,55 +7,94 @@ import hashlib
 import math
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from normkit.inspection.forward import run_batch
 from normkit.study.config import StudyConfig
-from normkit.study.data.dataset import Data, Split
+from normkit.study.data.dataset import Split, TensorSamples
+from normkit.study.data.samples import Fetcher, Request, fetched
+from normkit.study.data.sampling import seed_all
+from normkit.study.data.structure import leaves, tensors
 from normkit.study.errors import StudyError
-from normkit.study.models import build_model
 from normkit.study.store.store import Store
-from normkit.study.train.trial import seed_all
+from normkit.study.task import Task, length
 
 LOOKED_AT = 32  # examples of each split
 RELATIVE, ABSOLUTE = 1e-2, 1e-4  # decoders, processors and versions differ by less
 
 
-def check_fingerprint(store: Store, config: StudyConfig, data: Data) -> None:
+def check_fingerprint(store: Store, config: StudyConfig, task: Task) -> None:
     """Keep the fingerprint of data and model in a new study, and refuse to resume it with other ones.
 
     Raises:
         StudyError: Data or model have changed since the study began.
     """
-    found, kept = fingerprint(config, data), store.get_attr("identity")
+    found, kept = fingerprint(task, config.device), store.get_attr("identity")
     if kept is None:
         store.set_attr("identity", found)
         return
-    for what, name in (("data", config.data), ("model", config.model)):
+    for what, label in (("data", task.data_label), ("model", task.model_label)):
         if not _equal(kept[what], found[what]):
             raise StudyError(
-                f"--{what} {name}: has changed since this study began, and its results would be mixed; give another --out, "
+                f"{label}: has changed since this study began, and its results would be mixed; give another --out, "
                 f"or the {what} as it was"
             )
 
 
-@torch.no_grad()
-def fingerprint(config: StudyConfig, data: Data) -> dict[str, Any]:
-    """Return the fingerprint: labels and some examples of the data; layers and untrained output of the model."""
-    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+def fingerprint(task: Task, device: str) -> dict[str, Any]:
+    """Return the fingerprint: some samples of the data, and labels; layers and untrained output of the model.
+
+    Args:
+        task: The task.
+        device: Where the model runs.
+    """
+    splits = {"train": task.train, "validation": task.validation, "test": task.test}
     seed_all(0)
-    model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device).eval()
-    output = model(data.normalise(data.train.examples(slice(2))[0].to(config.device)))
+    model = task.model().to(device)
     layers = [(path, type(module).__name__) for path, module in model.named_modules()]
     shapes = [(path, tuple(tensor.shape)) for path, tensor in model.state_dict().items()]
+    output = _untrained_output(task, model, device)
     return {
-        "data": {role: _of_split(split) for role, split in splits.items() if split is not None},
-        "model": {"layers": _digest(repr((layers, shapes)).encode()), "output": output.double().flatten().tolist()},
+        "data": {role: _of_split(split, role) for role, split in splits.items() if split is not None},
+        "model": {"layers": _digest(repr((layers, shapes)).encode()), "output": output},
     }
 
 
-def _of_split(split: Split) -> dict[str, Any]:
-    chosen = torch.arange(0, len(split), max(1, len(split) // LOOKED_AT))[:LOOKED_AT]
+@torch.no_grad()
+def _untrained_output(task: Task, model: nn.Module, device: str) -> list[float]:
+    """The output on two samples; the loss where the model cannot be called with inputs alone."""
+    batch = task.first_batch(2, device)
+    try:
+        found = tensors(run_batch(model.eval(), task.first_of(batch)))
+    except Exception:
+        found = [task.loss(model.train(), batch)]
+    return [value for tensor in found for value in tensor.double().flatten().tolist()]
+
+
+def _of_split(dataset: Any, role: str) -> dict[str, Any]:
+    total = length(dataset)
+    chosen = range(0, total, max(1, total // LOOKED_AT))[:LOOKED_AT]
+    if isinstance(dataset, TensorSamples):
+        return _of_tensors(dataset.split, torch.tensor(chosen))
+    fetcher = Fetcher(dataset, role, collate=list)
+    (samples, _), *_ = next(fetched(fetcher, iter([Request(0, (tuple(chosen),))])))
+    described = [_of_leaf(leaf) for sample in samples for _, leaf in leaves(sample)]
+    return {"samples": total, "leaves": described}
+
+
+def _of_leaf(leaf: Any) -> float | str:
+    """The mean of what is an array or a number, a digest of text, else the type."""
+    if isinstance(leaf, str | bytes):
+        return _digest(leaf if isinstance(leaf, bytes) else leaf.encode())
+    try:
+        return float(np.mean(np.asarray(leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, dtype=np.float64)))
+    except (TypeError, ValueError):
+        return type(leaf).__name__
+
+
+def _of_tensors(split: Split, chosen: Tensor) -> dict[str, Any]:
     labels: Tensor = split.labels.cpu()
     inputs, _ = split.examples(chosen.to(split.labels.device))
     return {

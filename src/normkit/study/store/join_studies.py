@@ -9,7 +9,6 @@ import optuna
 
 from normkit._errors import nearest
 from normkit.study.config import StudyConfig
-from normkit.study.data.dataset import Data
 from normkit.study.environment import environment, redact, together
 from normkit.study.errors import StudyError
 from normkit.study.plan import Slot, slots
@@ -17,6 +16,7 @@ from normkit.study.records import TrialResult
 from normkit.study.store.fingerprint import check_fingerprint
 from normkit.study.store.store import Store
 from normkit.study.store.worker import StoreAddress, lock_file, run_workers
+from normkit.study.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def join(
     study: str | None,
     count: int,
     checkpoints: Path,
-    check: Callable[[StudyConfig], Data],
+    check: Callable[[StudyConfig], Task],
 ) -> int:
     """Work on the studies of a storage until none has work left.
 
@@ -70,10 +70,10 @@ def join(
             raise StudyError(f"--study {study}: the storage has no such study; {nearest(study, known)}")
         waiting = {name: config for name, config in waiting.items() if name == study}
     for name, config in waiting.items():
-        data = check(config)
+        task = check(config)
         address = StoreAddress(url, name, lock_file(url), checkpoints)
         store = address.store()
-        check_fingerprint(store, config, data)
+        check_fingerprint(store, config, task)
         store.set_attr("environment", together(store.get_attr("environment"), environment(config.device)))
         ended = 0
 

@@ -17,14 +17,15 @@ import torch
 import torch.distributed as dist
 
 from normkit.study.config import StudyConfig
-from normkit.study.data.dataset import Data
 from normkit.study.errors import StudyError
+from normkit.study.load import load
 from normkit.study.plan import slots
 from normkit.study.records import CurvePoint, TrialKey
 from normkit.study.store.store import Claim, Store
 from normkit.study.store.worker import SHORTEST_POLL, Progress, StoreAddress
+from normkit.study.task import Task
 from normkit.study.train.loop import from_first
-from normkit.study.train.trial import load, run_trial
+from normkit.study.train.trial import run_trial
 
 _WAIT = timedelta(days=1)  # ranks wait while rank 0 waits for other workers of the study
 
@@ -43,13 +44,13 @@ def rank_count() -> dict[str, str]:
     return {"data-parallel ranks": ranks, **batches}
 
 
-def lead(address: StoreAddress, config: StudyConfig, data: Data, on_progress: Progress) -> None:
+def lead(address: StoreAddress, config: StudyConfig, task: Task, on_progress: Progress) -> None:
     """Rank 0's part: claim, train together with the other ranks, and record, until the study has ended.
 
     Args:
         address: Where the study is kept.
         config: The study.
-        data: Its data.
+        task: Its task.
         on_progress: Called with results and running slots.
     """
     store, planned = address.store(), len(slots(config))
@@ -66,7 +67,7 @@ def lead(address: StoreAddress, config: StudyConfig, data: Data, on_progress: Pr
             from_first(claim.key)
             watching = partial(_agreed, store, claim) if config.prune else None
             with store.heartbeat(claim):
-                result = run_trial(config, claim.key, data, folder=address.checkpoints, on_point=watching)
+                result = run_trial(config, claim.key, task, folder=address.checkpoints, on_point=watching)
             store.record(claim, result)
         from_first(None)
         on_progress(store.results(), [])
@@ -79,11 +80,11 @@ def follow(config: StudyConfig, checkpoints: Path | None) -> None:
         config: The study.
         checkpoints: Folder of checkpoints, as on rank 0, which alone reads and writes them.
     """
-    data = load(config)
+    task = load(config)
     with _process_group(config):
         while isinstance(key := from_first(None), TrialKey):
             watching = (lambda _: bool(from_first(None))) if config.prune else None
-            run_trial(config, key, data, folder=checkpoints, on_point=watching)
+            run_trial(config, key, task, folder=checkpoints, on_point=watching)
 
 
 def _agreed(store: Store, claim: Claim, point: CurvePoint) -> bool:

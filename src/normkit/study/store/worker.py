@@ -21,12 +21,13 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from normkit.study.config import StudyConfig
-from normkit.study.data.dataset import Data
 from normkit.study.errors import DataError, StudyError
+from normkit.study.load import load
 from normkit.study.plan import Slot, slots
 from normkit.study.records import TrialResult
 from normkit.study.store.store import Store, owner
-from normkit.study.train.trial import load, run_trial
+from normkit.study.task import Task
+from normkit.study.train.trial import run_trial
 
 SHORTEST_POLL, LONGEST_POLL = 0.3, 10.0  # seconds
 MAX_IDLE_DEATHS = 3
@@ -76,7 +77,7 @@ def poll_interval(seconds: float) -> float:
     return min(max(50 * seconds, SHORTEST_POLL), LONGEST_POLL)
 
 
-def work(store: Store, config: StudyConfig, data: Data, checkpoints: Path | None = None) -> None:
+def work(store: Store, config: StudyConfig, task: Task, checkpoints: Path | None = None) -> None:
     """Claim, train and record until every slot of the plan has ended."""
     planned = len(slots(config))
     while True:
@@ -84,7 +85,7 @@ def work(store: Store, config: StudyConfig, data: Data, checkpoints: Path | None
         if claim is not None:
             with store.heartbeat(claim):
                 watch = partial(store.below_median, claim) if config.prune else None
-                result = run_trial(config, claim.key, data, folder=checkpoints, on_point=watch)
+                result = run_trial(config, claim.key, task, folder=checkpoints, on_point=watch)
             store.record(claim, result)
         elif len(store.results()) >= planned:
             return

@@ -3,19 +3,20 @@
 Machines drift (clocks, other processes); a ratio of two measurements taken one right after the other does not.
 """
 
+from collections.abc import Sequence
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import cross_entropy
 from torch.utils.benchmark import Timer
 
 from normkit.study.config import StudyConfig
-from normkit.study.data.batches import batches
-from normkit.study.data.dataset import Data
+from normkit.study.data.samples import MicroBatch
+from normkit.study.data.structure import tensors
 from normkit.study.plan import learning_rates
 from normkit.study.records import Cost, TrialKey
+from normkit.study.task import Task
 from normkit.study.train.loop import precision, prepare, training_step
 from normkit.study.train.trial import build_trial
 
@@ -23,13 +24,14 @@ ROUNDS = 9
 ROUND_SECONDS = 0.04
 
 
-def measure_costs(config: StudyConfig, data: Data) -> list[Cost]:
+def measure_costs(config: StudyConfig, task: Task) -> list[Cost]:
     """Cost of every method at every batch size; a method that cannot run has the reason in ``error``."""
-    return [cost for size in sorted(config.batch_sizes, reverse=True) for cost in _costs(config, data, size)]
+    return [cost for size in sorted(config.batch_sizes, reverse=True) for cost in _costs(config, task, size)]
 
 
-def _costs(config: StudyConfig, data: Data, size: int) -> list[Cost]:
-    inputs, labels = next(batches(data, data.train, batch_size=size, budget=size, seed=0, device=config.device))
+def _costs(config: StudyConfig, task: Task, size: int) -> list[Cost]:
+    how = {"batch_size": size, "budget": size, "seed": 0, "device": config.device, "micro_batch": config.micro_batch}
+    batch = next(task.training_batches(**how, augmented=False))
     methods = [config.reference, *(m for m in config.methods if m != config.reference)]
     timers: dict[str, Timer] = {}
     memory: dict[str, int] = {}
@@ -37,17 +39,16 @@ def _costs(config: StudyConfig, data: Data, size: int) -> list[Cost]:
     for method in methods:
         rate = min(learning_rates(config, method, size)) * 1e-3  # steps, without going anywhere
         try:
-            model, optimizer = build_trial(config, TrialKey("search", method, size, rate, 0), data)
-            model.train()
-            memory[method] = _memory(model, optimizer, inputs, labels, config)
+            model, optimizer = build_trial(config, TrialKey("search", method, size, rate, 0), task)
+            network = prepare(config, model, task.training_loss).train()
+            memory[method] = _memory(network, optimizer, batch, config)
             timers[method] = Timer(
-                "step(network, optimizer, inputs, labels, config)",
+                "step(network, optimizer, batch, config)",
                 globals={
                     "step": training_step,
-                    "network": prepare(config, model),
+                    "network": network,
                     "optimizer": optimizer,
-                    "inputs": inputs,
-                    "labels": labels,
+                    "batch": batch,
                     "config": config,
                 },
                 num_threads=1,
@@ -86,22 +87,28 @@ def _cost(
 
 
 def _memory(
-    model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor, config: StudyConfig
+    network: nn.Module, optimizer: torch.optim.Optimizer, batch: Sequence[MicroBatch], config: StudyConfig
 ) -> int:
     """Peak bytes of a step on a GPU; on a CPU, bytes saved for backward (parameters and the batch not counted)."""
-    if inputs.is_cuda:
-        training_step(model, optimizer, inputs, labels, config)  # optimizer state is there from the first step on
-        torch.cuda.reset_peak_memory_stats(inputs.device)
-        training_step(model, optimizer, inputs, labels, config)
-        return torch.cuda.max_memory_allocated(inputs.device)
-    micro = config.micro_batch or len(labels)
-    with precision(config, inputs.device):
-        return saved_bytes(model, inputs[:micro], labels[:micro])
+    device = next(network.parameters()).device
+    if device.type == "cuda":
+        training_step(network, optimizer, batch, config)  # optimizer state is there from the first step on
+        torch.cuda.reset_peak_memory_stats(device)
+        training_step(network, optimizer, batch, config)
+        return torch.cuda.max_memory_allocated(device)
+    with precision(config, device):
+        return saved_bytes(network, batch[0])
 
 
-def saved_bytes(model: nn.Module, inputs: Tensor, labels: Tensor) -> int:
-    """Bytes of distinct storages that a forward pass saves for backward, parameters and the batch itself not counted."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), inputs, labels)}
+def saved_bytes(network: nn.Module, micro: MicroBatch) -> int:
+    """Bytes of distinct storages that the loss saves for backward, parameters and the batch itself not counted.
+
+    Args:
+        network: What ``prepare`` returned.
+        micro: What goes through it at once.
+    """
+    given = (*network.parameters(), *network.buffers(), *tensors(micro.batch))
+    own = {t.untyped_storage().data_ptr() for t in given}
     held: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -109,7 +116,7 @@ def saved_bytes(model: nn.Module, inputs: Tensor, labels: Tensor) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = cross_entropy(model(inputs), labels)
+        loss = network(*micro)
         size = sum(t.untyped_storage().nbytes() for pointer, t in held.items() if pointer not in own)
         del loss
     return size

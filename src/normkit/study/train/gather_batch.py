@@ -21,7 +21,7 @@ class WholeBatch:
     """Gives the layers of ``model`` that normalize by batch statistics all ranks' rows, whenever ``network`` trains.
 
     Args:
-        network: Whose forward passes count, each with a tensor of examples as its first argument: evaluation and other passes
+        network: Whose forward passes count, each called with a batch and its number of samples: evaluation and other passes
             that call ``model`` itself stay on their own.
         model: The model in it.
     """
@@ -37,10 +37,11 @@ class WholeBatch:
 
     @attachment
     @disable_dynamo
-    def _begin(self, network: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _begin(self, network: nn.Module, args: tuple[Any, int]) -> None:
         if network.training:
-            sizes = torch.zeros(dist.get_world_size(), dtype=torch.long, device=args[0].device)
-            sizes[dist.get_rank()] = len(args[0])
+            device = next(network.parameters()).device
+            sizes = torch.zeros(dist.get_world_size(), dtype=torch.long, device=device)
+            sizes[dist.get_rank()] = args[1]
             dist.all_reduce(sizes)
             self._sizes = sizes.tolist()
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from normkit.study.config import StudyConfig, Training
-from normkit.study.data.batches import batches, evaluation_batches
-from normkit.study.data.dataset import Data, Split
+from normkit.study.data.samples import MicroBatch
+from normkit.study.data.structure import map_tensors
 from normkit.study.records import CurvePoint, TrialKey
+from normkit.study.task import Batch, Loss, Task
 from normkit.study.train.checkpoint import CheckpointFile
 from normkit.study.train.gather_batch import WholeBatch
 from normkit.study.train.schedules import lr_factor
@@ -54,12 +54,33 @@ def precision(training: Training, device: torch.device) -> AbstractContextManage
     return torch.autocast(device.type, torch.bfloat16) if training.amp else nullcontext()
 
 
-def prepare(training: Training, model: nn.Module) -> nn.Module:
-    """The module whose forward trains ``model``: its memory layout changed in place, compiled, data-parallel under ranks."""
+class LossOf(nn.Module):
+    """The loss of a model on a batch as a module's forward, which is what data parallelism synchronises.
+
+    Args:
+        model: The model, compiled or not.
+        loss: ``loss(model, batch)``, whatever it does with the model.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Batch, samples: int) -> Tensor:
+        """The mean loss of ``samples`` samples."""
+        return self.loss(self.model, batch)
+
+
+def prepare(training: Training, model: nn.Module, loss: Loss) -> nn.Module:
+    """The module whose forward is the loss of ``model``.
+
+    The model's memory layout is changed in place; the model is compiled, and its loss data-parallel under ranks.
+    """
     if training.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    network = torch.compile(model) if training.compile else model
-    assert isinstance(network, nn.Module)
+    compiled = torch.compile(model) if training.compile else model
+    assert isinstance(compiled, nn.Module)
+    network: nn.Module = LossOf(compiled, loss)
     if ranks()[1] > 1:
         network = DistributedDataParallel(network)
         if not training.micro_batch:  # of which each has statistics of its own, on one process too
@@ -70,50 +91,50 @@ def prepare(training: Training, model: nn.Module) -> nn.Module:
 def training_step(
     network: nn.Module,
     optimizer: Optimizer,
-    inputs: Tensor,
-    labels: Tensor,
+    batch: Sequence[MicroBatch],
     training: Training,
-    examples: int | None = None,
+    samples: int | None = None,
 ) -> Tensor:
     """One optimizer step on one batch, in micro-batches whose gradients accumulate.
 
     Args:
         network: What ``prepare`` returned.
         optimizer: The optimizer.
-        inputs: This rank's share of the batch.
-        labels: Its classes.
+        batch: The micro-batches of this rank's share of the batch.
         training: How to train.
-        examples: Size of the whole batch over all ranks, default that of ``labels``. Data parallelism averages gradients
-            over ranks, so the weight of an example is ranks / examples: shares may be of different sizes.
+        samples: Size of the whole batch over all ranks, default that of this rank's share. Data parallelism averages
+            gradients over ranks, so the weight of a sample is ranks / samples: shares may be of different sizes.
 
     Returns:
         The mean loss over this rank's share, no longer attached to the graph.
     """
     optimizer.zero_grad()
-    count = len(labels)
-    examples, (_, world) = examples or count, ranks()
-    size = training.micro_batch or count
-    if size >= count:
-        total = _backward(network, inputs, labels, training, count * world / examples)
+    count = sum(micro.samples for micro in batch)
+    samples, (_, world) = samples or count, ranks()
+    if len(batch) == 1:
+        total = _backward(network, batch[0], training, count * world / samples)
     else:
-        total = torch.zeros((), device=labels.device)
-        pieces = list(zip(inputs.split(size), labels.split(size), strict=True))
-        for number, (x, y) in enumerate(pieces, start=1):
-            with nullcontext() if number == len(pieces) else _unsynchronised(network):
-                loss = _backward(network, x, y, training, len(y) * world / examples)
-            total = total + loss * (len(y) / count)
+        losses = []
+        for number, micro in enumerate(batch, start=1):
+            with nullcontext() if number == len(batch) else _unsynchronised(network):
+                loss = _backward(network, micro, training, micro.samples * world / samples)
+            losses.append(loss * (micro.samples / count))
+        total = sum(losses[1:], start=losses[0])
     optimizer.step()
     return total
 
 
-def _backward(network: nn.Module, inputs: Tensor, labels: Tensor, training: Training, share: float) -> Tensor:
+def _backward(network: nn.Module, micro: MicroBatch, training: Training, share: float) -> Tensor:
     """Add ``share`` times the gradient of the mean loss; returns that loss, detached."""
-    if training.channels_last and inputs.dim() == 4:
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-    with precision(training, inputs.device):
-        loss = cross_entropy(network(inputs), labels, label_smoothing=training.label_smoothing)
+    batch = map_tensors(_channels_last, micro.batch) if training.channels_last else micro.batch
+    with precision(training, next(network.parameters()).device):
+        loss = network(batch, micro.samples)
     (loss if share == 1 else loss * share).backward()
     return loss.detach()
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 def _unsynchronised(network: nn.Module) -> AbstractContextManager[Any]:
@@ -122,19 +143,28 @@ def _unsynchronised(network: nn.Module) -> AbstractContextManager[Any]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Data, split: Split, training: Training | None = None) -> tuple[float, float]:
-    """Accuracy (fraction) and mean cross-entropy (nats) on a split, in eval mode; the mode is restored."""
+def evaluate(model: nn.Module, task: Task, split: str, config: StudyConfig) -> tuple[float, float | None]:
+    """Score, and mean loss where the task has one, on a split, in eval mode; the mode is restored."""
     was_training = model.training
     model.eval()
-    correct, loss = 0, 0.0
     device = next(model.parameters()).device
-    for inputs, labels in evaluation_batches(data, split, device=device):
-        with precision(training or Training(), device):
-            logits = model(inputs).float()
-        correct += int((logits.argmax(1) == labels).sum())
-        loss += float(cross_entropy(logits, labels, reduction="sum"))
-    model.train(was_training)
-    return correct / len(split), loss / len(split)
+    try:
+        with precision(config, device):
+            return task.evaluate(model, task.evaluation_batches(split, device=device, most=config.most_at_once))
+    finally:
+        model.train(was_training)
+
+
+def evaluate_once(model: nn.Module, task: Task, split: str, config: StudyConfig) -> tuple[float, float | None]:
+    """Like ``evaluate``; of several ranks, rank 0 evaluates the whole split, and all have its figures.
+
+    Raises:
+        Diverged: The score is not finite.
+    """
+    score, loss = from_first(evaluate(model, task, split, config) if ranks()[0] == 0 else None)
+    if not math.isfinite(score):
+        raise Diverged(f"the {split} {task.metric} is not finite")
+    return score, loss
 
 
 class Loop:
@@ -143,7 +173,7 @@ class Loop:
     Args:
         config: The study.
         key: Which run.
-        data: Its data, with a validation split.
+        task: Its task, with a validation split.
         model: The model, as the method left it.
         optimizer: The method's optimizer.
 
@@ -155,9 +185,9 @@ class Loop:
         best: The weights with the best validation accuracy so far, where the study judges them.
     """
 
-    def __init__(self, config: StudyConfig, key: TrialKey, data: Data, model: nn.Module, optimizer: Optimizer) -> None:
-        self.config, self.key, self.data, self.model, self.optimizer = config, key, data, model, optimizer
-        self.network = prepare(config, model)
+    def __init__(self, config: StudyConfig, key: TrialKey, task: Task, model: nn.Module, optimizer: Optimizer) -> None:
+        self.config, self.key, self.task, self.model, self.optimizer = config, key, task, model, optimizer
+        self.network = prepare(config, model, task.training_loss)
         self.average = WeightAverage(model, config.ema) if config.ema else None
         self.best = BestWeights(model) if config.best_weights else None
         self.steps = math.ceil(config.budget / key.batch_size)
@@ -182,26 +212,24 @@ class Loop:
         """
         config, size = self.config, self.key.batch_size
         rank, world = ranks()
-        stream = batches(
-            self.data,
-            self.data.train,
+        stream = self.task.training_batches(
             batch_size=size,
             budget=config.budget,
             seed=self.key.seed,
             device=config.device,
-            augmentation=config.augmentation,
             start=self.seen,
             share=(rank, world),
+            micro_batch=config.micro_batch,
         )
         loss_every = max(1, self.steps // LOSS_POINTS)
         accuracy_every = loss_every * max(1, LOSS_POINTS // ACCURACY_POINTS)
         self.network.train()
         started = saved = time.perf_counter()
         earlier = self.seconds
-        for step, (inputs, labels) in enumerate(stream, start=self.seen // size + 1):
+        for step, batch in enumerate(stream, start=self.seen // size + 1):
             examples = min(size, config.budget - self.seen)
-            loss = training_step(self.network, self.optimizer, inputs, labels, config, examples)
-            self._total.add_(loss, alpha=len(labels) * world / examples)
+            loss = training_step(self.network, self.optimizer, batch, config, examples)
+            self._total.add_(loss, alpha=sum(micro.samples for micro in batch) * world / examples)
             self.schedule.step()
             if self.average is not None:
                 self.average.update()
@@ -220,18 +248,16 @@ class Loop:
 
     def _ended_epoch(self, examples: int) -> bool:
         """Return whether the last ``examples`` ended an epoch, after which the weights are validated."""
-        return self.best is not None and self.seen % len(self.data.train) < examples
+        return self.best is not None and self.seen % len(self.task.train) < examples
 
-    def _validate(self, step: int) -> float | None:
-        if self.data.validation is None:
-            return None
+    def _validate(self, step: int) -> float:
         started = time.perf_counter()
         with self.evaluated():
-            accuracy, _ = evaluate(self.model, self.data, self.data.validation, self.config)
+            score, _ = evaluate_once(self.model, self.task, "validation", self.config)
             if self.best is not None:
-                self.best.offer(from_first(accuracy), step)  # rank 0's, whose result is recorded
+                self.best.offer(score, step)
         self.validation_seconds += time.perf_counter() - started
-        return accuracy
+        return score
 
     def _point(self, accuracy: float | None) -> CurvePoint:
         if ranks()[1] > 1:

@@ -6,81 +6,37 @@ data order from the seed alone.
 
 import hashlib
 import json
+import logging
 import math
-import random
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 from torch.optim import Optimizer
 
 import normkit
 from normkit.study.config import StudyConfig
-from normkit.study.data.batches import batches
-from normkit.study.data.dataset import Data
-from normkit.study.data.load import load_data
-from normkit.study.errors import DataError, StudyError
-from normkit.study.factory import is_factory
-from normkit.study.models import build_model
+from normkit.study.data.sampling import seed_all
 from normkit.study.records import CurvePoint, TrialKey, TrialResult
+from normkit.study.task import Batch, Loss, Task
 from normkit.study.train.checkpoint import CheckpointFile
-from normkit.study.train.loop import Diverged, Loop, evaluate, from_first, ranks
+from normkit.study.train.loop import Diverged, Loop, evaluate_once, from_first, ranks
 
-INITIAL_EXAMPLES = 256  # for methods that start from data
+logger = logging.getLogger(__name__)
+
 GAP_EXAMPLES = 1024  # for the train/eval gap
-RESIDENT_SHARE = 0.25  # of a GPU's free memory that data may take, to be there from the start
 
 
-def load(config: StudyConfig) -> Data:
-    """The data of a study with a validation split, on the training device if it takes little of its memory.
-
-    Raises:
-        DataError: The data cannot be used.
-        StudyError: It leaves no example to train or to validate on.
-    """
-    if is_factory(config.data):  # one that draws its examples, or its splits, gives every process the same
-        seed_all(0)
-    data = load_data(
-        config.data,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        image_size=config.image_size,
-        limit=config.limit,
-    )
-    amount = config.validation if config.validation < 1 else int(config.validation)
-    try:
-        train, validation = data.split_validation(amount)
-    except DataError as error:
-        raise StudyError(f"--validation {config.validation:g}: {error}") from error
-    data = replace(data, train=train, validation=validation)
-    if config.device.startswith("cuda"):
-        free, _ = torch.cuda.mem_get_info(config.device)
-        if sum(split.nbytes for split in (train, validation, data.test)) < RESIDENT_SHARE * free:
-            return data.to(config.device)
-    return data
-
-
-def seed_all(seed: int) -> None:
-    """Seed the random number generators that a user's factory may draw from: Python's, NumPy's and torch's."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def build_trial(config: StudyConfig, key: TrialKey, data: Data) -> tuple[nn.Module, Optimizer]:
+def build_trial(config: StudyConfig, key: TrialKey, task: Task) -> tuple[nn.Module, Optimizer]:
     """Model and optimizer of a trial; the weights depend on the seed alone, so methods share them where shapes agree."""
     seed_all(key.seed)
-    model = build_model(config.model, input_shape=data.input_shape, classes=data.classes).to(config.device)
-    first = batches(data, data.train, batch_size=64, budget=INITIAL_EXAMPLES, seed=key.seed, device=config.device)
     return normkit.apply(
         key.method,
-        model,
+        task.model().to(config.device),
         lr=key.lr,
-        batches=[inputs for inputs, _ in first],
+        batches=task.initial_inputs(seed=key.seed, device=config.device, most=config.most_at_once),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         optimizer=config.optimizer,
@@ -88,24 +44,32 @@ def build_trial(config: StudyConfig, key: TrialKey, data: Data) -> tuple[nn.Modu
 
 
 @torch.no_grad()
-def train_eval_gap(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
-    """Mean loss in eval mode minus in train mode on the same batches, in nats; the model is left as it was."""
+def train_eval_gap(model: nn.Module, batches: Sequence[Batch], loss: Loss) -> float:
+    """Mean loss in eval mode minus in train mode on the same batches; the model is left as it was.
+
+    Args:
+        model: The model.
+        batches: Batches of equal size.
+        loss: ``loss(model, batch)``.
+    """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     training = model.training
     losses: dict[bool, float] = {}
-    for mode in (True, False):
-        model.train(mode)
-        losses[mode] = sum(float(cross_entropy(model(x).float(), y)) for x, y in batches) / len(batches)
-        for buffer, before in buffers:
-            buffer.copy_(before)
-    model.train(training)
+    try:
+        for mode in (True, False):
+            model.train(mode)
+            losses[mode] = sum(float(loss(model, batch)) for batch in batches) / len(batches)
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    finally:
+        model.train(training)
     return losses[False] - losses[True]
 
 
 def run_trial(
     config: StudyConfig,
     key: TrialKey,
-    data: Data,
+    task: Task,
     *,
     folder: Path | None = None,
     on_point: Callable[[CurvePoint], bool] | None = None,
@@ -117,7 +81,7 @@ def run_trial(
     Args:
         config: The study.
         key: Which run.
-        data: What ``load`` returned.
+        task: Its task, with a validation split.
         folder: Folder of checkpoints; an interrupted run resumes from its last one, exactly.
         on_point: Called with each point of the curve; when it returns True the run is given up as ``pruned``.
 
@@ -134,15 +98,15 @@ def run_trial(
         return TrialResult(key, state, curve=tuple(loop.curve) if loop is not None else (), **times, **values)  # type: ignore[arg-type]
 
     try:
-        model, optimizer = build_trial(config, key, data)
-        loop = Loop(config, key, data, model, optimizer)
+        model, optimizer = build_trial(config, key, task)
+        loop = Loop(config, key, task, model, optimizer)
         saved = from_first(checkpoint.load()) if checkpoint is not None else None
         if saved is not None:
             loop.load_state_dict(saved)
         for point in loop.points(checkpoint):
             if on_point is not None and on_point(point):
                 return ended("pruned", error=f"given up after {point.examples} examples: below the median")
-        return ended("finished", **evaluate_trial(config, key, data, loop))
+        return ended("finished", **evaluate_trial(config, key, task, loop))
     except Diverged as error:
         return ended("diverged", error=str(error))
     except Exception as error:  # the study goes on; the report shows the line
@@ -151,38 +115,54 @@ def run_trial(
         return ended("failed", error=f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def evaluate_trial(config: StudyConfig, key: TrialKey, data: Data, loop: Loop) -> dict[str, float | None]:
+def evaluate_trial(config: StudyConfig, key: TrialKey, task: Task, loop: Loop) -> dict[str, float | None]:
     """Evaluate the final weights of a run: on the validation split, and of a final run once on the test split.
 
     Args:
         config: The study.
         key: Which run.
-        data: Its data.
+        task: Its task.
         loop: The run, at its end.
 
     Returns:
         The figures of :class:`~normkit.study.records.TrialResult`, by name.
 
     Raises:
-        Diverged: The validation loss is not finite.
+        Diverged: The validation loss or score is not finite.
     """
     model = loop.model
-    assert data.validation is not None
     with loop.final_weights():
-        accuracy, loss = evaluate(model, data, data.validation, config)
-        test_accuracy, test_loss = evaluate(model, data, data.test, config) if key.phase == "final" else (None, None)
-    if not math.isfinite(loss):
+        score, loss = evaluate_once(model, task, "validation", config)
+        final = key.phase == "final"
+        test_score, test_loss = evaluate_once(model, task, "test", config) if final else (None, None)
+    if loss is not None and not math.isfinite(loss):
         raise Diverged("the validation loss is not finite")
-    budget = min(GAP_EXAMPLES, 64 * key.batch_size) // key.batch_size * key.batch_size
-    sample = batches(data, data.train, batch_size=key.batch_size, budget=budget, seed=key.seed, device=config.device)
     return {
-        "validation_accuracy": accuracy,
+        "validation_accuracy": score,
         "validation_loss": loss,
-        "test_accuracy": test_accuracy,
+        "test_accuracy": test_score,
         "test_loss": test_loss,
-        "train_eval_gap": train_eval_gap(model, list(sample)),
+        "train_eval_gap": _gap(config, key, task, model),
         "best_step": loop.best.step if loop.best is not None else None,
     }
+
+
+def _gap(config: StudyConfig, key: TrialKey, task: Task, model: nn.Module) -> float | None:
+    """The train/eval gap; None where the model gives no loss in eval mode, as some detectors do."""
+    budget = min(GAP_EXAMPLES, 64 * key.batch_size) // key.batch_size * key.batch_size
+    how = {
+        "batch_size": key.batch_size,
+        "budget": budget,
+        "seed": key.seed,
+        "device": config.device,
+        "augmented": False,
+    }
+    sample = task.training_batches(**how)
+    try:
+        return train_eval_gap(model, [micro.batch for (micro,) in sample], task.loss)
+    except Exception as error:
+        logger.debug("no train/eval gap of %s: %s: %s", task.name, type(error).__name__, error)
+        return None
 
 
 def _name(config: StudyConfig, key: TrialKey) -> str:
