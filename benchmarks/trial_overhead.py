@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 from common import interleaved, ratio, save
+from normkit.study.classification import load_classification
 from normkit.study.config import StudyConfig
-from normkit.study.load import load
 from normkit.study.records import CurvePoint, TrialKey
 from normkit.study.train.loop import LOSS_POINTS, Loop
 from normkit.study.train.schedules import lr_factor
@@ -32,7 +32,7 @@ def measure(model: str, method: str, batch_size: int, chunk: int, repeats: int) 
     steps = LOSS_POINTS * chunk
     config = StudyConfig(model=model, methods=(method,), batch_sizes=(batch_size,), budget=steps * batch_size)
     key = TrialKey("search", method, batch_size, 0.01, 0)
-    task = load(config)
+    task = load_classification(config)
     data = task.data
     inputs, labels = data.normalise(data.train.inputs), data.train.labels
 

@@ -223,7 +223,7 @@ class Task:
         how = {"batch_size": samples, "device": device, "collate": self.collate, "name": "train"}
         return next(evaluation_batches(self.train, **how))
 
-    def evaluation_batches(self, split: str, *, device: str, most: int) -> Iterator[Batch]:
+    def evaluation_batches(self, split: str, *, device: torch.device | str, most: int) -> Iterator[Batch]:
         """All samples of a split once, in their order.
 
         Args:

@@ -18,7 +18,7 @@ from normkit.study.config import StudyConfig, Training
 from normkit.study.data.samples import MicroBatch
 from normkit.study.data.structure import map_tensors
 from normkit.study.records import CurvePoint, TrialKey
-from normkit.study.task import Batch, Loss, Task
+from normkit.study.task import Batch, Loss, Task, length
 from normkit.study.train.checkpoint import CheckpointFile
 from normkit.study.train.gather_batch import WholeBatch
 from normkit.study.train.schedules import lr_factor
@@ -248,7 +248,7 @@ class Loop:
 
     def _ended_epoch(self, examples: int) -> bool:
         """Return whether the last ``examples`` ended an epoch, after which the weights are validated."""
-        return self.best is not None and self.seen % len(self.task.train) < examples
+        return self.best is not None and self.seen % length(self.task.train) < examples
 
     def _validate(self, step: int) -> float:
         started = time.perf_counter()
