@@ -1,6 +1,7 @@
 """The projection of the weights' gradients in front of batchless layers against batch normalization, in float64."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -90,15 +91,15 @@ def test_of_a_constant_gradient_next_to_nothing_is_left_where_inputs_are_far_fro
 
 
 def test_statistics_that_are_not_finite_take_nothing_out_along_the_mean():
-    layer, norm = nn.Linear(6, 4), BatchlessNorm1d(4, projected=True)
-    grad = torch.randn(4, 6)
-    layer.weight.grad = grad.clone()
-    overflowed, none = torch.full((6,), torch.inf), torch.zeros(6)
-    sums = torch.tensor(10.0), overflowed, overflowed
-    feeder = batchless_weights.FeedingLayer(norm, layer, Collector("the test", "collect"))
-    batchless_weights.project_weights([feeder], [sums])
-    expected = projected_weight_gradient(grad, layer.weight.detach(), none, none)
-    torch.testing.assert_close(layer.weight.grad, expected, rtol=0, atol=0)
+    model = Fed()
+    (feeding,) = batchless_weights.feeding_layers(model, Collector("the test", "collect"))
+    model(torch.randn(5, 4)).square().sum().backward()
+    grad = model.layer.weight.grad.clone()
+    *_, along = feeding.take_sums()
+    overflowed, none = torch.full((4,), torch.inf), torch.zeros(4)
+    batchless_weights.project_weights([feeding], [(torch.tensor(10.0), overflowed, overflowed, along)], ranks=1)
+    expected = projected_weight_gradient(grad, model.layer.weight.detach(), none, none)
+    torch.testing.assert_close(model.layer.weight.grad, expected, rtol=0, atol=0)
     assert (expected - grad).abs().max() > 0.01  # what scales the filters is gone
 
 
@@ -241,3 +242,70 @@ def test_a_weight_that_starts_at_zero_is_trained():
     (model(x) * torch.randn(5, 4).double()).sum().backward()
     optimizer.step()
     assert model.layer.weight.norm() > 0.01
+
+
+def l2(weight):
+    return 0.3 * weight.square().sum()
+
+
+def l1(weight):
+    return 0.3 * weight.abs().sum()
+
+
+def elastic(weight):
+    return (weight - torch.ones_like(weight)).square().sum()
+
+
+PROCESSINGS = {"as it is": 1.0, "loss scale": 2.0**16, "clipping": 1e-3}
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(6, 4, 3, groups=2, bias=False)], ids=["linear", "conv"])
+@pytest.mark.parametrize("penalty", [l2, l1, elastic])
+@pytest.mark.parametrize("processing", PROCESSINGS)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_term_of_the_loss_that_names_the_weight_stays_whole(layer, penalty, processing, parts):
+    torch.manual_seed(0)
+    layer = copy.deepcopy(layer).double()
+    norm = (BatchlessNorm1d if isinstance(layer, nn.Linear) else BatchlessNorm2d)(
+        4, projected=True, dtype=torch.float64
+    )
+    model = nn.Sequential(layer, norm)
+    x = torch.randn((6, 6) if isinstance(layer, nn.Linear) else (6, 6, 4, 4)).double() + 1
+    coefficients = torch.randn_like(model(x))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    normkit.initialize(model, [x])
+    normkit.attach(model, optimizer, rate=0.0)
+    scale, grads = PROCESSINGS[processing], []
+    for named in (lambda weight: 0, penalty):
+        optimizer.zero_grad()
+        for rows, factors in zip(x.chunk(parts), coefficients.chunk(parts), strict=True):
+            loss = (model(rows) * factors).sum() + named(layer.weight) / parts
+            (loss * (1 if processing == "clipping" else scale)).backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale if processing == "clipping" else 1 / scale)
+        optimizer.step()
+        grads.append(layer.weight.grad / (scale if processing == "clipping" else 1))
+    (expected,) = torch.autograd.grad(penalty(layer.weight), layer.weight)
+    torch.testing.assert_close(grads[1] - grads[0], expected, rtol=1e-12, atol=1e-12)
+    assert (grads[0] * layer.weight.detach()).flatten(1).sum(1).abs().max() < 1e-12
+
+
+def test_an_attached_model_is_copied_and_pickled_with_its_weight():
+    model, x = Fed(), torch.randn(5, 4)
+    stepped(model, x)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(again.layer.weight, nn.Parameter)
+        again(x).sum().backward()
+        assert torch.equal(again.layer.weight, model.layer.weight)
+        assert isinstance(again.layer.weight, nn.Parameter)
+        assert again.layer.weight.grad is not None
+
+
+def test_a_forward_that_raises_leaves_the_weight_in_its_place():
+    model = Fed()
+    normkit.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    weight = model.layer.weight
+    with pytest.raises(RuntimeError):
+        model(torch.randn(5, 3))
+    assert model.layer.weight is weight

@@ -46,7 +46,12 @@ def state(model):
     return torch.cat([t.detach().flatten() for t in (*model.parameters(), *model.buffers())])
 
 
-def train(model, split, *, optimizer=None, steps=4, scaler=None):
+def decay(model):
+    """A term of the loss that names a weight."""
+    return 0.1 * model[0][0].weight.square().sum()
+
+
+def train(model, split, *, optimizer=None, steps=4, scaler=None, term=lambda model: 0):
     """The model's state after some steps on the same 16 instances, in micro-batches of the sizes in ``split``."""
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     normkit.attach(model, optimizer)
@@ -54,7 +59,7 @@ def train(model, split, *, optimizer=None, steps=4, scaler=None):
     for _ in range(steps):
         optimizer.zero_grad()
         for inputs, targets in zip(x.split(split), labels.split(split), strict=True):
-            loss = sum_loss(model(inputs), targets, 16)
+            loss = sum_loss(model(inputs), targets, 16) + term(model) / len(split)
             (scaler.scale(loss) if scaler else loss).backward()
         if scaler:
             scaler.step(optimizer)
@@ -375,7 +380,7 @@ def rank(index, folder):
         x, labels = (t.chunk(2)[index] for t in data())
         for _ in range(4):
             optimizer.zero_grad()
-            F.cross_entropy(parallel(x), labels).backward()
+            (F.cross_entropy(parallel(x), labels) + decay(model)).backward()
             optimizer.step()
         torch.save({"state": model.state_dict(), "collectives": len(collectives)}, f"{folder}/{name}-{index}.pt")
         collectives.clear()
@@ -386,7 +391,7 @@ def test_two_ranks_are_one_process_with_both_halves_and_one_all_reduce_per_step(
     mp.spawn(rank, args=(str(tmp_path),), nprocs=2)
     for name, options in RANKED.items():
         model = network(options)
-        train(model, [16])
+        train(model, [16], term=decay)
         for index in range(2):
             saved = torch.load(tmp_path / f"{name}-{index}.pt")
             assert saved["collectives"] == 4

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -175,7 +176,8 @@ def collect(layers: list[BatchlessNorm], feeding: Sequence[FeedingLayer] = ()) -
     moments, sums = reduce_together(own, [*instances, *inputs])
     remaining = iter(sums)
     counts = [next(remaining) for _ in layers]
-    project_weights(feeding, [tuple(islice(remaining, 3)) for _ in feeding])
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    project_weights(feeding, [tuple(islice(remaining, 4)) for _ in feeding], ranks)
     groups: dict[Any, list[tuple[BatchlessNorm, Moments, Tensor]]] = {}
     for layer, rows, count in zip(layers, moments, counts, strict=True):
         kind = layer.running_mean.device, layer.running_mean.dtype, layer.eps, layer.gradient, layer.projected

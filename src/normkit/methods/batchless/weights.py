@@ -1,11 +1,13 @@
 """The gradient of the weights in front of a batchless layer, without what the normalization undoes.
 
-Our own addition to Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729; see docs/batchless-projected.md.
+Our own addition to Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729; see docs/batchless.md.
 
 With ``n' = dL/dn``, batch normalization passes on ``dL/dx = (n' - mean(n') - n mean(n' n)) / sigma``; batchless normalization
 passes on ``n' / sigma``. In the gradient of the linear or convolution layer that produces ``x = W h``, the two missing terms
 add up over the rows to parts along two known directions: the mean of h, which shifts x, and W, which scales x. Neither
 changes the function that batch normalization would train. The step removes both once its rows are complete.
+
+Only what came through the layer's output is projected: a term of the loss that names the weight itself, such as L2, stays.
 """
 
 import functools
@@ -71,7 +73,9 @@ def projected_weight_gradient(
 
 
 class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
-    """The layer that feeds a batchless layer, and the sums over the rows of its inputs in this step.
+    """The layer that feeds a batchless layer; its weight's gradients and the sums over the rows of its inputs in this step.
+
+    In a training pass the layer computes with an alias of its weight, whose gradient comes from the layer's output alone.
 
     Args:
         norm: The batchless layer.
@@ -83,7 +87,65 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
         super().__init__(collector)
         self.norm, self.layer = norm, layer
         self.features = layer.in_channels if isinstance(layer, _ConvNd) else layer.in_features
+        self._forget()
+        self._handles += [
+            layer.register_forward_pre_hook(self._lend),
+            layer.register_forward_hook(self._return, always_call=True),
+        ]
         self.watch(layer)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start anew: a copy of the weight has no hook."""
+        self._weight: Tensor | None = None
+        self._from_output: Tensor | None = None  # in a backward pass that has not come to the weight
+        self._elsewhere: Tensor | None = None
+        self._along: Tensor | None = None
+
+    def discard(self) -> None:
+        """Forget the rows and the gradients since the last step."""
+        super().discard()
+        self._from_output = self._elsewhere = self._along = None
+
+    @attachment
+    @disable_dynamo
+    def _lend(self, layer: nn.Module, _: Any) -> None:
+        weight = layer._parameters.get("weight")  # None where it is computed from other parameters
+        trains = self.norm.training and torch.is_grad_enabled() and is_counting() and self.collector.collects
+        if not trains or weight is None or not weight.requires_grad:
+            return
+        if weight is not self._weight:
+            self._weight = weight
+            self._handles.append(weight.register_hook(self._split))
+        alias = weight.view_as(weight)
+        alias.register_hook(self._add_from_output)
+        layer._parameters["weight"] = alias  # pyright: ignore[reportArgumentType]
+
+    @attachment
+    @disable_dynamo
+    def _return(self, layer: nn.Module, *_: Any) -> None:
+        if layer._parameters.get("weight") is not None and self._weight is not None:
+            layer._parameters["weight"] = self._weight  # pyright: ignore[reportArgumentType]
+
+    def _add_from_output(self, grad: Tensor) -> None:
+        self._from_output = grad.detach() if self._from_output is None else self._from_output + grad.detach()
+
+    def _split(self, grad: Tensor) -> None:
+        """Take note of a backward pass's whole gradient of the weight, and of what of it is not from the layer's output."""
+        if not (is_counting() and self.collector.collects):
+            return
+        output, self._from_output = self._from_output, None
+        elsewhere, along = grad.detach() if output is None else grad.detach() - output, self._times_weight(grad)
+        self._elsewhere = elsewhere if self._elsewhere is None else self._elsewhere + elsewhere
+        self._along = along if self._along is None else self._along + along
+
+    def _times_weight(self, grad: Tensor) -> Tensor:
+        """Product of a gradient with the weight, per output."""
+        weight, dtype = self.layer.weight.detach(), self.norm.running_mean.dtype
+        return (grad.detach().to(dtype) * weight.to(dtype)).flatten(1).sum(1)
 
     @attachment
     @disable_dynamo
@@ -94,33 +156,49 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
         sums = sum_and_square_sum(x, 1 if isinstance(layer, _ConvNd) else -1)
         self.count(output, (x.numel() // self.features, *sums), layer._parameters.get("weight"))
 
-    def take_sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the number of rows ``()``, sum and sum of squares ``(in,)`` of the layer's inputs since the last call."""
-        like, counted = self.norm.running_mean.detach(), self.take()
-        if not counted:
-            return like.new_zeros(()), like.new_zeros(self.features), like.new_zeros(self.features)
-        rows, totals, squares = zip(*counted, strict=True)
-        return like.new_full((), sum(rows)), functools.reduce(torch.add, totals), functools.reduce(torch.add, squares)
+    def take_sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the sums since the last call.
 
-    def project(self, mean: Tensor, variance: Tensor) -> None:
+        Returns:
+            Number of rows ``()``; sum and sum of squares of the layer's inputs ``(in,)``; the weight's gradients, all terms of
+            the loss together, times the weight ``(out,)``.
+        """
+        like, counted, along = self.norm.running_mean.detach(), self.take(), self._along
+        rows, totals, squares = (
+            zip(*counted, strict=True) if counted else ([0], *([like.new_zeros(self.features)],) * 2)
+        )
+        total, square = (functools.reduce(torch.add, sums) for sums in (totals, squares))
+        return like.new_full((), sum(rows)), total, square, torch.zeros_like(like) if along is None else along
+
+    def project(self, mean: Tensor, variance: Tensor, along: Tensor) -> None:
         """Replace the gradient of the weight, if there is one, by the projected one.
+
+        Unscaling and clipping multiply ``.grad`` by a factor that the gradients of single backward passes lack: it is found
+        by least squares from the products of both with the weight.
 
         Args:
             mean: Of the layer's inputs in this step, over all ranks, ``(in,)``.
             variance: Likewise.
+            along: The weight's gradients times the weight, mean over all ranks, ``(out,)``.
         """
-        weight = self.layer._parameters.get("weight")  # by now it may be computed from other parameters
-        if weight is not None and weight.grad is not None:
-            groups = getattr(self.layer, "groups", 1)
-            weight.grad.copy_(projected_weight_gradient(weight.grad, weight.detach(), mean, variance, groups=groups))
+        elsewhere, weight = self._elsewhere, self.layer._parameters.get("weight")
+        self.discard()
+        if weight is None or weight.grad is None or elsewhere is None:
+            return
+        factor = (self._times_weight(weight.grad) @ along / along.square().sum()).nan_to_num(0, 0, 0)
+        elsewhere = (elsewhere * factor).to(weight.grad.dtype)
+        groups = getattr(self.layer, "groups", 1)
+        grad = projected_weight_gradient(weight.grad - elsewhere, weight.detach(), mean, variance, groups=groups)
+        weight.grad.copy_(grad + elsewhere)
 
 
-def project_weights(producers: Sequence[FeedingLayer], sums: Sequence[tuple[Tensor, ...]]) -> None:
+def project_weights(producers: Sequence[FeedingLayer], sums: Sequence[tuple[Tensor, ...]], ranks: int) -> None:
     """Project the gradients of all producers' weights.
 
     Args:
         producers: The layers.
         sums: What ``FeedingLayer.take_sums`` gave for each, over all ranks. Statistics that are not finite count as zero.
+        ranks: Number of ranks.
     """
     groups: dict[Any, list[tuple[FeedingLayer, tuple[Tensor, ...]]]] = {}
     for producer, own in zip(producers, sums, strict=True):
@@ -131,8 +209,8 @@ def project_weights(producers: Sequence[FeedingLayer], sums: Sequence[tuple[Tens
         mean, square = (torch.cat([own[k] for _, own in group]) / rows for k in (1, 2))
         variance = (square - mean.square()).clamp(min=0)
         mean, variance = (t.nan_to_num(0, 0, 0).split(sizes) for t in (mean, variance))
-        for (producer, _), m, v in zip(group, mean, variance, strict=True):
-            producer.project(m, v)
+        for (producer, own), m, v in zip(group, mean, variance, strict=True):
+            producer.project(m, v, own[3] / ranks)
 
 
 def feeding_layers(model: nn.Module, collector: Collector) -> list[FeedingLayer]:
