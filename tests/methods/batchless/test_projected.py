@@ -291,15 +291,30 @@ def test_a_term_of_the_loss_that_names_the_weight_stays_whole(layer, penalty, pr
     assert (grads[0] * layer.weight.detach()).flatten(1).sum(1).abs().max() < 1e-12
 
 
-def test_an_attached_model_is_copied_and_pickled_with_its_weight():
-    model, x = Fed(), torch.randn(5, 4)
-    stepped(model, x)
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert isinstance(again.layer.weight, nn.Parameter)
-        again(x).sum().backward()
-        assert torch.equal(again.layer.weight, model.layer.weight)
-        assert isinstance(again.layer.weight, nn.Parameter)
-        assert again.layer.weight.grad is not None
+def again(copied):
+    return pickle.loads(pickle.dumps(copied))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, again])
+def test_a_model_and_its_optimizer_that_are_copied_together_go_on_alike(duplicate):
+    torch.manual_seed(0)
+    model, x = Fed().double(), torch.randn(5, 4).double() + 1
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    normkit.attach(model, optimizer)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        (model(x).square().sum() + l1(model.layer.weight)).backward()
+        optimizer.step()
+        return model.layer.weight
+
+    step(model, optimizer)
+    other = duplicate((model, optimizer))
+    for _ in range(2):
+        ours, theirs = step(model, optimizer), step(*other)
+        assert isinstance(theirs, nn.Parameter)
+        assert theirs is not ours
+        assert torch.equal(theirs, ours)
 
 
 def test_a_forward_that_raises_leaves_the_weight_in_its_place():
