@@ -105,6 +105,17 @@ def test_gradients_that_are_assigned_count_the_rows_they_come_from():
     assert model.take() == [1]
 
 
+def test_a_model_that_is_converted_there_and_back_counts_on():
+    model = Counted()
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        model.to(dtype)
+        model(x(dtype=dtype)).sum().backward()
+        model.to(torch.float64).to(dtype)
+        model.zero_grad()
+    model(x()).sum().backward()
+    assert model.take() == [4]
+
+
 def test_inner_steps_of_maml_count_with_the_outer_backward():
     model = Counted()
     names, weights = zip(*model.named_parameters(), strict=True)

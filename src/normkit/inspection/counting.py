@@ -60,18 +60,14 @@ def is_counting() -> bool:
     return _pauses == 0
 
 
-def _leaf(tensor: Tensor) -> Node:
-    """Return the node that accumulates the gradient of ``tensor``, or of the leaf nearest to it."""
-    queue = [get_gradient_edge(tensor).node]
-    known = set(queue)
+def _nearest_leaf(output: Tensor) -> Node:
+    """Return the node that accumulates the gradient of the leaf nearest to ``output``."""
+    queue = [get_gradient_edge(output).node]
     for node in queue:
         if not node.next_functions:
             return node
-        for following, _ in node.next_functions:
-            if following is not None and following not in known:
-                known.add(following)
-                queue.append(following)
-    return queue[-1]
+        queue += [following for following, _ in node.next_functions if following is not None and following not in queue]
+    return queue[0]
 
 
 def _is_filled(leaf: Node) -> bool:
@@ -144,10 +140,40 @@ def _unclaimed(owner: str, remedy: str, copied: bool) -> Collector:
 
 
 class _Forward(Generic[Rows]):
-    """One forward pass: its rows, None once they are counted."""
+    """One forward pass, and the hook on its output.
 
-    def __init__(self, rows: Rows) -> None:
+    Attributes:
+        rows: Its rows, None once they are counted.
+    """
+
+    __slots__ = ("counter", "leaf", "rows", "waiting", "weight")
+
+    def __init__(self, counter: "RowCounter[Rows]", rows: Rows, leaf: Node, weight: Tensor | None) -> None:
+        self.counter, self.leaf, self.weight = counter, leaf, weight
         self.rows: Rows | None = rows
+        self.waiting: RemovableHandle | None = None
+
+    def __call__(self, _: Tensor) -> None:
+        """Count the rows if the backward pass that arrives here fills the gradient."""
+        if self.rows is None:
+            return
+        filled = _is_filled(self.leaf)
+        if not filled and self.weight is not None:  # torch may have made another node, in a conversion there and back
+            self.leaf = self.counter.leaf_of(self.weight, anew=True)
+            filled = _is_filled(self.leaf)
+        if filled:
+            self.fill()
+        elif self.counter.collector.collects and self.counter.note_reached(self) and torch.is_grad_enabled():
+            # create_graph: a later pass may fill the gradient through this one alone
+            self.waiting = self.leaf.variable.register_post_accumulate_grad_hook(self.fill)  # pyright: ignore
+
+    def fill(self, *_: Tensor) -> None:
+        """Count the rows."""
+        if self.waiting is not None:
+            self.waiting.remove()
+        if self.rows is not None:
+            rows, self.rows = self.rows, None
+            self.counter.fill(rows, self.weight)
 
 
 class RowCounter(Generic[Rows]):
@@ -167,10 +193,13 @@ class RowCounter(Generic[Rows]):
         self._task = -1  # the latest backward pass that filled gradients
         self._dropped = True  # whether there was none since the gradients were dropped
         self._passes = 0  # that began with no gradient, since the last step
+        self._leaf: tuple[object, Node] | None = None  # found once: asking torch costs as much as counting
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_kept": [], "_filled": [], "_reached": [], "_leaf": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        RowCounter.take(self)
         self.discard()
 
     @property
@@ -192,29 +221,27 @@ class RowCounter(Generic[Rows]):
             if self.collector.collects:
                 self._kept.append(rows)
             return
-        forward = _Forward(rows)
-        own = weight is not None and weight.requires_grad and weight.is_leaf
-        leaf = _leaf(weight if weight is not None and weight.requires_grad else output)
-        waiting: list[RemovableHandle] = []
+        if weight is None or not weight.requires_grad:
+            leaf, weight = _nearest_leaf(output), None
+        elif weight.grad_fn is not None:  # computed from parameters, as in MAML's inner steps
+            leaf, weight = _nearest_leaf(weight), None
+        else:
+            leaf = self.leaf_of(weight)
+        output.register_hook(_Forward(self, rows, leaf, weight))
 
-        def fill(*_: Tensor) -> None:
-            while waiting:
-                waiting.pop().remove()
-            if forward.rows is not None:
-                rows, forward.rows = forward.rows, None
-                self._fill(rows, leaf if own else None)
+    def leaf_of(self, weight: Tensor, *, anew: bool = False) -> Node:
+        """Return the node that accumulates the gradient of ``weight``; torch makes a new one when the weight is converted."""
+        key = id(weight), weight.device, weight.dtype
+        if anew or self._leaf is None or self._leaf[0] != key:
+            self._leaf = key, get_gradient_edge(weight).node
+        return self._leaf[1]
 
-        def arrived(_: Tensor) -> None:
-            if forward.rows is None:
-                return
-            if _is_filled(leaf):
-                fill()
-            elif not waiting and self.collector.collects:
-                self._reached.append(forward)
-                if torch.is_grad_enabled():  # create_graph: a later pass may fill the gradient through this one alone
-                    waiting.append(leaf.variable.register_post_accumulate_grad_hook(fill))  # pyright: ignore
-
-        output.register_hook(arrived)
+    def note_reached(self, forward: _Forward[Rows]) -> bool:
+        """Note that a backward pass reached the forward without filling the gradient; return whether it is the first one."""
+        new = forward not in self._reached
+        if new:
+            self._reached.append(forward)
+        return new
 
     def discard(self) -> None:
         """Forget the rows whose gradients were dropped."""
@@ -233,11 +260,17 @@ class RowCounter(Generic[Rows]):
         self._kept, self._filled, self._reached, self._passes = [], [], [], 0
         return taken
 
-    def _fill(self, rows: Rows, leaf: Node | None) -> None:
+    def fill(self, rows: Rows, weight: Tensor | None) -> None:
+        """Count rows whose gradients the present backward pass accumulates.
+
+        Args:
+            rows: The rows.
+            weight: The layer's own weight, or None.
+        """
         task = torch._C._current_graph_task_id()  # pyright: ignore[reportAttributeAccessIssue]
         if task != self._task:
             self._task = task
-            if leaf is not None and leaf.variable.grad is None:  # pyright: ignore[reportAttributeAccessIssue]
+            if weight is not None and weight.grad is None:
                 self.discard()
             if self._dropped or not self.collector.collects:
                 self._note_pass()
