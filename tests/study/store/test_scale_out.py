@@ -173,8 +173,8 @@ def test_normkit_worker_shares_a_comparison_and_nothing_depends_on_it(url, tmp_p
         check=True,
     )
     assert run.wait(timeout=120) == 0
-    assert "8 of 8 trials have ended" in worker.stdout
-    assert "1 study worked on" in worker.stdout
+    assert "8 of 8 trials have ended" in worker.stderr
+    assert "worked on 1 study" in worker.stdout
     assert main(["compare", *arguments, "--out", str(tmp_path / "alone"), "--workers", "1", "--quiet"]) == 0
     from normkit.study.folder import StudyFolder
 
@@ -191,7 +191,7 @@ def test_normkit_worker_shares_a_comparison_and_nothing_depends_on_it(url, tmp_p
 def test_a_study_that_is_not_there_is_named(url):
     Store(url, "idle").open(idle_config(1))
     with pytest.raises(StudyError, match="did you mean 'idle'"):
-        join(url, "idel", 1, None, lambda _: None, lambda _: None)
+        join(url, "idel", 1, None, lambda _: None)
 
 
 def test_worker_without_a_storage_says_what_to_give(monkeypatch, capsys):
