@@ -2,7 +2,7 @@
 
 import sys
 
-from normkit.cli.main import main
+from normkit.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

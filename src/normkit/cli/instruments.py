@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import OmitArgPrefixes, arg
 
 from normkit.study.config import DoctorConfig, HowBNHelps, LandscapeConfig
+from normkit.study.files import new_folder
 
 if TYPE_CHECKING:
     from normkit.study.landscape.records import LandscapeRecord
@@ -26,8 +27,8 @@ class Landscape:
         from normkit.study.environment import command_line
         from normkit.study.landscape.run import run_landscape
 
-        self.out.mkdir(parents=True, exist_ok=True)  # not after the runs
-        return _written(run_landscape(self.config, command=command_line(arguments)), self.out)
+        with new_folder(self.out):  # not after the runs
+            return _written(run_landscape(self.config, command=command_line(arguments)), self.out)
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class ReproduceHowBNHelps:
         from normkit.study.environment import command_line
         from normkit.study.papers.how_bn_helps import reproduce
 
-        self.out.mkdir(parents=True, exist_ok=True)
-        return _written(reproduce(self.config, command=command_line(arguments)), self.out)
+        with new_folder(self.out):
+            return _written(reproduce(self.config, command=command_line(arguments)), self.out)
 
 
 def _written(record: "LandscapeRecord", folder: Path) -> int:

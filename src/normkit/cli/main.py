@@ -22,8 +22,10 @@ from normkit import __version__
 from normkit._errors import nearest
 from normkit.cli.instruments import Doctor, Landscape, ReproduceHowBNHelps
 from normkit.cli.reproduce import Reproduce
+from normkit.cli.stop import stoppable, stopped
 from normkit.cli.study import THOROUGH, Compare, Recipes, Report, Worker
 
+LONGEST_ERROR = 299  # characters
 COMMANDS: dict[str, Any] = {
     "compare": Compare,
     "worker": Worker,
@@ -49,15 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a sign that a terminal does not have must not end a study
     try:
         command = _parse([argument for argument in arguments if argument != "--debug"])
-        with _log_to_terminal(logging.WARNING if getattr(command, "quiet", False) else logging.INFO):
-            return command.run(arguments)
+        level = logging.WARNING if getattr(command, "quiet", False) else logging.INFO
+        with _log_to_terminal(level), stoppable():
+            return _run(command, arguments)
     except ValueError as error:
         if debug:
             traceback.print_exc()
         return _print_error(error)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        return stopped(stop)
     except BrokenPipeError:  # the reader of our output has gone: `normkit recipes | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -67,8 +69,26 @@ def main(arguments: list[str] | None = None) -> int:
         return _print_error(f"{error.filename or 'a file'}: {error.strerror}")
 
 
+def _run(command: Any, arguments: list[str]) -> int:
+    """Run a command; a model or data file of the user's that ends the program does not choose the exit code.
+
+    Raises:
+        ValueError: It ended the program.
+    """
+    try:
+        return command.run(arguments)
+    except SystemExit as error:
+        raise ValueError(
+            f"code that the command called ended the program (SystemExit: {error.code}); a model or data file must not call "
+            "sys.exit or parse the command line"
+        ) from error
+
+
 def _print_error(error: object) -> int:
-    print("error:", *str(error).split(), file=sys.stderr)  # one line, also where a user's exception has several
+    text = " ".join(["error:", *str(error).split()])  # one line, also where a user's exception has several
+    if len(text) > LONGEST_ERROR:  # what is wrong stands in front, the remedy at the end
+        text = f"{text[: LONGEST_ERROR - 145]} ... {text[-140:]}"
+    print(text, file=sys.stderr)
     return 2
 
 

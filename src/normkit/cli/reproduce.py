@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from normkit.cli.study import stopped
+from normkit.cli.stop import stopped
+from normkit.cli.study import RESUME
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Reproduce:
                 quiet=self.quiet,
                 arguments=arguments,
             )
-        except KeyboardInterrupt:
-            return stopped()
+        except KeyboardInterrupt as stop:
+            return stopped(stop, RESUME)
         print(page)
         print(f"written: {out / 'reproduce.md'}")
         return 0

@@ -8,7 +8,10 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from normkit.cli.stop import stopped
 from normkit.study.config import StudyConfig
+
+RESUME = "nothing is lost: the same command resumes"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Compare:
     """Trials side by side; 0: one per core, one on a GPU."""
     thorough: bool = False
     """Run the full comparison: ten methods, five batch sizes, five seeds, 20,000 samples a run; takes hours."""
+    retry_failed: bool = False
+    """Run trials that were closed as failed again, for example once their cause is removed."""
     quiet: bool = False
     """Print nothing but the result."""
 
@@ -48,12 +53,13 @@ class Compare:
                 quiet=self.quiet,
                 landscape=self.landscape,
                 track=self.track,
+                retry_failed=self.retry_failed,
                 arguments=arguments,
             )
-        except KeyboardInterrupt:
-            return stopped()
+        except KeyboardInterrupt as stop:
+            return stopped(stop, RESUME)
         _print_report(record, folder)
-        return 0
+        return exit_code(record)
 
 
 THOROUGH = Compare(
@@ -89,7 +95,7 @@ class Worker:
         """Join the studies.
 
         Raises:
-            ValueError: No storage is given.
+            ValueError: No storage is given, or no folder for checkpoints.
         """
         import torch
 
@@ -104,12 +110,14 @@ class Worker:
         if not url:
             raise ValueError(f"--storage is empty; give the URL of a storage, or set {STORAGE_VARIABLE}")
         check_workers(self.workers)
+        checkpoints = self.checkpoints or cache_folder() / "checkpoints"
+        if checkpoints.exists() and not checkpoints.is_dir():
+            raise ValueError(f"--checkpoints {checkpoints}: is no folder; give one, it is made when it is needed")
         count = self.workers or (1 if torch.cuda.is_available() else available_cores())
         try:
-            done = join(url, self.study, count, self.checkpoints or cache_folder() / "checkpoints", check)
-        except KeyboardInterrupt:
-            print("\nstopped; nothing is lost: other workers take over the running trials", file=sys.stderr)
-            return 130
+            done = join(url, self.study, count, checkpoints, check)
+        except KeyboardInterrupt as stop:
+            return stopped(stop, "nothing is lost: other workers take over the running trials")
         print(f"nothing is left to do (worked on {pluralize(done, 'study', 'studies')})")
         return 0
 
@@ -168,10 +176,13 @@ class Recipes:
         return 0
 
 
-def stopped() -> int:
-    """Print that a study was stopped with Ctrl-C and return the exit code."""
-    print("\nstopped; nothing is lost: the same command resumes", file=sys.stderr)
-    return 130
+def exit_code(record: Any) -> int:
+    """Return 0 if a final run came to an end, else 1 after a line that says why none did."""
+    finals = [trial for trial in record.trials if trial.key.phase == "final"]
+    if not finals or any(trial.state != "failed" for trial in finals):
+        return 0
+    print(f"error: every final run failed, the first with: {finals[0].error}"[:299], file=sys.stderr)
+    return 1
 
 
 def _print_report(record: Any, folder: Path) -> None:

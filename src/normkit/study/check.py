@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable
 from copy import deepcopy
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD
@@ -57,6 +58,7 @@ def check(config: StudyConfig) -> Task:
             f"{task.model_label}: the factory returned the same weights twice, which the trials would train on and on; "
             "it must build a new model with every call"
         )
+    check_training(task, model, config.device)
     return task
 
 
@@ -82,6 +84,28 @@ def check_task(task: Task, model: nn.Module, device: str) -> None:
     """
     if isinstance(task, NamedClassification):
         check_fit(task, model, device)
+
+
+def check_training(task: Task, model: nn.Module, device: str) -> None:
+    """Try one backward pass in train mode on two samples: a model may work in eval mode alone.
+
+    Args:
+        task: The task.
+        model: Its model; a copy of it is tried.
+        device: Where the model is.
+
+    Raises:
+        StudyError: It cannot be trained.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its trials show them
+            task.training_loss(deepcopy(model).train(), task.first_batch(2, device)).backward()
+    except (Exception, SystemExit) as error:
+        raise StudyError(
+            f"{task.model_label}: cannot be trained on {task.data_label} ({type(error).__name__}: {error}); its forward or "
+            "backward fails in train mode"
+        ) from error
 
 
 def _check_augmentation(config: StudyConfig, task: Task) -> None:

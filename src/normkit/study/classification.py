@@ -146,7 +146,7 @@ def check_fit(task: NamedClassification, model: nn.Module, device: str) -> None:
         with torch.no_grad():
             output = model(sample)
         model.train(was_training)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise StudyError(
             f"{task.model_label}: cannot take inputs of shape {tuple(sample.shape)} from {task.data_label} "
             f"({type(error).__name__}: {error}); give a model that fits the data"

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,9 +12,11 @@ from normkit._apply import recipes
 from normkit.instruments.result import plain
 from normkit.study.check import check
 from normkit.study.config import StudyConfig
-from normkit.study.environment import command_line, environment, redact, together
+from normkit.study.environment import command_line, environment, redact, texts, together
 from normkit.study.errors import StudyError
-from normkit.study.folder import CHECKPOINTS, StudyFolder, study_name
+from normkit.study.folder import CHECKPOINTS, StudyFolder
+from normkit.study.identity import study_name
+from normkit.study.landscape.records import Trace
 from normkit.study.landscape.run import study_traces
 from normkit.study.plan import Slot, slots
 from normkit.study.records import Cost, StudyRecord, TrialResult
@@ -42,6 +45,7 @@ def compare(
     quiet: bool = True,
     landscape: bool = False,
     track: Sequence[str] = (),
+    retry_failed: bool = False,
     arguments: Sequence[str] = ("compare",),
 ) -> tuple[StudyRecord, Path]:
     """Run a study to its end, resuming where it was interrupted, and write its report.
@@ -54,6 +58,7 @@ def compare(
         quiet: Show no progress.
         landscape: Train every method once more under the instruments, and add what they show to the report.
         track: Names of experiment trackers that get every trial.
+        retry_failed: Run trials that were closed as failed again.
         arguments: The command line that was given, for the report.
 
     Returns:
@@ -66,23 +71,24 @@ def compare(
     check_workers(workers)
     path = out or Path("runs") / study_name(config)
     task = check(config)
-    folder = StudyFolder(path, config, command_line(arguments), redact(storage) if storage else None)
-    folder.prepare()
+    folder = StudyFolder(path, config, command_line(arguments), redact(storage) if storage else None).prepare()
     address = folder.address(storage)
     store = address.store()
     store.open(config)
     check_fingerprint(store, config, task)
     folder.save()
+    if retry_failed:
+        store.retry_failed()
     if len(store.results()) < len(slots(config)):
         store.set_attr(
-            "environment", together(store.get_attr("environment"), environment(config.device) | rank_count())
+            "environment", together(store.get_attr("environment", texts), environment(config.device) | rank_count())
         )
     store.set_attr("data", {"chance": task.chance, "chance_loss": task.chance_loss, "data_summary": task.summary})
     count = workers or (1 if config.device.startswith("cuda") else available_cores())
     try:
         with Display(quiet=quiet) as shown:
             shown.plan(slots(config))
-            trackers = [Tracker(name, path, study_name(config)) for name in track]
+            trackers = [Tracker(name, path, folder.name) for name in track]
 
             def on_progress(results: list[TrialResult], running: list[Slot]) -> None:
                 shown.update(results, running)
@@ -93,11 +99,11 @@ def compare(
                 run_workers(address, config, count, on_progress)
             else:
                 lead(address, config, task, on_progress)
-            if store.get_attr("costs") is None:
+            if store.get_attr("costs", _costs) is None:
                 logger.info("measuring time and memory per step")
                 torch.set_num_threads(1)
                 store.set_attr("costs", [vars(cost) for cost in measure_costs(config, task)])
-            if landscape and store.get_attr("landscape") is None:
+            if landscape and store.get_attr("landscape", _traces) is None:
                 logger.info("measuring the landscape of every method")
                 traces = study_traces(config, task, store.results())
                 store.set_attr("landscape", [plain(trace) for trace in traces])
@@ -112,19 +118,29 @@ def report(folder: StudyFolder, store: Store) -> StudyRecord:
     from normkit.study.report.render import write_report
 
     config = folder.config
-    facts = store.get_attr("data") or {"chance": None, "chance_loss": None, "data_summary": config.data}
+    facts = store.get_attr("data", dict) or {"chance": None, "chance_loss": None, "data_summary": config.data}
     record = StudyRecord(
         config={**config.to_dict(), "reference": config.reference, **facts},
-        environment=store.get_attr("environment") or {},
+        environment=store.get_attr("environment", texts) or {},
         command=folder.command,
         trials=tuple(store.results()),
-        costs=tuple(Cost(**cost) for cost in store.get_attr("costs") or ()),
+        costs=store.get_attr("costs", _costs) or (),
         planned=len(slots(config)),
         recipes={m: {"summary": recipes()[m].summary, "paper": recipes()[m].paper} for m in config.methods},
-        landscape=tuple(store.get_attr("landscape") or ()),
+        landscape=store.get_attr("landscape", _traces) or (),
     )
     write_report(record, folder.path)
     return record
+
+
+def _costs(kept: list[dict[str, Any]]) -> tuple[Cost, ...]:
+    return tuple(Cost(**cost) for cost in kept)
+
+
+def _traces(kept: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    for trace in kept:
+        Trace(**trace)  # what is none is damaged
+    return tuple(kept)
 
 
 def check_workers(count: int) -> None:

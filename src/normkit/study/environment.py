@@ -3,10 +3,12 @@
 import contextlib
 import importlib.metadata
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote, unquote_plus
 
 import torch
 
@@ -43,6 +45,16 @@ def together(kept: dict[str, str] | None, found: dict[str, str]) -> dict[str, st
     return joined
 
 
+def texts(kept: dict[str, str]) -> dict[str, str]:
+    """A kept environment; it raises where that is none.
+
+    Examples:
+        >>> texts({"ranks": 2})
+        {'ranks': '2'}
+    """
+    return {str(name): str(value) for name, value in kept.items()}
+
+
 def check_device(device: str) -> None:
     """Check that tensors can be made on a device.
 
@@ -68,22 +80,32 @@ def command_line(arguments: Sequence[str]) -> str:
 
 
 def redact(text: str, url: str | None = None) -> str:
-    """``text`` without the password of a URL in it.
+    """``text`` without the secrets of a URL in it: its password, and every query value that is not known to be harmless.
+
+    Args:
+        text: Any text.
+        url: The URL whose secrets ``text`` may repeat; default ``text`` itself.
 
     Examples:
-        >>> redact("postgresql://me:secret@host/db")
-        'postgresql://me:***@host/db'
+        >>> redact("postgresql://me:secret@host/db?sslmode=require&sslpassword=x")
+        'postgresql://me:***@host/db?sslmode=require&sslpassword=***'
+        >>> redact("no password 'a%b'", "mysql://me:a%25b@host/db")
+        "no password '***'"
     """
-    from sqlalchemy.engine import make_url  # benchmarks describe machines that have no sqlalchemy
-    from sqlalchemy.exc import ArgumentError
-
     source = url or text
-    with contextlib.suppress(ArgumentError, ValueError):
-        parsed = make_url(source)
-        if parsed.password:
-            text = text.replace(source, parsed.render_as_string(hide_password=True))
-            text = text.replace(str(parsed.password), "***")
+    secrets = {found["secret"] for found in _USER.finditer(source)}
+    secrets |= {found["secret"] for found in _QUERY.finditer(source) if found["key"].lower() not in HARMLESS}
+    for secret in sorted({*secrets, *map(unquote_plus, secrets), *map(unquote, secrets)} - {""}, key=len, reverse=True):
+        text = text.replace(secret, "***")
     return text
+
+
+HARMLESS = {
+    *("application_name", "charset", "check_same_thread", "client_encoding", "connect_timeout", "host", "mode", "port"),
+    *("sslmode", "sslrootcert", "target_session_attrs", "timeout", "uri"),
+}
+_USER = re.compile(r"\w[\w+.-]*://[^\s/?#:@]*:(?P<secret>[^\s@]*)@")
+_QUERY = re.compile(r"[?&;](?P<key>[\w.-]+)=(?P<secret>[^\s&;#]*)")
 
 
 def _redact_argument(argument: str) -> str:

@@ -42,7 +42,7 @@ def load_factory(spec: str, argument: str) -> Callable[..., Any]:
     module_name, _, name = spec.rpartition(":")
     try:
         module = _load_file(Path(module_name)) if module_name.endswith(".py") else _import(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise FactoryError(
             f"{argument} {spec!r}: importing {module_name!r} failed ({type(error).__name__}: {error}); give "
             "package.module:factory importable from here, or path/to/file.py:factory"

@@ -1,16 +1,16 @@
 """The output folder of a study: its configuration, and where its trials are kept."""
 
-import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sqlalchemy.engine import URL
 
 from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
-from normkit.study.store.store import difference
+from normkit.study.files import write_file
+from normkit.study.identity import difference, former_name, pack, study_name, unpack
 from normkit.study.store.worker import StoreAddress, lock_file
 
 STUDY_FILE = "study.json"
@@ -27,15 +27,25 @@ class StudyFolder:
         config: Configuration of the study.
         command: The command that made it, credentials redacted.
         storage: URL of the storage, credentials redacted; None for the SQLite file in the folder.
+        former_name: Name of the study in its storage, where an earlier version gave it another one.
     """
 
     path: Path
     config: StudyConfig
     command: str
     storage: str | None
+    former_name: str | None = None
 
-    def prepare(self) -> None:
+    @property
+    def name(self) -> str:
+        """Name of the study in its storage."""
+        return self.former_name or study_name(self.config)
+
+    def prepare(self) -> "StudyFolder":
         """Make the folder; if it holds a study already, check that it is the same one.
+
+        Returns:
+            This folder, with the name that its study has.
 
         Raises:
             StudyError: The folder cannot be written, or holds another study, or the same one in another storage.
@@ -45,15 +55,16 @@ class StudyFolder:
         except OSError as error:
             raise StudyError(f"--out {self.path}: cannot be made ({error.strerror}); give another folder") from error
         if not (self.path / STUDY_FILE).exists():
-            return
+            return self
         kept = StudyFolder.read(self.path)
         if kept.config != self.config:
-            raise StudyError(difference(kept.config.to_dict(), self.config.to_dict()))
+            raise StudyError(difference(kept.config, self.config))
         if kept.storage != self.storage:
             places = [storage or "the folder's own file" for storage in (kept.storage, self.storage)]
             raise StudyError(
                 f"--storage: the trials of {self.path} are in {places[0]}, not in {places[1]}; give that, or another --out"
             )
+        return replace(self, former_name=kept.former_name)
 
     def save(self) -> None:
         """Write ``study.json``, unless it is there.
@@ -64,11 +75,9 @@ class StudyFolder:
         file = self.path / STUDY_FILE
         if file.exists():
             return
-        text = {"config": self.config.to_dict(), "command": self.command, "storage": self.storage}
-        part = file.with_suffix(f".{os.getpid()}.part")
+        text = {"study": pack(self.config), "command": self.command, "storage": self.storage}
         try:
-            part.write_text(json.dumps(text, indent=2) + "\n")
-            part.replace(file)
+            write_file(file, json.dumps(text, indent=2) + "\n")
         except OSError as error:
             raise StudyError(f"--out {self.path}: cannot be written ({error.strerror}); give another folder") from error
 
@@ -77,12 +86,14 @@ class StudyFolder:
         """Read ``study.json`` of a folder.
 
         Raises:
-            StudyError: There is none, or it is damaged.
+            StudyError: There is none, it is damaged, or another version made it that this one cannot resume.
         """
         file = path / STUDY_FILE
         try:
-            text = json.loads(file.read_text())
-            return StudyFolder(path, StudyConfig.from_dict(text["config"]), text["command"], text["storage"])
+            text = json.loads(file.read_text(encoding="utf-8"))
+            kept = text["study"] if "study" in text else text["config"]
+            command, storage = str(text["command"]), text["storage"]
+            storage = None if storage is None else str(storage)
         except FileNotFoundError as error:
             raise StudyError(
                 f"{path} holds no study (no {STUDY_FILE}); give a folder that `normkit compare` wrote"
@@ -91,6 +102,8 @@ class StudyFolder:
             raise StudyError(f"{file}: cannot be read ({error.strerror}); check the rights") from error
         except (ValueError, KeyError, TypeError) as error:
             raise StudyError(f"{file}: is damaged ({error}); remove it and give the command again") from error
+        config = unpack(kept, str(file))
+        return StudyFolder(path, config, command, storage, None if "study" in text else former_name(kept, config))
 
     def address(self, storage: str | None) -> StoreAddress:
         """Return where the trials are kept, given the storage's full URL if it is not in the folder.
@@ -100,24 +113,11 @@ class StudyFolder:
         """
         if self.storage is None and storage is None:
             url = URL.create("sqlite", database=str(self.path / "study.db")).render_as_string()  # "?" and "%" quoted
-            return StoreAddress(url, study_name(self.config), lock_file(url), self.path / CHECKPOINTS)
+            return StoreAddress(url, self.name, lock_file(url), self.path / CHECKPOINTS)
         url = storage or os.environ.get(STORAGE_VARIABLE) or self.storage or ""
         if "***" in url:
             raise StudyError(
                 f"--storage: the trials are in {url}, and its password is kept nowhere; give the URL with --storage or in the "
                 f"environment variable {STORAGE_VARIABLE}"
             )
-        return StoreAddress(url, study_name(self.config), lock_file(url), self.path / CHECKPOINTS)
-
-
-def study_name(config: StudyConfig) -> str:
-    """Name of the study in its storage: equal configurations meet, different ones never do.
-
-    Examples:
-        >>> study_name(StudyConfig()) == study_name(StudyConfig()) != study_name(StudyConfig(seeds=4))
-        True
-    """
-    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:10]
-    words = [Path(config.data).name, Path(config.model).name]
-    plain = "".join(c if c.isalnum() else "-" for c in "-".join(words)).strip("-")
-    return f"{plain}-{digest}"
+        return StoreAddress(url, self.name, lock_file(url), self.path / CHECKPOINTS)

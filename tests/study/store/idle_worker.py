@@ -28,7 +28,7 @@ def work(url: str, config: StudyConfig, pause: float, fatal_trial: int | None = 
     while len(store.results()) < len(slots(config)):
         claim = store.claim()
         if claim is None:
-            store.requeue_dead()
+            store.requeue()
             time.sleep(0.05)
             continue
         claimed += 1

@@ -30,7 +30,9 @@ class Notes(dict):
     """A store's notes."""
 
     set_attr = dict.__setitem__
-    get_attr = dict.get
+
+    def get_attr(self, name, read=lambda kept: kept):
+        return read(self[name]) if name in self else None
 
 
 @pytest.fixture

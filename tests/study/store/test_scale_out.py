@@ -127,9 +127,9 @@ def test_a_worker_without_a_heartbeat_loses_its_trial_to_another(url, monkeypatc
     silent.storage.set_trial_user_attr(claim.trial_id, "owner", "another-machine:1")
     with silent.heartbeat(claim):
         time.sleep(2.5)
-        assert other.requeue_dead() == 0  # it beats
+        assert other.requeue() == set()  # it beats
     time.sleep(2.5)
-    assert other.requeue_dead() == 1
+    assert other.requeue() == {"another-machine:1"}
     taken = other.claim()
     assert taken.slot == claim.slot
     other.record(taken, TrialResult(taken.key, "finished", validation_accuracy=0.9, validation_loss=1.0))

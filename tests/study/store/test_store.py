@@ -15,7 +15,8 @@ from normkit.study.errors import StudyError
 from normkit.study.folder import StudyFolder
 from normkit.study.plan import Slot, slots
 from normkit.study.records import CurvePoint, TrialResult
-from normkit.study.store.store import Store, alive, owner
+from normkit.study.store.owner import alive, owner
+from normkit.study.store.store import Store
 from normkit.study.store.worker import lock_file
 from tests.study.store import idle_worker
 
@@ -90,7 +91,7 @@ def test_the_slot_of_a_killed_process_is_run_again_and_counted_once(tmp_path):
     assert killed.returncode == -signal.SIGKILL
     store = make(tmp_path)
     (lost,) = store.running()
-    assert store.requeue_dead() == 1
+    assert len(store.requeue()) == 1
     again = [store.claim(), store.claim()]
     assert lost in [c.slot for c in again]
     for claim in again:
@@ -104,7 +105,7 @@ def test_a_result_that_comes_after_a_takeover_is_not_counted(tmp_path):
     store = make(tmp_path)
     slow = store.claim()
     store.storage.set_trial_user_attr(slow.trial_id, "owner", owner(2**22 + 1))  # no such process
-    assert store.requeue_dead() == 1
+    assert store.requeue() == {owner(2**22 + 1)}
     quick = next(c for c in (store.claim(), store.claim()) if c.slot == slow.slot)
     finish(store, quick, 0.9)
     finish(store, slow, 0.1)
@@ -115,13 +116,13 @@ def test_a_trial_whose_workers_died_three_times_is_closed_as_failed(tmp_path):
     store = make(tmp_path)
     slot = store.claim().slot
     for _ in range(2):
-        assert store.requeue_dead([owner()], error="killed") == 1
+        assert store.requeue({owner(): "killed"}) == {owner()}
         assert store.results() == []
         claims = list(iter(store.claim, None))
         claim = next(c for c in claims if c.slot == slot)
         for other in set(claims) - {claim}:  # give the other slot back
             store.storage.set_trial_state_values(other.trial_id, TrialState.WAITING)
-    assert store.requeue_dead([owner()], error="killed") == 1
+    assert store.requeue({owner(): "killed"}) == {owner()}
     assert [(r.key, r.state, r.error) for r in store.results()] == [(claim.key, "failed", "killed (3 times)")]
 
 
@@ -129,7 +130,7 @@ def test_a_slot_whose_freeing_was_interrupted_is_freed_by_the_next(tmp_path):
     store = make(tmp_path)
     claim = store.claim()
     store.storage.set_trial_state_values(claim.trial_id, TrialState.FAIL)  # buried, and then the process was killed
-    assert store.requeue_dead() == 1
+    store.requeue()
     assert {store.claim().slot, store.claim().slot} >= {claim.slot}
 
 
@@ -206,7 +207,7 @@ def test_workers_killed_at_random_moments_lose_and_double_nothing(tmp_path):
 def test_claims_of_this_process_are_alive_and_of_a_dead_one_are_not():
     assert alive(owner())
     assert not alive(owner(2**22 + 1))
-    assert alive("another-host:1")  # judged by its heartbeat
+    assert alive("another-host|boot|pid:[1]|1|1")  # judged by its heartbeat
 
 
 def test_heartbeat_is_recorded_while_a_claim_is_worked_on(tmp_path, monkeypatch):

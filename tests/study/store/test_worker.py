@@ -103,6 +103,6 @@ def test_a_worker_killed_in_a_trial_is_replaced_and_the_trial_run_again(tmp_path
     assert [result.state for result in results(tmp_path).values()] == ["finished"] * 2
 
 
-def test_workers_that_cannot_start_end_the_study_with_an_error(tmp_path):
-    with pytest.raises(StudyError, match="end before their first trial"):
+def test_a_worker_that_cannot_load_the_data_ends_the_study_with_its_reason(tmp_path):
+    with pytest.raises(StudyError, match=r"no\.module:here"):
         run_workers(address(tmp_path), dataclasses.replace(CONFIG, data="no.module:here"), 1, lambda *_: None)

@@ -103,7 +103,7 @@ def _from_factory(name: str) -> Data:
         made = load_factory(name, "data")()
     except FactoryError as error:
         raise DataError(str(error)) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(f"data {name!r}: the factory raised {type(error).__name__}: {error}") from error
     if isinstance(made, Data):
         return made

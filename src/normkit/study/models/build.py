@@ -98,7 +98,7 @@ def _from_factory(name: str, input_shape: tuple[int, ...], classes: int) -> nn.M
     factory = load_factory(name, "model")
     try:
         model = factory(input_shape, classes)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"model {name!r}: the factory raised {type(error).__name__}: {error}; it is called as "
             f"factory({input_shape}, {classes})"

@@ -40,10 +40,10 @@ def hugging_face(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Mo
     wanted: dict[str, Any] = {"num_labels": classes, "num_channels": input_shape[0], "image_size": input_shape[1]}
     try:
         read = AutoConfig.from_pretrained if os.path.isdir(name) or "/" in name else AutoConfig.for_model
-        config = read(name)
+        config = read(name, trust_remote_code=False) if read is AutoConfig.from_pretrained else read(name)
         for key in [key for key in wanted if hasattr(config, key)]:
             setattr(config, key, wanted[key])
-        return Logits(AutoModelForImageClassification.from_config(config))
+        return Logits(AutoModelForImageClassification.from_config(config, trust_remote_code=False))
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -9,6 +9,7 @@ from normkit._errors import nearest
 from normkit.study.compare import compare
 from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
+from normkit.study.files import write_file
 from normkit.study.papers.how_bn_helps import DEEP_LINEAR_STEPS, VGG_STEPS
 from normkit.study.papers.presets import PRESETS, SANTURKAR
 from normkit.study.papers.scaling import Comparison, Preset, scaled
@@ -114,7 +115,7 @@ def reproduce(
         record, _ = compare(config, folder, workers=workers, quiet=quiet, arguments=arguments)
         results.append((row, config, record, less))
     text = page(name, preset, results, scale)
-    (out / "reproduce.md").write_text(text, encoding="utf-8")
+    write_file(out / "reproduce.md", text)
     return text
 
 

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from normkit.instruments.result import plain
+from normkit.study.files import write_file
 from normkit.study.landscape.records import LandscapeRecord, Trace
 from normkit.study.report.chart import Series, line_chart
 from normkit.study.report.figures import PANEL, Panel
@@ -34,7 +35,7 @@ def write_landscape(record: LandscapeRecord, folder: Path) -> list[Path]:
         "landscape.json": json.dumps(plain(record.to_dict()), indent=1, allow_nan=False) + "\n",
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="")
+        write_file(folder / name, text)
     return [folder / name for name in texts]
 
 

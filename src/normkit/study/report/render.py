@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from normkit.study.files import write_file
 from normkit.study.landscape.records import Trace
 from normkit.study.records import StudyRecord
 from normkit.study.report.figures import by_batch_size, by_learning_rate, training_curves
@@ -44,7 +45,7 @@ def write_report(record: StudyRecord, folder: Path) -> list[Path]:
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="")
+        write_file(folder / name, text)
     return [folder / name for name in texts]
 
 

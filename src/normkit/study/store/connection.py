@@ -7,18 +7,21 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import optuna
+from filelock import Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
+from normkit.study.environment import redact
 from normkit.study.errors import StudyError
 
 HEARTBEAT_SECONDS = 15
 GRACE_SECONDS = 60
-CONNECT_ATTEMPTS = 5
+CONNECT_ATTEMPTS = 10
 PATIENCE_SECONDS = 300.0  # a database server that restarts must not end a study
 RETRY_SECONDS = 1.0
+_SIMULTANEOUS = ("already exists", "database is locked", "duplicate key")
 _LASTING = ("database or disk is full", "disk I/O error", "readonly database", "unable to open")  # SQLite's words
 
 _P = ParamSpec("_P")
@@ -45,9 +48,19 @@ def connect(url: str) -> RDBStorage:
                 )
         except DBAPIError as error:  # several processes may make the tables of a new storage at the same moment
             attempts += 1
-            if attempts == CONNECT_ATTEMPTS or "already exists" not in str(error):
+            simultaneous = isinstance(error, IntegrityError) or any(words in str(error) for words in _SIMULTANEOUS)
+            if attempts == CONNECT_ATTEMPTS or not simultaneous:
                 raise
             time.sleep(RETRY_SECONDS)
+
+
+def _url(call: Callable[..., object], arguments: tuple[object, ...]) -> str | None:
+    """URL of the storage that a call is for, whose secrets its errors may repeat."""
+    for holder in (*arguments[:1], getattr(call, "__self__", None)):
+        url = getattr(getattr(holder, "storage", holder), "url", None)
+        if isinstance(url, str):
+            return url
+    return None
 
 
 def patient(call: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -66,8 +79,8 @@ def patient(call: Callable[_P, _T]) -> Callable[_P, _T]:
         while True:
             try:
                 return call(*args, **kwargs)
-            except (StorageInternalError, DBAPIError) as error:
-                reason = str(error.__cause__ or error).splitlines()[0]
+            except (StorageInternalError, DBAPIError, Timeout) as error:
+                reason = redact(str(error.__cause__ or error).splitlines()[0], _url(call, args))
                 if time.monotonic() > deadline or any(words in reason for words in _LASTING):
                     raise StudyError(
                         f"--storage: cannot be used ({reason}); see to it and give the command again, what it has is kept"

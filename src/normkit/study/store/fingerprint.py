@@ -4,7 +4,7 @@ The fingerprint of the first start is kept beside the trials and compared at eve
 """
 
 import hashlib
-import math
+import re
 from typing import Any
 
 import numpy as np
@@ -20,23 +20,27 @@ from normkit.study.data.structure import leaves, tensors
 from normkit.study.errors import StudyError
 from normkit.study.store.store import Store
 from normkit.study.task import Task, length
+from normkit.study.train.checkpoint import alike
 
 LOOKED_AT = 32  # examples of each split
-RELATIVE, ABSOLUTE = 1e-2, 1e-4  # decoders, processors and versions differ by less
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def check_fingerprint(store: Store, config: StudyConfig, task: Task) -> None:
     """Keep the fingerprint of data and model in a new study, and refuse to resume it with other ones.
 
+    A kept value that is no fingerprint is replaced, and the log says so.
+
     Raises:
         StudyError: Data or model have changed since the study began.
     """
-    found, kept = fingerprint(task, config.device), store.get_attr("identity")
+    found, kept = fingerprint(task, config.device), store.get_attr("identity", _read)
     if kept is None:
         store.set_attr("identity", found)
         return
     for what, label in (("data", task.data_label), ("model", task.model_label)):
-        if not _equal(kept[what], found[what]):
+        looked_at = {key: found[what].get(key) for key in kept[what]}  # an earlier version may have looked at less
+        if not alike(kept[what], looked_at):
             raise StudyError(
                 f"{label}: has changed since this study began, and its results would be mixed; give another --out, "
                 f"or the {what} as it was"
@@ -54,11 +58,16 @@ def fingerprint(task: Task, device: str) -> dict[str, Any]:
     seed_all(0)
     model = task.model().to(device)
     layers = [(path, type(module).__name__) for path, module in model.named_modules()]
+    single = [(path, repr(module)) for path, module in model.named_modules() if next(module.children(), None) is None]
     shapes = [(path, tuple(tensor.shape)) for path, tensor in model.state_dict().items()]
     output = _untrained_output(task, model, device)
     return {
         "data": {role: _of_split(split, role) for role, split in splits.items() if split is not None},
-        "model": {"layers": _digest(repr((layers, shapes)).encode()), "output": output},
+        "model": {
+            "layers": _digest(repr((layers, shapes)).encode()),
+            "settings": _digest(_ADDRESS.sub("", repr(single)).encode()),
+            "output": output,
+        },
     }
 
 
@@ -71,6 +80,10 @@ def _untrained_output(task: Task, model: nn.Module, device: str) -> list[float]:
     except Exception:
         found = [task.loss(model.train(), batch)]
     return [value for tensor in found for value in tensor.double().flatten().tolist()]
+
+
+def _read(kept: Any) -> dict[str, dict[str, Any]]:
+    return {"data": dict(kept["data"]), "model": dict(kept["model"])}
 
 
 def _of_split(dataset: Any, role: str) -> dict[str, Any]:
@@ -106,13 +119,3 @@ def _of_tensors(split: Split, chosen: Tensor) -> dict[str, Any]:
 
 def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=12).hexdigest()
-
-
-def _equal(kept: Any, found: Any) -> bool:
-    if isinstance(kept, dict):
-        return kept.keys() == found.keys() and all(_equal(kept[key], found[key]) for key in kept)
-    if isinstance(kept, list):
-        return len(kept) == len(found) and all(map(_equal, kept, found))
-    if isinstance(kept, float):
-        return math.isclose(kept, found, rel_tol=RELATIVE, abs_tol=ABSOLUTE) or (math.isnan(kept) and math.isnan(found))
-    return kept == found

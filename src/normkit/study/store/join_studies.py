@@ -1,6 +1,5 @@
 """Joining studies that wait in a storage: ``normkit worker``, on any number of machines."""
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +8,10 @@ import optuna
 
 from normkit._errors import nearest
 from normkit.study.config import StudyConfig
-from normkit.study.environment import environment, redact, together
+from normkit.study.environment import environment, redact, texts, together
 from normkit.study.errors import StudyError
-from normkit.study.plan import Slot, slots
+from normkit.study.identity import unpack
+from normkit.study.plan import Slot, slots, validate
 from normkit.study.records import TrialResult
 from normkit.study.store.fingerprint import check_fingerprint
 from normkit.study.store.store import Store
@@ -29,12 +29,28 @@ def waiting_studies(url: str) -> dict[str, StudyConfig]:
     """
     found: dict[str, StudyConfig] = {}
     lock = lock_file(url)
-    for summary in optuna.get_all_study_summaries(Store(url, "", lock).storage):
-        if "config" in summary.user_attrs:
-            config = StudyConfig.from_dict(json.loads(summary.user_attrs["config"]))
-            if len(Store(url, summary.study_name, lock).results()) < len(slots(config)):
-                found[summary.study_name] = config
+    for name in known_studies(url):
+        try:
+            store = Store(url, name, lock)
+            kept = store.get_attr("config")
+            if kept is None:
+                continue  # another program's
+            config = unpack(kept, f"study {name}")
+            validate(config)
+            if len(store.results()) < len(slots(config)):
+                found[name] = config
+        except (StudyError, TypeError) as error:
+            logger.warning("skipped: %s", error)
     return found
+
+
+def known_studies(url: str) -> list[str]:
+    """Names of all studies in a storage, another program's too.
+
+    Raises:
+        StudyError: The storage cannot be opened.
+    """
+    return optuna.get_all_study_names(Store(url, "", lock_file(url)).storage)
 
 
 def join(
@@ -60,7 +76,7 @@ def join(
         StudyError: There is no study, or none of that name, or this machine cannot run it.
     """
     waiting = waiting_studies(url)
-    known = optuna.get_all_study_names(Store(url, "", lock_file(url)).storage)
+    known = known_studies(url)
     if not known:
         raise StudyError(
             f"--storage {redact(url)}: holds no study; give what `normkit compare --storage` was given, after it began"
@@ -74,7 +90,7 @@ def join(
         address = StoreAddress(url, name, lock_file(url), checkpoints)
         store = address.store()
         check_fingerprint(store, config, task)
-        store.set_attr("environment", together(store.get_attr("environment"), environment(config.device)))
+        store.set_attr("environment", together(store.get_attr("environment", texts), environment(config.device)))
         ended = 0
 
         def on_progress(

@@ -1,38 +1,42 @@
 """The store of trials: an Optuna study, in SQLite by default or in any other Optuna storage.
 
 Every slot of the plan is one Optuna trial that waits from the start, so that any number of processes can work on one
-study: claiming is one atomic change of state. A slot whose worker died is freed and claimed again. Nothing here trains.
+study: claiming is one atomic change of state. A slot whose worker is gone is freed and claimed again. Nothing here trains.
 """
 
 import contextlib
 import json
-import os
-import socket
+import logging
 import threading
-import uuid
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from filelock import FileLock
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState, create_trial
 
 from normkit.study.config import StudyConfig
 from normkit.study.environment import redact
 from normkit.study.errors import StudyError
+from normkit.study.identity import difference, pack, unpack
 from normkit.study.plan import Slot, resolve, slots
 from normkit.study.records import CurvePoint, TrialKey, TrialResult
 from normkit.study.store import connection
 from normkit.study.store.connection import connect, patient
+from normkit.study.store.owner import alive, owner
+from normkit.study.store.rows import Row, Rows
+
+logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 3  # of workers on one trial before it is taken to be the reason
 MIN_PEERS = 2  # that must have reached a point before a run can be pruned there
-_HOST = f"{socket.gethostname()}-{uuid.getnode():x}"
+LOCK_SECONDS = 60.0  # a process that was stopped while it held the lock
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,17 @@ class Store:
 
     def __init__(self, url: str, name: str, lock: Path | None = None) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._lock = FileLock(lock, timeout=LOCK_SECONDS) if lock is not None else contextlib.nullcontext()
         try:
-            self.storage = connect(url)
+            with self._lock:  # of several processes that make a new storage one makes its tables
+                self.storage = connect(url)
         except Exception as error:
             reason = redact(str(error).partition("\n")[0], url)
             raise StudyError(
                 f"--storage {redact(url)}: cannot be opened ({reason}); check the URL, the server, its driver and the rights"
             ) from error
         self.name = name
-        self._lock = FileLock(lock) if lock is not None else contextlib.nullcontext()
+        self._rows = Rows(self.storage, name)
 
     # -- the plan -----------------------------------------------------------------------------------------------------
 
@@ -72,22 +78,16 @@ class Store:
         """Create the study, or join it if it is there, and put every slot of the plan in it.
 
         Raises:
-            StudyError: The study is there with another configuration.
+            StudyError: The study is there with another configuration, or a newer version made it.
         """
         with self._lock:
-            study = optuna.create_study(
-                storage=self.storage, study_name=self.name, direction="maximize", load_if_exists=True
-            )
-            text = json.dumps(config.to_dict(), sort_keys=True)
-            kept = study.user_attrs.get("config")
+            optuna.create_study(storage=self.storage, study_name=self.name, direction="maximize", load_if_exists=True)
+            kept = self._rows.attribute("config")
             if kept is None:
-                study.set_user_attr("config", text)
-            elif kept != text:
-                raise StudyError(difference(json.loads(kept), config.to_dict()))
-            have = {_slot(trial) for trial in study.get_trials(deepcopy=False)}
-            for slot in slots(config):
-                if slot not in have:
-                    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={"slot": asdict(slot)}))
+                self.storage.set_study_user_attr(self._rows.study_id, "config", json.dumps(pack(config)))
+            elif (other := unpack(kept, f"study {self.name} in --storage")) != config:
+                raise StudyError(difference(other, config))
+            self._rows.plan(slots(config))
         self.config = config
 
     def exists(self) -> bool:
@@ -97,20 +97,7 @@ class Store:
     @property
     def study_id(self) -> int:
         """Optuna's number of the study."""
-        return self.storage.get_study_id_from_name(self.name)
-
-    def _trials(self) -> dict[Slot, FrozenTrial]:
-        """The trial of each slot: of several, the first with a result, else the first that is not dead.
-
-        There are several when two processes opened the study at once, or a dead worker's slot was given out again.
-        """
-        chosen: dict[Slot, FrozenTrial] = {}
-        for trial in self.storage.get_all_trials(self.study_id, deepcopy=False):
-            slot = _slot(trial)
-            kept = chosen.get(slot)
-            if kept is None or (_rank(trial) < _rank(kept)):
-                chosen[slot] = trial
-        return chosen
+        return self._rows.study_id
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
@@ -121,39 +108,48 @@ class Store:
         A slot for which the search found no learning rate that works is closed with the reason.
         """
         with self._lock:
-            trials = self._trials()
-            results = [_result(trial) for trial in trials.values() if _ended(trial)]
-            for slot, trial in trials.items():
-                if trial.state != TrialState.WAITING:
+            self._rows.refresh()
+            blocked: set[tuple[str, int]] = set()  # cells whose search has not ended
+            for row in self._rows.waiting():
+                if row.slot.lr is None and row.slot.cell in blocked:
                     continue
-                resolved = resolve(slot, results, self.config)
-                if resolved is None or not self._take(trial):
-                    continue
-                if isinstance(resolved, str):
+                resolved = self._resolve(row.slot)
+                if resolved is None:
+                    blocked.add(row.slot.cell)
+                elif self._take(row):
+                    if isinstance(resolved, TrialKey):
+                        return Claim(row.trial_id, row.slot, resolved)
+                    slot = row.slot
                     key = TrialKey(slot.phase, slot.method, slot.batch_size, 0.0, slot.seed)
-                    self.record(Claim(trial._trial_id, slot, key), TrialResult(key, "failed", error=resolved))
-                    continue
-                return Claim(trial._trial_id, slot, resolved)
+                    self.record(Claim(row.trial_id, slot, key), TrialResult(key, "failed", error=resolved))
         return None
 
-    def _take(self, trial: FrozenTrial) -> bool:
+    def _resolve(self, slot: Slot) -> TrialKey | str | None:
+        return resolve(slot, self._rows.searched(slot.cell) if slot.lr is None else (), self.config)
+
+    def _take(self, row: Row) -> bool:
         try:
-            taken = self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+            taken = self.storage.set_trial_state_values(row.trial_id, TrialState.RUNNING)
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
         if taken:  # from here on the claim is this process's: only signing it is repeated while the storage is away
-            patient(self.storage.set_trial_user_attr)(trial._trial_id, "owner", owner())
-            patient(self.storage.record_heartbeat)(trial._trial_id)
+            patient(self.storage.set_trial_user_attr)(row.trial_id, "owner", owner())
+            patient(self.storage.record_heartbeat)(row.trial_id)
         return taken
 
     @patient
     def record(self, claim: Claim, result: TrialResult) -> None:
         """Keep the result of a claimed slot; a result that arrived first (after a takeover) is not overwritten."""
-        state = TrialState.COMPLETE if result.state == "finished" else TrialState.FAIL
-        values = [result.validation_accuracy or 0.0] if state == TrialState.COMPLETE else None
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self.storage.set_trial_user_attr(claim.trial_id, "result", json.dumps(result.to_dict()))
-            self.storage.set_trial_state_values(claim.trial_id, state, values)
+            self._end(claim.trial_id, result)
+
+    def _end(self, trial_id: int, result: TrialResult) -> None:
+        """Change the state of a trial whose result is kept."""
+        finished = result.state == "finished"
+        values = [result.validation_accuracy or 0.0] if finished else None
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self.storage.set_trial_state_values(trial_id, TrialState.COMPLETE if finished else TrialState.FAIL, values)
 
     @contextlib.contextmanager
     def heartbeat(self, claim: Claim) -> Iterator[None]:
@@ -173,47 +169,82 @@ class Store:
             stop.set()
             thread.join()
 
-    @patient
-    def requeue_dead(self, dead: Sequence[str] = (), error: str | None = None) -> int:
-        """Queue the slots of dead workers again and return how many.
+    def requeue(self, gone: Mapping[str, str | None] | None = None) -> set[str]:
+        """Queue the slots of workers that are gone again.
 
-        Gone are owners in ``dead``, processes of this host that do not run any more, and workers without a heartbeat. A
-        slot whose workers died ``MAX_DEATHS`` times is closed as failed: it is the trial that ends them (memory, say).
+        Gone are those that the caller knows to be, processes of this place that do not run any more, and workers without a
+        heartbeat. A slot is closed as failed where ``MAX_DEATHS`` workers died in it: the trial then ends them (memory, say).
+        A worker that was stopped from outside, or together with its parent, does not count.
 
         Args:
-            dead: Owners known to be gone.
-            error: How they went, for a slot that is closed.
+            gone: Owner -> how its process died by itself, or None where it was stopped.
+
+        Returns:
+            The owners whose slots were freed.
         """
+        return patient(self.requeue_once)(gone)
+
+    def requeue_once(self, gone: Mapping[str, str | None] | None = None) -> set[str]:
+        """``requeue`` without waiting for a storage that is away."""
+        gone = gone or {}
         stale = set(self.storage._get_stale_trial_ids(self.study_id))
-        freed = 0
+        freed = set()
         with self._lock:
-            deaths = Counter(map(_slot, filter(_died, self.storage.get_all_trials(self.study_id, deepcopy=False))))
-            for slot, trial in self._trials().items():
-                holder = trial.user_attrs.get("owner", "")
-                gone = holder in dead or trial._trial_id in stale or _abandoned(trial)
-                if _ended(trial) or not (_died(trial) or (trial.state == TrialState.RUNNING and gone)):
+            self._rows.refresh()
+            for row, holder in self._rows.running():
+                if row.result is not None:  # its worker was killed between result and state
+                    self._end(row.trial_id, row.result)
+                    freed.add(holder)
                     continue
-                resolved = resolve(slot, self.results(), self.config)
-                if (
-                    trial.state == TrialState.RUNNING
-                    and deaths[slot] + 1 >= MAX_DEATHS
-                    and isinstance(resolved, TrialKey)
-                ):
-                    reason = f"{error or 'its worker ended'} ({MAX_DEATHS} times)"
-                    self.record(Claim(trial._trial_id, slot, resolved), TrialResult(resolved, "failed", error=reason))
-                    freed += 1
-                elif _died(trial) or self._mark_failed(trial):
-                    again = create_trial(state=TrialState.WAITING, user_attrs={"slot": asdict(slot)})
-                    self.storage.create_new_trial(self.study_id, again)
-                    freed += 1
+                if not (holder in gone or row.trial_id in stale or self._abandoned(row, holder)):
+                    continue
+                reason = gone.get(holder)
+                if reason is not None and self._deadly(row, reason):
+                    freed.add(holder)
+                    continue
+                if self._give_up(row, reason):
+                    freed.add(holder)
+            self._rows.refresh()
+            for row in self._rows.dead():
+                again = {"slot": asdict(row.slot), "generation": row.generation}
+                self.storage.create_new_trial(self.study_id, create_trial(state=TrialState.WAITING, user_attrs=again))
         return freed
 
-    def _mark_failed(self, trial: FrozenTrial) -> bool:
+    def _abandoned(self, row: Row, holder: str) -> bool:
+        """Return whether the trial's process is gone, or was gone before it could sign its claim."""
+        if holder:
+            return not alive(holder)
+        started = self.storage.get_trial(row.trial_id).datetime_start
+        return started is not None and (datetime.now() - started).total_seconds() > connection.GRACE_SECONDS
+
+    def _deadly(self, row: Row, reason: str) -> bool:
+        """Close a slot in which enough workers died; False if it may run again."""
+        key = self._resolve(row.slot)
+        if self._rows.deaths(row.slot) + 1 < MAX_DEATHS or not isinstance(key, TrialKey):
+            return False
+        error = f"{reason} ({MAX_DEATHS} times)"
+        self.record(Claim(row.trial_id, row.slot, key), TrialResult(key, "failed", error=error))
+        return True
+
+    def _give_up(self, row: Row, reason: str | None) -> bool:
         """Mark a trial as failed; False if another process did so, or a result came, first."""
         try:
-            return self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            if reason is not None:
+                self.storage.set_trial_user_attr(row.trial_id, "death", reason)
+            return self.storage.set_trial_state_values(row.trial_id, TrialState.FAIL)
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
+
+    @patient
+    def retry_failed(self) -> int:
+        """Queue every slot that was closed as failed again, its deaths forgotten, and return how many."""
+        with self._lock:
+            self._rows.refresh()
+            failed = [row for row in self._rows.chosen() if row.result is not None and row.result.state == "failed"]
+            for row in failed:
+                again = {"slot": asdict(row.slot), "generation": row.generation + 1}
+                self.storage.create_new_trial(self.study_id, create_trial(state=TrialState.WAITING, user_attrs=again))
+        return len(failed)
 
     @patient
     def below_median(self, claim: Claim, point: CurvePoint) -> bool:
@@ -224,14 +255,16 @@ class Store:
         """
         if claim.slot.phase != "search" or point.validation_accuracy is None:
             return False
-        self.storage.set_trial_intermediate_value(claim.trial_id, point.examples, point.validation_accuracy)
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self.storage.set_trial_intermediate_value(claim.trial_id, point.examples, point.validation_accuracy)
         if 3 * point.examples < self.config.budget:
             return False
+        self._rows.refresh()
         peers = [
-            trial.intermediate_values[point.examples]
-            for slot, trial in self._trials().items()
-            if slot.phase == "search" and slot.cell == claim.slot.cell and slot != claim.slot
-            if point.examples in trial.intermediate_values
+            values[point.examples]
+            for row in self._rows.chosen()
+            if row.slot.phase == "search" and row.slot.cell == claim.slot.cell and row.slot != claim.slot
+            if point.examples in (values := self.storage.get_trial(row.trial_id).intermediate_values)
         ]
         return len(peers) >= MIN_PEERS and point.validation_accuracy < median(peers)
 
@@ -240,12 +273,14 @@ class Store:
     @patient
     def results(self) -> list[TrialResult]:
         """Results of all slots that ended, in the plan's order."""
-        return [_result(trial) for trial in self._trials().values() if _ended(trial)]
+        self._rows.refresh()
+        return [row.result for row in self._rows.chosen() if row.result is not None]
 
     @patient
     def running(self) -> list[Slot]:
         """Slots that some worker has claimed and not ended."""
-        return [slot for slot, t in self._trials().items() if t.state == TrialState.RUNNING and not _ended(t)]
+        self._rows.refresh()
+        return [row.slot for row in self._rows.chosen() if row.state == TrialState.RUNNING and row.result is None]
 
     @patient
     def set_attr(self, name: str, value: Any) -> None:
@@ -253,64 +288,18 @@ class Store:
         self.storage.set_study_user_attr(self.study_id, name, value)
 
     @patient
-    def get_attr(self, name: str) -> Any:
-        """The value kept under ``name``, or None."""
-        return self.storage.get_study_user_attrs(self.study_id).get(name)
+    def get_attr(self, name: str, read: Callable[[Any], _T] = lambda kept: kept) -> _T | None:
+        """The value kept under ``name``, or None.
 
-
-def owner(pid: int | None = None) -> str:
-    """A process of this host (default: this one), as processes on other hosts can name it."""
-    return f"{_HOST}:{pid or os.getpid()}"
-
-
-def alive(holder: str) -> bool:
-    """False if ``holder`` is a process of this host that does not run; others are judged by their heartbeat."""
-    host, _, pid = holder.rpartition(":")
-    if host != _HOST:
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def difference(kept: dict[str, Any], given: dict[str, Any]) -> str:
-    """Return the differences of two configurations as an error message."""
-    keys = [key for key in sorted({*kept, *given}) if kept.get(key) != given.get(key)]
-    changes = "; ".join(f"{key}: kept {kept.get(key)}, given {given.get(key)}" for key in keys)
-    return f"--out holds a study with another configuration ({changes}); give another --out, or the kept values"
-
-
-def _abandoned(trial: FrozenTrial) -> bool:
-    """Return whether the trial's process is gone, or was gone before it could sign its claim."""
-    if "owner" in trial.user_attrs:
-        return not alive(trial.user_attrs["owner"])
-    started = trial.datetime_start
-    return started is not None and (datetime.now() - started).total_seconds() > connection.GRACE_SECONDS
-
-
-def _slot(trial: FrozenTrial) -> Slot:
-    return Slot(**trial.user_attrs["slot"])
-
-
-def _ended(trial: FrozenTrial) -> bool:
-    return "result" in trial.user_attrs
-
-
-def _died(trial: FrozenTrial) -> bool:
-    """Return whether the trial was given up without a result, its worker gone."""
-    return trial.state == TrialState.FAIL and not _ended(trial)
-
-
-def _result(trial: FrozenTrial) -> TrialResult:
-    return TrialResult.from_dict(json.loads(trial.user_attrs["result"]))
-
-
-def _rank(trial: FrozenTrial) -> tuple[int, int]:
-    """Order of trials of one slot: a result first, then a live one, a dead one last; among equals the oldest."""
-    if _ended(trial):
-        return 0, trial.number
-    return (2 if trial.state.is_finished() else 1), trial.number
+        Args:
+            name: Its name.
+            read: Makes of the kept JSON what is returned; where it raises, the value is damaged and counts as absent.
+        """
+        kept = self._rows.attribute(name)
+        if kept is None:
+            return None
+        try:
+            return read(kept)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            logger.warning("study %s: its %r is damaged (%s) and counts as absent", self.name, name, error)
+            return None

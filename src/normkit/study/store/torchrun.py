@@ -21,6 +21,7 @@ from normkit.study.errors import StudyError
 from normkit.study.load import load
 from normkit.study.plan import slots
 from normkit.study.records import CurvePoint, TrialKey
+from normkit.study.store.fingerprint import fingerprint
 from normkit.study.store.store import Claim, Store
 from normkit.study.store.worker import SHORTEST_POLL, Progress, StoreAddress
 from normkit.study.task import Task
@@ -55,19 +56,22 @@ def lead(address: StoreAddress, config: StudyConfig, task: Task, on_progress: Pr
     """
     store, planned = address.store(), len(slots(config))
     store.open(config)
-    store.requeue_dead()
+    store.requeue()
+    found = fingerprint(task, config.device)
     with _process_group(config):
         while len(results := store.results()) < planned:
             claim = store.claim()
             on_progress(results, store.running())
             if claim is None:
                 time.sleep(SHORTEST_POLL)
-                store.requeue_dead()
+                store.requeue()
                 continue
             from_first(claim.key)
             watching = partial(_agreed, store, claim) if config.prune else None
             with store.heartbeat(claim):
-                result = run_trial(config, claim.key, task, folder=address.checkpoints, on_point=watching)
+                result = run_trial(
+                    config, claim.key, task, folder=address.checkpoints, fingerprint=found, on_point=watching
+                )
             store.record(claim, result)
         from_first(None)
         on_progress(store.results(), [])

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -25,12 +26,21 @@ from normkit.study.errors import DataError, StudyError
 from normkit.study.load import load
 from normkit.study.plan import Slot, slots
 from normkit.study.records import TrialResult
-from normkit.study.store.store import Store, owner
+from normkit.study.store import connection
+from normkit.study.store.fingerprint import fingerprint
+from normkit.study.store.owner import owner
+from normkit.study.store.store import Store
 from normkit.study.task import Task
 from normkit.study.train.trial import run_trial
 
 SHORTEST_POLL, LONGEST_POLL = 0.3, 10.0  # seconds
 MAX_IDLE_DEATHS = 3
+END_SECONDS = 5.0  # for a worker to end before it is killed
+INTERRUPTIONS = {
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+}
 Progress = Callable[[list[TrialResult], list[Slot]], None]  # called with results and running slots
 
 
@@ -80,18 +90,44 @@ def poll_interval(seconds: float) -> float:
 def work(store: Store, config: StudyConfig, task: Task, checkpoints: Path | None = None) -> None:
     """Claim, train and record until every slot of the plan has ended."""
     planned = len(slots(config))
+    found = None
     while True:
         claim = store.claim()
         if claim is not None:
             with store.heartbeat(claim):
+                found = found or fingerprint(task, config.device)  # a model that ends the process does so in its trial
                 watch = partial(store.below_median, claim) if config.prune else None
-                result = run_trial(config, claim.key, task, folder=checkpoints, on_point=watch)
+                result = run_trial(config, claim.key, task, folder=checkpoints, fingerprint=found, on_point=watch)
             store.record(claim, result)
         elif len(store.results()) >= planned:
             return
         else:  # what is left runs elsewhere, or waits for a search that does
             time.sleep(SHORTEST_POLL)
-            store.requeue_dead()
+            store.requeue()
+
+
+@dataclass
+class _Worker:
+    """A worker process, as its parent knows it."""
+
+    process: BaseProcess
+    owner: str
+    messages: Connection
+
+    def failure(self) -> str | None:
+        """What the process said before it ended, if its end was no trial's fault."""
+        with contextlib.suppress(EOFError, OSError):
+            if self.messages.poll():
+                return str(self.messages.recv())
+        return None
+
+    def end(self, seconds: float) -> None:
+        """End the process, whatever it does: one that is stopped or hangs does not hear a request."""
+        self.process.terminate()
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join(seconds)
 
 
 def run_workers(
@@ -102,24 +138,28 @@ def run_workers(
 ) -> None:
     """Run ``count`` worker processes to the end of the study, calling ``on_progress`` with results and running slots.
 
-    A worker that dies (killed for memory, say) closes its trial as failed and is replaced.
+    A worker that dies (killed for memory, say) is replaced, and its trial is run again; where that happens too often the trial
+    is closed as failed. However this function ends, its workers end with it, and what they were at waits for the next start.
 
     Raises:
-        StudyError: Workers end before they begin a trial.
+        StudyError: A worker cannot load the data or write to the storage, or workers end before they begin a trial.
     """
     context = mp.get_context("spawn")
     store = address.store()
     store.open(config)
-    store.requeue_dead()
+    store.requeue()
     planned = len(slots(config))
 
-    def start() -> BaseProcess:
-        process = context.Process(target=_worker_main, args=(address, config), daemon=True)
+    def start() -> _Worker:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_worker_main, args=(address, config, sender), daemon=True)
         process.start()
-        return process
+        sender.close()
+        return _Worker(process, owner(process.pid), receiver)
 
-    workers: list[BaseProcess] = []
+    workers: list[_Worker] = []
     idle_deaths = 0
+    checked = time.monotonic()
     try:
         while True:
             looking = time.perf_counter()
@@ -128,17 +168,24 @@ def run_workers(
                 break
             on_progress(results, store.running())
             took = time.perf_counter() - looking
-            gone = [w for w in workers if w.exitcode not in (None, 0)]
-            died = ""
-            for worker in gone:
-                holder = owner(worker.pid)
-                died = f"the worker process ended with exit code {worker.exitcode}"
-                if worker.exitcode == -signal.SIGKILL:
-                    died += " (killed: out of memory?)"
-                idle_deaths = 0 if store.requeue_dead([holder], error=died) else idle_deaths + 1
-            if idle_deaths > MAX_IDLE_DEATHS:
-                raise StudyError(f"workers end before their first trial; the last: {died}")
-            workers = [w for w in workers if w.exitcode is None]
+            for worker in [w for w in workers if w.process.exitcode is not None]:
+                workers.remove(worker)
+                if worker.process.exitcode == 0:
+                    continue
+                if (failure := worker.failure()) is not None:
+                    raise StudyError(failure)
+                died = _death(worker.process.exitcode)
+                freed = store.requeue({worker.owner: died})
+                idle_deaths = 0 if freed else idle_deaths + 1
+                if idle_deaths > MAX_IDLE_DEATHS:
+                    last = died or "it was stopped from outside"
+                    raise StudyError(f"workers end before their first trial; the last: {last}")
+            if time.monotonic() - checked > connection.HEARTBEAT_SECONDS:
+                freed = store.requeue()
+                for worker in [w for w in workers if w.owner in freed]:  # stopped: no heartbeat for a while
+                    workers.remove(worker)
+                    worker.end(END_SECONDS)
+                checked = time.monotonic()
             waiting = planned - len(results)
             while len(workers) < min(count, waiting):
                 workers.append(start())
@@ -146,12 +193,22 @@ def run_workers(
         on_progress(store.results(), [])
     finally:
         for worker in workers:
-            worker.terminate()
+            worker.process.terminate()
         for worker in workers:
-            worker.join()
+            worker.end(END_SECONDS)
+        with contextlib.suppress(Exception):  # a storage that is away: the next start frees what they were at
+            store.requeue_once({worker.owner: None for worker in workers})
 
 
-def _worker_main(address: StoreAddress, config: StudyConfig) -> None:
+def _death(exit_code: int | None) -> str | None:
+    """How a worker died, or None where it was asked to end from outside, which is no trial's fault."""
+    if exit_code is None or -exit_code in INTERRUPTIONS:
+        return None
+    text = f"the worker process ended with exit code {exit_code}"
+    return text + (" (killed: out of memory?)" if exit_code == -signal.SIGKILL else "")
+
+
+def _worker_main(address: StoreAddress, config: StudyConfig, messages: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _end_with_parent()
     torch.set_num_threads(1)
@@ -159,8 +216,10 @@ def _worker_main(address: StoreAddress, config: StudyConfig) -> None:
         store = address.store()
         store.config = config
         work(store, config, load(config), address.checkpoints)
-    except (StudyError, DataError) as error:  # a line, as the parent would say it
-        sys.exit(f"error: {error}")
+    except Exception as error:  # not of a trial, whose errors are results: the parent says it, and the study ends
+        known = isinstance(error, (StudyError, DataError))
+        messages.send(str(error) if known else f"a worker failed: {type(error).__name__}: {error}")
+        sys.exit(1)
 
 
 def _end_with_parent() -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,6 +73,7 @@ def run_trial(
     task: Task,
     *,
     folder: Path | None = None,
+    fingerprint: Any = None,
     on_point: Callable[[CurvePoint], bool] | None = None,
 ) -> TrialResult:
     """Train and evaluate once; what goes wrong is in the result, never raised.
@@ -83,12 +85,20 @@ def run_trial(
         key: Which run.
         task: Its task, with a validation split.
         folder: Folder of checkpoints; an interrupted run resumes from its last one, exactly.
+        fingerprint: Fingerprint of data and model; a checkpoint with another one counts as absent.
         on_point: Called with each point of the curve; when it returns True the run is given up as ``pruned``.
 
     Returns:
         The result.
+
+    Raises:
+        SystemExit: As any error, of one of several ranks.
     """
-    checkpoint = CheckpointFile(folder, _name(config, key), writes=ranks()[0] == 0) if folder is not None else None
+    checkpoint = None
+    if folder is not None:
+        revision = normkit.recipes()[key.method].revision
+        run = {"study": config.to_dict(), "trial": asdict(key), "revision": revision}
+        checkpoint = CheckpointFile(folder, _name(config, key), run, fingerprint, writes=ranks()[0] == 0)
     loop: Loop | None = None
 
     def ended(state: str, **values: float | str | None) -> TrialResult:
@@ -101,18 +111,29 @@ def run_trial(
         model, optimizer = build_trial(config, key, task)
         loop = Loop(config, key, task, model, optimizer)
         saved = from_first(checkpoint.load()) if checkpoint is not None else None
-        if saved is not None:
-            loop.load_state_dict(saved)
+        if saved is not None and not _resumed(loop, saved):
+            model, optimizer = build_trial(config, key, task)
+            loop = Loop(config, key, task, model, optimizer)
         for point in loop.points(checkpoint):
             if on_point is not None and on_point(point):
                 return ended("pruned", error=f"given up after {point.examples} examples: below the median")
         return ended("finished", **evaluate_trial(config, key, task, loop))
     except Diverged as error:
         return ended("diverged", error=str(error))
-    except Exception as error:  # the study goes on; the report shows the line
+    except (Exception, SystemExit) as error:  # the study goes on; the report shows the line
         if ranks()[1] > 1:  # the other ranks wait for this one: only its end makes the launcher end them too
             raise
         return ended("failed", error=f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _resumed(loop: Loop, saved: dict[str, Any]) -> bool:
+    """Load a checkpoint; False if it does not fit, after which the loop is of no use."""
+    try:
+        loop.load_state_dict(saved)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        logger.warning("a checkpoint does not fit (%s): this run starts anew", str(error).partition("\n")[0])
+        return False
+    return True
 
 
 def evaluate_trial(config: StudyConfig, key: TrialKey, task: Task, loop: Loop) -> dict[str, float | None]:

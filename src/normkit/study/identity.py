@@ -1,0 +1,106 @@
+"""What makes a study this one: its name, its configuration as it is kept, and the versions that may read it.
+
+A study is named by the options that differ from their defaults and by the revisions of its methods, so that an option that a
+later version adds does not rename it. A default is therefore part of that name: one that changes renames the studies that use it.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from normkit import __version__
+from normkit._apply import recipes
+from normkit.study.config import StudyConfig
+from normkit.study.errors import StudyError
+
+FORMAT = 2  # of kept studies; 1 kept every option, and no format
+_FIRST_OPTIONS = {"data", "model", "methods", "batch_sizes"}  # every configuration of format 1 has them
+
+
+def study_name(config: StudyConfig) -> str:
+    """Name of the study in its storage: equal configurations meet, different ones never do.
+
+    Examples:
+        >>> study_name(StudyConfig()) == study_name(StudyConfig()) != study_name(StudyConfig(seeds=4))
+        True
+    """
+    return f"{_words(config)}-{_digest([_options(config), _revisions(config.methods)])}"
+
+
+def pack(config: StudyConfig) -> dict[str, Any]:
+    """The configuration as it is kept, JSON-ready: options that differ from their defaults, revisions other than 1."""
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "options": _options(config),
+        "revisions": _revisions(config.methods),
+    }
+
+
+def unpack(kept: Any, where: str) -> StudyConfig:
+    """The configuration that was kept, by this version or an earlier one.
+
+    Args:
+        kept: What ``pack`` returned, or its JSON.
+        where: Where it is kept, for the message.
+
+    Raises:
+        StudyError: A newer version kept it, one of its methods has changed since, or it is no configuration.
+    """
+    try:
+        kept = json.loads(kept) if isinstance(kept, str) else kept
+        if "format" in kept:
+            version, form = kept.get("version", ""), int(kept["format"])
+            options, revisions = dict(kept["options"]), dict(kept["revisions"])
+        else:
+            version, form, options, revisions = "", 1, dict(kept), {}
+            for option in _FIRST_OPTIONS:
+                options[option]
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise StudyError(f"{where}: its configuration is damaged ({error}); give another --out or --study") from error
+    unknown = sorted(options.keys() - {field.name for field in fields(StudyConfig)})
+    if form > FORMAT or unknown:
+        made = f"normkit {version}" if version else "another version of normkit"
+        what = f"the option {unknown[0]}" if unknown else f"format {form}"
+        raise StudyError(f"{where}: was made by {made} with {what}, which {__version__} does not know; update normkit")
+    config = StudyConfig.from_dict(options)
+    if form == FORMAT and revisions != (now := _revisions(config.methods)):
+        changed = sorted(m for m in {*revisions, *now} if revisions.get(m, 1) != now.get(m, 1))
+        raise StudyError(
+            f"{where}: {', '.join(changed)} trained otherwise when it began (normkit {version}), and its results would be mixed; "
+            "give another --out, or use that version"
+        )
+    return config
+
+
+def former_name(options: dict[str, Any], config: StudyConfig) -> str:
+    """The name that a study of format 1 has in its storage."""
+    return f"{_words(config)}-{_digest(options)}"
+
+
+def difference(kept: StudyConfig, given: StudyConfig) -> str:
+    """Return the differences of two configurations as an error message."""
+    old, new = kept.to_dict(), given.to_dict()
+    changes = "; ".join(f"{key}: kept {old[key]}, given {new[key]}" for key in sorted(old) if old[key] != new[key])
+    return f"--out holds a study with another configuration ({changes}); give another --out, or the kept values"
+
+
+def _options(config: StudyConfig) -> dict[str, Any]:
+    defaults = StudyConfig().to_dict()
+    return {key: value for key, value in config.to_dict().items() if value != defaults[key]}
+
+
+def _revisions(methods: Sequence[str]) -> dict[str, int]:
+    return {m: recipes()[m].revision for m in methods if m in recipes() and recipes()[m].revision != 1}
+
+
+def _words(config: StudyConfig) -> str:
+    words = "-".join([Path(config.data).name, Path(config.model).name])
+    return "".join(c if c.isalnum() else "-" for c in words).strip("-")
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
