@@ -106,6 +106,54 @@ def sum_and_square_sum(x: Tensor, feature_dim: int = -1, dtype: torch.dtype | No
     return total.sum(images), square.sum(images)
 
 
+_FITS_CACHE = 1 << 20
+"""Elements up to which a product that is written to memory costs less than the reduction that avoids it, on a CPU."""
+
+
+def weighted_sums(x: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Sum and sum of squares per channel over instances and positions, where positions weigh differently.
+
+    The instances are summed first, whatever the layout, so that only sums the size of one instance meet the weights.
+
+    Args:
+        x: Feature maps ``(N, C, *spatial)`` or, of one instance, ``(C, *spatial)``; nothing is recorded for autograd.
+        weights: Weight of each position, shape ``spatial``.
+        dtype: Dtype of the sums, default that of statistics of ``x``.
+
+    Returns:
+        Two tensors of shape ``(C,)``.
+
+    Examples:
+        >>> [t.tolist() for t in weighted_sums(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([1.0, 1.0, 0.5]))]
+        [[4.5], [9.5]]
+    """
+    x, dtype = x.detach(), dtype or statistics_dtype(x.dtype)
+    weights = weights.to(dtype)
+    if x.dim() == weights.dim() + 1:
+        x = x.unsqueeze(0)
+    if torch.compiler.is_compiling():  # one reduction that reads x once
+        x, others = x.to(dtype), [0, *range(2, x.dim())]
+        return (x * weights).sum(others), (x.square() * weights).sum(others)
+    channels_last = x.movedim(1, -1).is_contiguous()
+    rows = (x.movedim(1, -1) if channels_last else x).flatten(1)
+    if x.is_cpu:
+        rows = rows.to(dtype)
+        if rows.numel() > _FITS_CACHE:
+            # the gradients of a batch normalization at (0, 1): sum and sum of squares of each column in one pass
+            zero, one = torch.zeros(rows.shape[1], dtype=dtype), torch.ones(rows.shape[1], dtype=dtype)
+            _, square, total = torch.ops.aten.native_batch_norm_backward(
+                rows, rows, None, zero, one, None, None, False, 0.0, [False, True, True]
+            )
+        else:
+            total, square = rows.sum(0), rows.square().sum(0)
+    else:
+        total, square = rows.sum(0, dtype=dtype), torch.linalg.vector_norm(rows, dim=0, dtype=dtype).square_()
+    maps = torch.stack((total, square))
+    maps = maps.view(2, -1, x.shape[1]).transpose(1, 2) if channels_last else maps.view(2, x.shape[1], -1)
+    total, square = maps @ weights.flatten()
+    return total, square
+
+
 def observe(x: Tensor, feature_dim: int = -1, mask: Tensor | None = None) -> Moments:
     """Moments of all rows of ``x`` along every dimension but ``feature_dim``.
 

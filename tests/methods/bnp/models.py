@@ -70,11 +70,10 @@ def reference(model, data, lr=0.1, momentum=0.9, decay=0.99):
         F.cross_entropy(h, y).backward()
         for m in layers:
             rows, positions = taken[m]
-            shrink = 1
             if isinstance(m, nn.Conv2d):
-                rows = F.pad(rows, (m.padding[1],) * 2 + (m.padding[0],) * 2)
-            if isinstance(m, nn.ConvTranspose2d):
-                shrink = m.stride[0] * m.stride[1]
+                patches = F.unfold(rows, m.kernel_size, padding=m.padding, stride=m.stride)
+                rows = patches.unflatten(1, (rows.shape[1], -1))
+            shrink = m.stride[0] * m.stride[1] if isinstance(m, nn.ConvTranspose2d) else 1  # its inserted zeros
             rows = rows.movedim(1, -1).reshape(-1, rows.shape[1])
             mean, second = rows.mean(0) / shrink, rows.square().mean(0) / shrink
             w = max(1 - decay, 1 / t)

@@ -160,7 +160,7 @@ def test_recipes_train_a_network_whose_batch_normalization_they_replace(name, ba
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 2)
     )
-    model, optimizer = normkit.apply(name, model, lr=0.003 if "adam" in name else 0.02)
+    model, optimizer = normkit.apply(name, model, lr=0.01 if "adam" in name else 0.02)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     losses = []
     for _ in range(480 // batch):

@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import normkit
 import normkit.moments as moments_module
+from normkit import BNP
 from normkit.functional import (
     bounding_factors,
     guarded_variance,
@@ -18,9 +21,9 @@ from normkit.functional import (
     unit_changes,
     update_running,
 )
-from normkit.methods.bnp.observer import geometry, row_count
+from normkit.methods.bnp.observer import geometry
 from normkit.methods.bnp.preconditioning import Layout, into_z_
-from normkit.moments import observe, sum_and_square_sum
+from normkit.moments import observe, sum_and_square_sum, weighted_sums
 
 CASES = {
     "linear": (lambda bias: nn.Linear(5, 4, bias=bias), (7, 5)),
@@ -225,21 +228,120 @@ def test_the_gradient_of_a_bias_before_batch_normalization_vanishes_and_so_does_
     assert torch.allclose(scaled, conv.weight.grad / variance.reshape(1, -1, 1, 1), rtol=1e-15)
 
 
-def test_zero_padding_and_inserted_zeros_count_as_rows(case):
+def test_statistics_of_patches_are_those_of_the_design_matrix(case):
     make, x = case
-    layer = make(True)
-    if isinstance(layer, nn.Linear):
-        whole = x.reshape(-1, x.shape[-1])
-    elif geometry(layer).transposed:  # inserted zeros only: r = prod(stride)
-        zeros = x.new_zeros(x.shape[0], x.shape[1], (prod(layer.stride) - 1) * prod(x.shape[2:]))
-        whole = torch.cat([x.flatten(2), zeros], 2).movedim(1, -1).reshape(-1, x.shape[1])
-    else:
-        whole = F.pad(x, layer._reversed_padding_repeated_twice).movedim(1, -1).reshape(-1, x.shape[1])
-    count = row_count(layer, x.shape)
-    total, square = sum_and_square_sum(x, geometry(layer).feature_dim)
-    assert count == len(whole)
-    assert torch.allclose(total / count, whole.mean(0), rtol=1e-12)
-    assert torch.allclose(square / count, whole.square().mean(0), rtol=1e-12)
+    layer = make(True).double()
+    bnp = BNP(layer)
+    layer(x).sum().backward()
+    bnp.precondition_()
+    design = torch.cat(rows(layer, x), 1).transpose(1, 2).flatten(0, 1)  # patches and taps, channels
+    state = bnp.state_dict()[""]
+    assert torch.allclose(state["mean"], design.mean(0), rtol=1e-12, atol=1e-13)
+    assert torch.allclose(state["variance"], design.var(0, correction=0), rtol=1e-12, atol=1e-13)
+
+
+PADDED = {
+    f"{mode}, {name}": (mode, make)
+    for mode in ("zeros", "reflect", "replicate", "circular")
+    for name, make in {
+        "1d": lambda mode: (nn.Conv1d(2, 3, 4, padding=3, dilation=2, padding_mode=mode), (3, 2, 9)),
+        "2d": lambda mode: (nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(2, 1), padding_mode=mode), (3, 2, 6, 5)),
+        "same": lambda mode: (nn.Conv2d(2, 3, (3, 5), padding="same", padding_mode=mode), (3, 2, 5, 7)),
+        "3d": lambda mode: (nn.Conv3d(2, 3, 3, padding=1, padding_mode=mode), (2, 2, 3, 4, 5)),
+    }.items()
+}
+TRANSPOSED = {
+    "transposed, output padding": lambda: (nn.ConvTranspose2d(2, 3, 3, 2, 1, output_padding=1), (3, 2, 4, 5)),
+    "transposed, dilated": lambda: (nn.ConvTranspose1d(2, 3, 3, 3, 2, dilation=2), (3, 2, 6)),
+}
+
+
+def met(layer, x):
+    """What the taps of a unit meet, ``(patches, channels, taps)``: the gradients of its outputs, zeros and all."""
+    y = layer(x)
+    unit = y.movedim(1, 0)[0].flatten()
+    gradients = [torch.autograd.grad(value, layer.weight, retain_graph=True)[0] for value in unit]
+    patches = torch.stack([g[:, 0] if layer.transposed else g[0] for g in gradients])
+    return patches.flatten(2)
+
+
+@pytest.mark.parametrize("name", [*PADDED, *TRANSPOSED])
+@pytest.mark.parametrize("statistics", ["patches", "channels"])
+def test_statistics_of_a_convolution_are_of_what_its_taps_meet_or_of_its_input(name, statistics):
+    layer, shape = TRANSPOSED[name]() if name in TRANSPOSED else PADDED[name][1](PADDED[name][0])
+    layer = layer.double()
+    x = 3 + torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = met(layer, x) if statistics == "patches" else x.flatten(2)
+    bnp = BNP(layer, statistics=statistics)
+    layer(x).sum().backward()
+    bnp.precondition_()
+    state = bnp.state_dict()[""]
+    assert torch.allclose(state["mean"], expected.mean((0, 2)), rtol=1e-12)
+    assert torch.allclose(state["variance"], expected.transpose(0, 1).flatten(1).var(1, correction=0), rtol=1e-12)
+
+
+def test_masked_positions_leave_the_patches():
+    layer = nn.Conv1d(2, 3, 3).double()
+    x = torch.randn(3, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(8) < torch.tensor([8, 5, 6])[:, None]
+    kept = met(layer, mask[:, None].expand(3, 2, 8).double()).bool()
+    values = met(layer, x)
+    bnp = BNP(layer)
+    with bnp.masked(mask):
+        layer(torch.where(mask[:, None], x, 1e6)).sum().backward()
+    bnp.precondition_()
+    expected = torch.stack([values[:, c][kept[:, c]] for c in range(2)])
+    state = bnp.state_dict()[""]
+    assert torch.allclose(state["mean"], expected.mean(1), rtol=1e-12)
+    assert torch.allclose(state["variance"], expected.var(1, correction=0), rtol=1e-12)
+
+
+def test_the_published_form_starts_at_0_and_1_and_knows_the_variance_within_a_step_alone():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 2)).double()
+    model, optimizer = normkit.apply("bnp-paper", model, lr=0.0)
+    inputs = torch.randn(5, 1, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mean, variance = torch.zeros(2).double(), torch.ones(2).double()
+    for x in inputs:
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = 0.99 * mean + 0.01 * x.mean((0, 2, 3))
+        variance = 0.99 * variance + 0.01 * x.var((0, 2, 3), correction=0)
+    state = optimizer.state_dict()["bnp"]
+    assert torch.allclose(state["0"]["mean"], mean, rtol=1e-12)
+    assert torch.allclose(state["0"]["variance"], variance, rtol=1e-12)
+    # one row has no variance of its own: at batch size 1 that of a linear layer fades, and its gradients grow without end
+    assert torch.allclose(state["2"]["variance"], torch.full((48,), 0.99**5, dtype=torch.float64), rtol=1e-12)
+
+
+class Reads(TorchDispatchMode):
+    """Elements that operations read and write, of tensors as large as the input."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.reads, self.writes = size, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        if not func.is_view and func is not torch.ops.aten.detach.default:
+            # one pass over a tensor that is given twice
+            self.reads += len({t.data_ptr() for t in leaves if t.numel() >= self.size})
+            self.writes += sum(t.numel() >= self.size for t in made)
+        return out
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_weighted_sums_read_the_input_once_and_write_nothing_of_its_size(memory_format):
+    x = torch.randn(17, 64, 32, 32).contiguous(memory_format=memory_format)
+    weights = torch.rand(32, 32)
+    with Reads(x.numel()) as counted:
+        total, square = weighted_sums(x, weights)
+    assert (counted.reads, counted.writes) == (1, 0)
+    wide = x.double() * weights
+    assert torch.allclose(total.double(), wide.sum((0, 2, 3)), rtol=1e-5, atol=1e-2)
+    assert torch.allclose(square.double(), (wide * x).sum((0, 2, 3)), rtol=1e-5)
 
 
 def test_zeros_that_stride_inserts_are_what_conditions_a_transposed_convolution():
@@ -430,12 +532,9 @@ def shown_step(layer, x, output, running, *, weight):
     """Precondition one layer's gradient in place, as the docs say it."""
     dim = -1 if isinstance(layer, nn.Linear) else 1
     features, shape = x.shape[dim], geometry(layer)
-    rows = observe(x, dim)
-    count = row_count(layer, x.shape)  # zeros that a transposed convolution inserts are rows, too
-    mean = rows.mean * rows.count / count
-    variance = (rows.m2 + rows.count * rows.mean.square()) / count - mean.square()
+    seen = observe(torch.cat(rows(layer, x), 1).transpose(1, 2).flatten(0, 1))  # patches and taps, channels
     before = running.get(layer, (torch.zeros(features).double(), torch.ones(features).double()))
-    running[layer] = update_running(*before, mean, variance, weight)
+    running[layer] = update_running(*before, seen.mean, seen.variance, weight)
     divisor = step_divisor(shape.fan_in, torch.tensor(output.numel() / output.shape[dim]).double())
     grads = precondition(
         layer.weight.grad,

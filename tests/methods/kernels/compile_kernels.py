@@ -19,16 +19,23 @@ IMAGES = {"inner_stride": 1, "BLOCK_ROWS": 2048, "BLOCK_FEATURES": 1}
 CHANNELS_LAST = {"inner": 1, "feature_stride": 1, "BLOCK_ROWS": 32, "BLOCK_FEATURES": 64}
 TYPES = {
     **dict.fromkeys(("x", "y", "dx", "dy"), "*bf16"),
-    **dict.fromkeys(("partial", "mean", "inverse", "gamma", "beta", "corrections"), "*fp32"),
-    **dict.fromkeys(("rows", "inner", "features", "outer_stride", "inner_stride", "feature_stride", "weights"), "i32"),
+    **dict.fromkeys(("partial", "mean", "inverse", "gamma", "beta", "corrections", "taps"), "*fp32"),
+    **dict.fromkeys(
+        ("rows", "inner", "features", "outer_stride", "inner_stride", "feature_stride", "positions", "weights"), "i32"
+    ),
     **dict.fromkeys(("fan_ins", "firsts", "owners"), "*i32"),
-    **dict.fromkeys(("lr", "keep", "beta2", "eps", "max_norm"), "fp32"),
+    **dict.fromkeys(("lr", "momentum", "beta2", "eps", "max_norm"), "fp32"),
     "pointers": "*i64",
 }
 KERNELS = [
     *((_forward, {"AFFINE": affine, **layout}) for affine in (True, False) for layout in (IMAGES, CHANNELS_LAST)),
     *((_backward, {"WRITE": write, **layout}) for write in (True, False) for layout in (IMAGES, CHANNELS_LAST)),
-    *((_sums, {"DTYPE": dtype, **layout}) for dtype in (tl.float32, tl.float64) for layout in (IMAGES, CHANNELS_LAST)),
+    *(
+        (_sums, {"WEIGHTED": weighted, "DTYPE": dtype, **layout})
+        for weighted in (False, True)
+        for dtype in (tl.float32, tl.float64)
+        for layout in (IMAGES, CHANNELS_LAST)
+    ),
     *((_advance, {"ADAM": adam, "BLOCK": 1024}) for adam in (True, False)),
 ]
 

@@ -15,7 +15,7 @@ import normkit
 from normkit import BatchlessNorm1d, BatchlessNorm2d
 from normkit.methods.batchless.functions import affine_map
 from normkit.methods.kernels.rows import SWITCH, rows_of, use_triton
-from normkit.moments import observe, sum_and_square_sum
+from normkit.moments import observe, sum_and_square_sum, weighted_sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton exists for Linux alone")
@@ -100,6 +100,18 @@ def test_bnp_sums_equal_the_readable_sum_and_square_sum(layout, dtype, last, wid
     for ours, expected in zip(sums(x, rows_of(x, 1), wide), sum_and_square_sum(x.double(), 1), strict=True):
         assert ours.dtype == wide
         torch.testing.assert_close(ours.double(), expected, **tolerance)
+
+
+@needs_triton
+@cases
+def test_bnp_weighted_sums_equal_the_readable_ones(layout, dtype, last):
+    from normkit.methods.kernels.triton_kernel import sums
+
+    x = inputs(layout, dtype, last=last)
+    weights = torch.rand(x.shape[2:], generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    ours = sums(x, rows_of(x, 1), torch.float64, weights)
+    for found, expected in zip(ours, weighted_sums(x.double(), weights), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)
 
 
 @needs_triton

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from normkit.inspection.counting import Collector
 from normkit.methods.bnp.layers import choose, removed_means
-from normkit.methods.bnp.observer import Mask, Observed
+from normkit.methods.bnp.observer import Mask, Observed, Statistics
 from normkit.methods.bnp.statistics import Preconditioner, Preconditioners, RowStatistics, restored
 from normkit.methods.bnp.transform import LayerStep, Rate, Transform
 from normkit.methods.method import ZERO_RESIDUAL, Method, Part, Recipe, adam
@@ -37,7 +37,11 @@ class BNP:
 
     Args:
         model: Any module. Every Linear, Conv1-3d and ConvTranspose1-3d is observed; ``skipped`` lists the others.
-        decay: Decay of the running statistics per optimizer step; the first steps are averaged evenly.
+        decay: Decay of the running statistics per optimizer step.
+        statistics: Whose mean and variance a convolution's are: of its ``patches``, the rows that its weights multiply
+            (padded and inserted zeros among them, positions at the border in fewer patches), or of its input's ``channels``.
+        pooled: Whether running statistics are those of all rows: the first steps averaged evenly, the variance between steps
+            included. False is the published form as recalled: start at mean 0 and variance 1, variance within a step only.
         eps_relative: Guard of the variances relative to the largest of the layer.
         eps: Absolute guard of the variances.
         layers: Paths of the layers to precondition, default all.
@@ -66,6 +70,8 @@ class BNP:
         model: nn.Module,
         *,
         decay: float = 0.99,
+        statistics: Statistics = "patches",
+        pooled: bool = True,
         eps_relative: float = 1e-2,
         eps: float = 1e-4,
         layers: Iterable[str] | None = None,
@@ -74,6 +80,8 @@ class BNP:
     ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
+        if statistics not in ("patches", "channels"):
+            raise ValueError(f"statistics={statistics!r}: choose 'patches' or 'channels'")
         if eps_relative < 0 or eps < 0 or eps_relative + eps == 0:
             raise ValueError(
                 f"eps_relative and eps must be non-negative and not both zero, got {eps_relative} and {eps}: "
@@ -81,8 +89,8 @@ class BNP:
             )
         if max_change is not None and not max_change > 0:
             raise ValueError(f"max_change must be positive or None, got {max_change}")
-        self.max_change = max_change
-        self._statistics = RowStatistics(decay, eps_relative, eps, process_group)
+        self.max_change, self.statistics = max_change, statistics
+        self._statistics = RowStatistics(decay, pooled, eps_relative, eps, process_group)
         self._handles: list[StepHandle] = []
         self._mask = Mask()
         self._collector = Collector("BNP", "call normkit.BNP(model).attach(optimizer)")
@@ -92,7 +100,7 @@ class BNP:
         norms = removed_means(model, chosen)
         self._layers: list[Observed] = []
         for path, (layer, *sharing) in chosen.items():
-            observed = Observed(path, layer, self._collector, self._mask)
+            observed = Observed(path, layer, self._collector, self._mask, statistics)
             observed.norm = norms.get(path)
             for other in sharing:
                 observed.watch(other)
@@ -231,7 +239,10 @@ class BNP:
 
     def __repr__(self) -> str:
         kept = self._statistics
-        options = f"decay={kept.decay}, eps_relative={kept.eps_relative}, eps={kept.eps}, max_change={self.max_change}"
+        options = (
+            f"decay={kept.decay}, statistics={self.statistics!r}, pooled={kept.pooled}, eps_relative={kept.eps_relative}, "
+            f"eps={kept.eps}, max_change={self.max_change}"
+        )
         lines = [f"BNP({options})"]
         lines += [f"  {observed.path}: {_rule(observed)}" for observed in self._layers]
         lines += [f"  {path}: left alone: {reason}" for path, reason in self.skipped.items()]
@@ -309,7 +320,7 @@ def precondition_steps(model: nn.Module, optimizer: Optimizer, **options: Any) -
 
 _PAPER = "Lange, Helfrich, Ye 2022, arXiv 2108.01110"
 _GROUP = "Preconditioned gradients"
-_OPTIONS = ("decay", "eps_relative", "eps", "max_change", "layers")
+_OPTIONS = ("decay", "statistics", "pooled", "eps_relative", "eps", "max_change", "layers")
 
 METHOD = Method(
     recipes=(
@@ -322,16 +333,18 @@ METHOD = Method(
             prepare=ZERO_RESIDUAL,
             attach=Part(precondition_steps, *_OPTIONS, max_change=0.05),
             group=_GROUP,
+            revision=2,
         ),
         Recipe(
             "bnp-paper",
-            "BNP as published, without a bound on the step",
+            "BNP as published (as recalled): start at (0, 1), variance within a batch, no bound on the step",
             _PAPER,
             0.03,
             convert=Part("none"),
-            attach=Part(precondition_steps, *_OPTIONS),
+            attach=Part(precondition_steps, *_OPTIONS, statistics="channels", pooled=False),
             group=_GROUP,
             ablation=True,
+            revision=2,
         ),
         Recipe(
             "bnp-adam",
@@ -343,6 +356,7 @@ METHOD = Method(
             attach=Part(precondition_steps, *_OPTIONS),
             group=_GROUP,
             ablation=True,
+            revision=2,
         ),
         Recipe(
             "group+bnp",
@@ -352,6 +366,7 @@ METHOD = Method(
             convert=Part("group"),
             attach=Part(precondition_steps, *_OPTIONS, max_change=0.05),
             group=_GROUP,
+            revision=2,
         ),
     )
 )

@@ -1,15 +1,17 @@
 """One observed layer: its geometry, and the rows of its input since the last optimizer step.
 
-Row counts carry the geometry. Zeros that a convolution pads with, or that a transposed convolution inserts between its
-inputs, are rows of its design matrix too: they add nothing to the sums, only to the count.
+The rows of a convolution are its patches (im2col), and a channel's mean is over all patches and taps. No patch is made: each
+position of the input counts as often as taps meet it, a product of one small vector per dimension (:func:`tap_shares`). Zeros
+that the layer pads with or inserts add nothing to the sums, only to the count.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
@@ -17,8 +19,13 @@ from torch.nn.parameter import UninitializedParameter
 from normkit.inspection.counting import Collector, InputCounter, disable_dynamo, is_counting
 from normkit.inspection.markers import attachment
 from normkit.methods.kernels.sums import sum_and_square_sum
+from normkit.moments import statistics_dtype
 
 Layer: TypeAlias = nn.Linear | _ConvNd
+Statistics: TypeAlias = Literal["patches", "channels"]
+
+
+_SHAPES = 64  # input shapes of a layer whose tap shares are kept
 
 
 class Sums(NamedTuple):
@@ -68,19 +75,42 @@ def geometry(layer: Layer) -> Geometry:
     )
 
 
-def row_count(layer: Layer, shape: torch.Size) -> float:
-    """Rows that an input of this shape stands for, the zeros of padding and of a transposed stride included."""
-    if isinstance(layer, nn.Linear):
-        return prod(shape[:-1])
-    count = prod(shape) // layer.in_channels
+def tap_shares(layer: _ConvNd, size: int, outputs: int, dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Share of the taps along one dimension that meet each position of the input, summed over the output positions.
+
+    A tap k of output position o meets input position ``o stride + k dilation - padding``; in a transposed convolution input
+    position i meets output position ``i stride + k dilation - padding``.
+
+    Args:
+        layer: A convolution.
+        size: Positions of its input along the dimension.
+        outputs: Positions of its output along the dimension.
+        dim: The dimension, 0 for the first one behind the channels.
+        device: Where to compute.
+
+    Returns:
+        Shape ``(size,)``: 1 where each tap meets the position once.
+
+    Examples:
+        >>> [round(share, 2) for share in tap_shares(nn.Conv1d(1, 1, 3, padding=1), 4, 4, 0).tolist()]
+        [0.67, 1.0, 1.0, 0.67]
+    """
+    kernel, stride, dilation = layer.kernel_size[dim], layer.stride[dim], layer.dilation[dim]
+    dtype = wide_dtype(torch.device(device))
+    taps = dilation * torch.arange(kernel, device=device)
     if layer.transposed:
-        return count * prod(layer.stride)
+        met = torch.arange(size, device=device)[:, None] * stride + taps - int(layer.padding[dim])
+        return ((met >= 0) & (met < outputs)).sum(1, dtype=dtype) / kernel
+    pads = layer._reversed_padding_repeated_twice  # before and after, the last dimension first; resolves "same" too
+    last = 2 * (len(layer.kernel_size) - 1 - dim)
+    before, after = pads[last : last + 2]
+    first = torch.arange(size + before + after, device=device)[:, None] - taps  # where the patch begins
+    met = ((first % stride == 0) & (first >= 0) & (first < outputs * stride)).sum(1, dtype=dtype) / kernel
     if layer.padding_mode == "zeros":
-        pads = layer._reversed_padding_repeated_twice  # before and after, the last dimension first; resolves "same" too
-        for d in range(len(layer.kernel_size)):
-            size = shape[-1 - d]
-            count = count // size * (size + pads[2 * d] + pads[2 * d + 1])
-    return count
+        return met[before : before + size]
+    source = torch.arange(size, device=device, dtype=met.dtype)
+    source = F.pad(source[None, None], (before, after), layer.padding_mode)[0, 0].long()
+    return met.new_zeros(size).index_add_(0, source, met)
 
 
 class Mask:
@@ -105,9 +135,12 @@ class Observed(InputCounter[Sums]):
         layer: The layer.
         collector: Who takes the rows.
         mask: Which rows count.
+        statistics: Whether the rows of a convolution are its patches, or the positions of its input.
     """
 
-    def __init__(self, path: str, layer: Layer, collector: Collector, mask: Mask) -> None:
+    def __init__(
+        self, path: str, layer: Layer, collector: Collector, mask: Mask, statistics: Statistics = "patches"
+    ) -> None:
         super().__init__(collector)
         self.path = path
         self.layer = layer
@@ -116,6 +149,8 @@ class Observed(InputCounter[Sums]):
         self.unsupported = False
         self.norm: nn.Module | None = None
         self._mask = mask
+        self._statistics = statistics
+        self._shares: dict[object, Tensor | float] = {}  # of the input shapes seen lately
         self._accumulator: Tensor | None = None  # what compiled forwards add to: rows, positions, sums, squares
         self._compiled = False
         self.allocate()
@@ -194,14 +229,46 @@ class Observed(InputCounter[Sums]):
 
     def _sums(self, layer: Layer, x: Tensor, output: Tensor) -> Sums:
         dim = self.geometry.feature_dim
-        rows, positions = row_count(layer, x.shape), output.numel() / output.shape[dim]
+        positions = output.numel() / output.shape[dim]
+        # data may lie far from zero (pixels, years), where sums of squares lose their digits in fp32
+        dtype = statistics_dtype(x.dtype) if x.requires_grad else wide_dtype(x.device)
+        rows, weights, scale = x.numel() / x.shape[dim], None, 1.0
+        if not isinstance(layer, nn.Linear) and self._statistics == "patches":
+            rows, shares = positions, self._tap_shares(layer, x, output, dtype)
+            weights, scale = (shares, 1.0) if isinstance(shares, Tensor) else (None, shares)
         mask = self._matching_mask(x, dim)
         if mask is not None:
-            share = mask.mean(dtype=wide_dtype(x.device))
+            counted = mask.to(wide_dtype(x.device))
+            share = counted.mean() if weights is None else (counted * weights).mean() / weights.mean()
+            rows, positions = rows * share, positions * share
             x = torch.where(mask.unsqueeze(-1).movedim(-1, dim), x, 0)
-            return Sums(rows * share, positions * share, *sum_and_square_sum(x, dim))
-        # data may lie far from zero (pixels, years), where sums of squares lose their digits in fp32
-        return Sums(rows, positions, *sum_and_square_sum(x, dim, None if x.requires_grad else wide_dtype(x.device)))
+        total, square = sum_and_square_sum(x, dim, dtype, weights)
+        return (
+            Sums(rows, positions, total, square) if scale == 1 else Sums(rows, positions, total * scale, square * scale)
+        )
+
+    def _tap_shares(self, layer: _ConvNd, x: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor | float:
+        """Share of the taps that meet each position of the input, one number where it is the same for all."""
+        spatial = len(layer.kernel_size)
+        sizes, outputs = x.shape[-spatial:], output.shape[-spatial:]
+        sides = list(zip(sizes, outputs, range(spatial), strict=True))
+        if torch.compiler.is_compiling():
+            if sizes == outputs and all(k == 1 for k in layer.kernel_size):
+                return 1.0
+            return _outer([tap_shares(layer, *side, x.device) for side in sides])
+        key = layer, sizes, outputs, dtype, x.device, type(x)
+        if key not in self._shares:
+            if len(self._shares) >= _SHAPES:
+                self._shares.clear()
+            shares = _outer([tap_shares(layer, *side) for side in sides])
+            first = shares.flatten()[0].item()
+            if (shares == first).all():
+                self._shares[key] = first
+            else:
+                shares = shares.to(dtype)
+                pinned = shares.pin_memory() if x.is_cuda else shares
+                self._shares[key] = pinned.to(x.device, non_blocking=True)
+        return self._shares[key]
 
     def _matching_mask(self, x: Tensor, dim: int) -> Tensor | None:
         mask = self._mask.value
@@ -211,6 +278,14 @@ class Observed(InputCounter[Sums]):
         if mask.shape == shape:
             return mask
         return mask.reshape(-1) if (mask.numel(),) == shape else None
+
+
+def _outer(vectors: list[Tensor]) -> Tensor:
+    """The product of one vector per dimension."""
+    product = vectors[0]
+    for vector in vectors[1:]:
+        product = product.unsqueeze(-1) * vector
+    return product
 
 
 def _make_zeros(features: int, device: torch.device) -> Tensor:

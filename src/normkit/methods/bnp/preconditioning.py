@@ -54,7 +54,13 @@ def step_divisor(fan_in: Tensor | float, positions: Tensor) -> Tensor:
 
 
 def update_running(
-    mean: Tensor, variance: Tensor, batch_mean: Tensor, batch_variance: Tensor, weight: Tensor | float
+    mean: Tensor,
+    variance: Tensor,
+    batch_mean: Tensor,
+    batch_variance: Tensor,
+    weight: Tensor | float,
+    *,
+    pooled: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of what was known (share ``1 - weight``) mixed with one step's rows (share ``weight``).
 
@@ -67,6 +73,7 @@ def update_running(
         batch_mean: Mean of the step's rows, ``(in,)``.
         batch_variance: Their variance without Bessel's correction, ``(in,)``.
         weight: Share of the step's rows, in [0, 1].
+        pooled: Whether the last term is there; without it the running variance is a mean of variances within batches.
 
     Returns:
         The new running mean and variance.
@@ -78,7 +85,8 @@ def update_running(
     """
     delta = batch_mean - mean
     moved = weight * delta
-    return mean + moved, (1 - weight) * (variance + moved * delta) + weight * batch_variance
+    between = moved * delta if pooled else 0
+    return mean + moved, (1 - weight) * (variance + between) + weight * batch_variance
 
 
 def precondition(

@@ -86,14 +86,17 @@ class RowStatistics:
     """How running statistics are kept.
 
     Args:
-        decay: Decay per optimizer step; the first steps are averaged evenly.
+        decay: Decay per optimizer step.
+        pooled: Whether they are those of all rows: the first steps averaged evenly, the variance between steps included.
         eps_relative: Guard of the variances relative to the largest of the layer.
         eps: Absolute guard of the variances.
         group: Ranks that share their rows, default the world.
     """
 
-    def __init__(self, decay: float, eps_relative: float, eps: float, group: dist.ProcessGroup | None) -> None:
-        self.decay, self.eps_relative, self.eps, self.group = decay, eps_relative, eps, group
+    def __init__(
+        self, decay: float, pooled: bool, eps_relative: float, eps: float, group: dist.ProcessGroup | None
+    ) -> None:
+        self.decay, self.pooled, self.eps_relative, self.eps, self.group = decay, pooled, eps_relative, eps, group
         self._index: LayerIndex | None = None
         self._numbers: tuple[object, Tensor] | None = None
         self._running: tuple[LayerIndex, Tensor, Tensor, Tensor] | None = None
@@ -108,11 +111,12 @@ class RowStatistics:
         # a layer's sum of squares is finite only if each of its rows is
         usable = (rows > 0) & (index.summed(sums[1]) < inf)
         steps = steps + usable
-        weight = steps.clamp(min=1).reciprocal_().clamp_(min=1 - self.decay) * usable
+        share = steps.clamp(min=1).reciprocal_().clamp_(min=1 - self.decay) if self.pooled else 1 - self.decay
+        weight = usable * share
         count, weight = index.per_feature(rows.clamp(min=1), weight)
         batch_mean, batch_square = sums.masked_fill_(weight == 0, 0).div_(count)
         batch_variance = (batch_square - batch_mean.square()).clamp_(min=0)
-        mean, variance = update_running(mean, variance, batch_mean, batch_variance, weight)
+        mean, variance = update_running(mean, variance, batch_mean, batch_variance, weight, pooled=self.pooled)
         for before, after in zip(kept, (mean, variance, steps), strict=True):
             before.copy_(after)  # in place: a CUDA graph of the step reads what its last replay wrote
         self._running = index, *kept
