@@ -1,10 +1,12 @@
-"""Condition numbers of the layers' inputs: what preconditioning with their mean and variance would gain.
+"""Condition numbers of the layers' inputs: raw, centred, and as a preconditioner leaves them.
 
 With ``h^ = [1; h]`` the Hessian of the loss in one unit's weights and bias is ``E[l'' h^ h^^T]``; where ``l''`` varies
-little, the condition number of ``M = E[h^ h^^T]`` says how slow gradient descent is.
+little, the condition number of ``M = E[h^ h^^T]`` says how slow gradient descent is. Gradients that are multiplied by
+``P P^T``, where P centres by a mean and divides by a deviation, descend as if it were that of ``P^T M P``.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +34,13 @@ class LayerConditioning:
     Attributes:
         layer: Its path in the model.
         features: Features in the matrix: inputs of a linear layer, values of a patch of a convolution.
-        patches: Whether a convolution's features are whole patches; grouped, transposed and very wide ones count
-            channels only.
+        patches: Whether a convolution's features are whole patches; grouped and very wide ones count channels only.
         rows: Rows observed.
         dead: Features that never changed; they are left out of the matrix.
         raw: ``kappa(E[h^ h^^T])``.
         centred: The same of ``h - mean``: of the mean-centred covariance beside the constant 1.
-        preconditioned: ``kappa(Corr(h))``, what is left after division by the standard deviations too.
+        preconditioned: ``kappa(P^T E[h^ h^^T] P)`` with the mean and variance that the layer's gradients are preconditioned by;
+            None where none were given.
     """
 
     layer: str
@@ -48,7 +50,7 @@ class LayerConditioning:
     dead: int
     raw: float
     centred: float
-    preconditioned: float
+    preconditioned: float | None
 
     @property
     def enough_rows(self) -> bool:
@@ -67,11 +69,13 @@ class Conditioning(Result):
     layers: tuple[LayerConditioning, ...]
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the three condition numbers per layer."""
+        """Draw the condition numbers per layer."""
         ax = axes(ax)
         names = [found.layer for found in self.layers]
         for kind, marker in (("raw", "o"), ("centred", "s"), ("preconditioned", "^")):
-            ax.plot(names, [getattr(found, kind) for found in self.layers], marker=marker, label=kind)
+            values = [getattr(found, kind) for found in self.layers]
+            if any(value is not None for value in values):
+                ax.plot(names, [math.nan if v is None else v for v in values], marker=marker, label=kind)
         ax.set_yscale("log")
         ax.tick_params(axis="x", labelrotation=90)
         return label(ax, "conditioning of the layers' inputs", "layer", "condition number")
@@ -96,20 +100,23 @@ def conditioning(
     batches: Iterable[Any],
     *,
     layers: Sequence[str] | None = None,
+    preconditioners: Mapping[str, tuple[Tensor, ...]] | None = None,
 ) -> Conditioning:
-    """Condition numbers of the layers' inputs over some batches, raw, centred and preconditioned.
+    """Condition numbers of the layers' inputs over some batches, raw, centred and, where it is given how, preconditioned.
 
     Args:
         model: Any module, in the mode it is trained in.
         objective: ``loss = objective(model, batch)``.
         batches: Batches; together they should give ten rows per feature.
         layers: Paths of linear or convolution layers, default all of them.
+        preconditioners: For paths of layers, mean and guarded variance per input feature or channel, by which the gradients are
+            preconditioned: ``normkit.BNP(...).preconditioners()`` after a step.
 
     Returns:
         The measurement.
 
     Raises:
-        ValueError: A layer is not there, or no batch was given.
+        ValueError: A layer is not there, no batch was given, or a preconditioner is of another number of features.
     """
     found: dict[str, _Gram] = {}
 
@@ -128,25 +135,26 @@ def conditioning(
                 probe.loss()
     if not found:
         raise ValueError("batches: no batch reached a linear or convolution layer")
-    return Conditioning(tuple(_measure(name, gram) for name, gram in found.items()))
+    given = preconditioners or {}
+    return Conditioning(tuple(_measure(name, gram, given.get(name)) for name, gram in found.items()))
 
 
 def _rows(module: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
-    """The rows that the layer's weights meet: inputs, or patches with their zero padding."""
+    """The rows that the layer's weights meet: inputs, or patches with the zeros that are padded or inserted."""
     if not isinstance(module, _ConvNd):
         return x.reshape(-1, x.shape[-1]), False
     spatial = len(module.kernel_size)
     x = x if x.ndim == spatial + 2 else x.unsqueeze(0)
-    taps = 1
-    for k in module.kernel_size:
-        taps *= k
-    wide = x.shape[1] * taps > _LARGEST
-    if wide or module.groups > 1 or isinstance(module, _ConvTransposeNd):
+    if x.shape[1] * math.prod(module.kernel_size) > _LARGEST or module.groups > 1:
         return x.movedim(1, -1).reshape(-1, x.shape[1]), False
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    strides = module.stride
+    if isinstance(module, _ConvTransposeNd):
+        x, strides = _inserted(module, x), (1,) * spatial
+    else:
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
     for axis, (size, stride, dilation) in enumerate(
-        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
+        zip(module.kernel_size, strides, module.dilation, strict=True), start=2
     ):
         x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
     # (N, C, *out, *kernel) -> (N * out, C * kernel)
@@ -154,15 +162,31 @@ def _rows(module: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
     return x.reshape(x.shape[: 1 + spatial].numel(), -1), True
 
 
-def _measure(name: str, gram: _Gram) -> LayerConditioning:
+def _inserted(module: _ConvTransposeNd, x: Tensor) -> Tensor:
+    """The input over which a transposed convolution moves with stride 1: zeros between its positions and around them."""
+    wide = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], module.stride, strict=True)))
+    wide[(..., *(slice(None, None, s) for s in module.stride))] = x
+    pads = []
+    for d in reversed(range(len(module.kernel_size))):
+        edge = module.dilation[d] * (module.kernel_size[d] - 1) - int(module.padding[d])
+        pads += [edge, edge + module.output_padding[d]]
+    return F.pad(wide, pads)
+
+
+def _measure(name: str, gram: _Gram, preconditioner: tuple[Tensor, ...] | None) -> LayerConditioning:
     mean, second = gram.total / gram.count, gram.outer / gram.count
     covariance = second - torch.outer(mean, mean)
     variance = covariance.diagonal()
     # rounding of a constant feature leaves about 1e-16 of its square
     alive = variance > 1e-12 * second.diagonal()
     raw = _bordered(second[alive][:, alive], mean[alive])
-    covariance, variance = covariance[alive][:, alive], variance[alive]
-    deviation = variance.sqrt()
+    covariance = covariance[alive][:, alive]
+    preconditioned = None
+    if preconditioner is not None:
+        shift, deviation = _metric(name, preconditioner, mean)
+        shift, deviation = shift[alive], deviation[alive]
+        remaining = covariance + torch.outer(shift, shift)
+        preconditioned = _kappa(_bordered(remaining / torch.outer(deviation, deviation), shift / deviation))
     return LayerConditioning(
         name,
         len(mean),
@@ -170,9 +194,25 @@ def _measure(name: str, gram: _Gram) -> LayerConditioning:
         gram.count,
         int((~alive).sum()),
         _kappa(raw),
-        _kappa(_bordered(covariance, torch.zeros_like(variance))),
-        _kappa(_bordered(covariance / torch.outer(deviation, deviation), torch.zeros_like(variance))),
+        _kappa(_bordered(covariance, torch.zeros_like(covariance[0]))),
+        preconditioned,
     )
+
+
+def _metric(name: str, preconditioner: tuple[Tensor, ...], mean: Tensor) -> tuple[Tensor, Tensor]:
+    """What is left of ``mean``, and the standard deviations that are divided by; those of a channel serve all its taps.
+
+    Raises:
+        ValueError: The features do not fit.
+    """
+    center, variance = (t.to(mean.device, mean.dtype) for t in preconditioner[:2])
+    if len(mean) % len(center):
+        raise ValueError(
+            f"preconditioners: that of {name!r} is of {len(center)} features, the layer has {len(mean)}; give those of this "
+            "very model"
+        )
+    taps = len(mean) // len(center)
+    return mean - center.repeat_interleave(taps), variance.sqrt().repeat_interleave(taps)
 
 
 def _bordered(matrix: Tensor, border: Tensor) -> Tensor:

@@ -195,6 +195,13 @@ class BNP:
         """The layers of the latest step, each with what its gradient was preconditioned by."""
         return [] if self._preconditioners is None else self._preconditioners.of_each()
 
+    def preconditioners(self) -> dict[str, Preconditioner]:
+        """What the gradients of the latest step were preconditioned by: mean, guarded variance and ``q^2`` for each path.
+
+        [`normkit.instruments.conditioning`][] takes it.
+        """
+        return {observed.path: preconditioner for observed, preconditioner in self.metrics()}
+
     def remove(self) -> None:
         """Take all hooks off the model and off attached optimizers, which then step on plain gradients."""
         for handle in list(self._handles):
