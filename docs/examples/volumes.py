@@ -16,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 import normkit
 
 # each the best of 0.01, 0.03 and 0.1
-RATES = {"none": 0.1, "batch": 0.1, "group": 0.03, "bnp": 0.03, "batchless-projected": 0.03}
+RATES = {"none": 0.1, "batch": 0.1, "group": 0.03, "bnp": 0.03}
 STEPS, ACCUMULATE = 100, 2
 
 

@@ -66,7 +66,7 @@ THOROUGH = Compare(
     StudyConfig(
         methods=(
             *("none", "batch", "group", "layer", "batch-renorm"),
-            *("bnp", "batchless", "batchless-projected", "sgd-g", "revisited"),
+            *("bnp", "group+bnp", "batchless", "sgd-g", "revisited"),
         ),
         batch_sizes=(128, 32, 8, 2, 1),
         seeds=5,

@@ -105,7 +105,7 @@ class StudyConfig(Training):
 
     data: str = "digits"
     model: str = "digits-cnn"
-    methods: tuple[str, ...] = ("none", "batch", "group", "bnp", "batchless-projected")
+    methods: tuple[str, ...] = ("none", "batch", "group", "bnp", "group+bnp")
     batch_sizes: tuple[int, ...] = (64, 8, 1)
     seeds: int = 3
     budget: int = 1500

@@ -353,6 +353,7 @@ METHOD = Method(
             prepare=Part(start_from_data, "samples"),
             attach=Part(attach_where_needed, "rate"),
             lr_exponent=0.75,  # at batch sizes 16 and 1 the best of a grid was its lowest
+            revision=2,
             group=_GROUP,
         ),
     ),
