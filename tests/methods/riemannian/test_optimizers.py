@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import normkit
 from normkit.methods.riemannian.optimizers import SGDG, AdamG
 from tests.methods.riemannian.reference import Reference
 
@@ -208,19 +209,61 @@ def test_rows_stay_on_the_sphere_even_in_bfloat16(rule):
             assert (p.detach().float().flatten(1).norm(dim=1) - 1).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("strided", [False, True], ids=["torch's fused SGD", "torch's foreach SGD"])
+@pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-def test_ordinary_groups_follow_nesterov_with_decoupled_decay(rule):
+def test_ordinary_groups_follow_nesterov_with_the_decay_in_the_gradient_or_beside_it(rule, decoupled, strided, foreach):
     lr, decay = 0.05, 0.1
-    p = nn.Parameter(torch.linspace(-1, 1, 7, dtype=torch.float64))
+    start = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    p = nn.Parameter(torch.stack([start, start], 1)[:, 0] if strided else start.clone())
     y = nn.Parameter(torch.ones(2, 3))
-    optimizer = RULES[rule]([{"params": [y], "manifold": True}, {"params": [p], "lr": lr, "weight_decay": decay}])
-    expected, buffer = p.detach().clone(), torch.zeros(7, dtype=torch.float64)
+    euclidean = {"params": [p], "lr": lr, "weight_decay": decay}
+    if decoupled:
+        euclidean["decoupled_weight_decay"] = True
+    optimizer = RULES[rule]([{"params": [y], "manifold": True}, euclidean], foreach=foreach)
+    expected, buffer = start, torch.zeros(7, dtype=torch.float64)
     for step in range(50):
         p.grad = torch.cos(p.detach() + step)
-        buffer = 0.9 * buffer + torch.cos(expected + step)
-        expected = expected - lr * decay * expected - lr * (torch.cos(expected + step) + 0.9 * buffer)
+        g = torch.cos(expected + step) + (0 if decoupled else decay * expected)
+        buffer = 0.9 * buffer + g
+        expected = expected - (lr * decay * expected if decoupled else 0) - lr * (g + 0.9 * buffer)
         optimizer.step()
+    assert p.is_contiguous() != strided
     assert torch.allclose(p, expected, rtol=0, atol=1e-12)
+
+
+def test_decay_in_the_gradient_is_ten_times_as_strong_as_beside_it():
+    """At momentum 0.9 and once the momentum has built up, without a gradient of the loss."""
+    rates = {}
+    for decoupled in (False, True):
+        p = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        groups = [{"params": [nn.Parameter(torch.ones(2, 3))], "manifold": True}, {"params": [p], "lr": 0.01}]
+        optimizer = SGDG(groups, weight_decay=1e-3, decoupled_weight_decay=decoupled)
+        for _ in range(1000):
+            p.grad, before = torch.zeros_like(p), p.detach().clone()
+            optimizer.step()
+        rates[decoupled] = float((1 - p.detach() / before)[0])
+    assert rates[False] / rates[True] == pytest.approx(10, rel=1e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"decoupled_weight_decay": True}], ids=str)
+@pytest.mark.parametrize("name", ["sgd-g", "adam-g", "sgd-g-paper", "adam-g-paper"])
+def test_recipes_decay_as_torchs_nesterov_does_unless_told_otherwise(name, options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2)).double()
+    model, optimizer = normkit.apply(name, model, lr=0.2, weight_decay=0.1, options=options)
+    (group,) = [g for g in optimizer.param_groups if g["weight_decay"]]
+    weight = model[3].weight
+    twin = nn.Parameter(weight.detach().clone())
+    rest = torch.optim.SGD([twin], lr=group["lr"], momentum=0.9, weight_decay=0.1, nesterov=True)
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        weight.grad = torch.randn(2, 16, generator=generator, dtype=torch.float64)
+        twin.grad = weight.grad.clone()
+        optimizer.step()
+        rest.step()
+    assert torch.allclose(weight, twin, rtol=0, atol=1e-12) is not bool(options)
 
 
 @pytest.mark.parametrize("rule", RULES)

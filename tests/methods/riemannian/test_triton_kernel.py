@@ -18,14 +18,16 @@ def step_all(rule, fused, options, steps):
     shapes = [(8, 3, 5, 5), (6, 8, 3, 3), (3, 2000), (5, 8, 3, 3), (1, 2)]
     params = [nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE)) for shape in shapes]
     params[1].data = params[1].data.to(memory_format=torch.channels_last)
-    optimizer = rule([{"params": params, "manifold": True}], lr=0.2, fused=fused, **options)
+    rest = nn.Parameter(torch.randn(4, 3, generator=generator).to(DEVICE))
+    groups = [{"params": params, "manifold": True}, {"params": [rest], "weight_decay": 0.1}]
+    optimizer = rule(groups, lr=0.2, fused=fused, **options)
     for _ in range(steps):
-        for p in params:
+        for p in (*params, rest):
             g = 0.3 * torch.randn(p.shape, generator=generator) / math.sqrt(p[0].numel())
             g[0] *= 0
             p.grad = g.to(DEVICE)
         optimizer.step()
-    return [*params, *(value for p in params for value in optimizer.state[p].values())]
+    return [*params, rest, *(value for p in params for value in optimizer.state[p].values())]
 
 
 @needs_triton

@@ -255,6 +255,7 @@ METHOD = Method(
             optimizer="sgd-g",
             group=_GROUP,
             ablation=True,
+            revision=2,
         ),
     )
 )

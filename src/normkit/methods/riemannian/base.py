@@ -213,14 +213,15 @@ class SphereOptimizer(Optimizer):
         raise NotImplementedError
 
     def _step_euclidean(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """SGD with Nesterov momentum and decoupled decay; the gradients are only read."""
+        """SGD with Nesterov momentum, its decay coupled (part of the gradient) or decoupled; the gradients are only read."""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
         grads = [local(p.grad) for p in params if p.grad is not None]
         params = [local(p) for p in params]
-        if group["weight_decay"] != 0:
+        decoupled = group["decoupled_weight_decay"]
+        if decoupled and group["weight_decay"] != 0:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         # torch's foreach kernel writes to the gradients; its fused one does not, but wants contiguous memory and real numbers
         fused = all(x.is_contiguous() and not x.is_complex() for x in (*params, *grads, *buffers))
@@ -230,7 +231,7 @@ class SphereOptimizer(Optimizer):
             list(buffers),
             fused=fused,
             foreach=not fused,
-            weight_decay=0.0,
+            weight_decay=0.0 if decoupled else group["weight_decay"],
             momentum=group["momentum"],
             lr=group["lr"],
             dampening=0.0,

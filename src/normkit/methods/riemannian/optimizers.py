@@ -95,7 +95,9 @@ class SGDG(SphereOptimizer):
         orthogonality: Strength ``alpha`` of the penalty ``(alpha / 2) |W W^T - I|_F^2`` on weights with fewer filters
             than fan-in, added to the loss (its gradient is projected and clipped, too); 0 for none. It costs two matrix
             products per weight.
-        weight_decay: Decoupled weight decay of groups that are not on the manifold; a direction has nothing to decay.
+        weight_decay: Weight decay of groups that are not on the manifold; a direction has nothing to decay.
+        decoupled_weight_decay: Whether those weights shrink by ``lr * weight_decay`` per step, outside the momentum. By
+            default the decay is a part of the gradient, as in the authors' code: about ``1 / (1 - momentum)`` times stronger.
         foreach: Few calls for many filters (default), or the readable loop over weights.
         fused: One kernel for all filters: on a GPU, with Triton. Default: where it is possible.
 
@@ -119,6 +121,7 @@ class SGDG(SphereOptimizer):
         max_norm: float = 0.1,
         orthogonality: float = 0.1,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
         foreach: bool = True,
         fused: bool | None = None,
     ) -> None:
@@ -129,6 +132,7 @@ class SGDG(SphereOptimizer):
             "max_norm": max_norm,
             "orthogonality": orthogonality,
             "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
             "foreach": foreach,
             "fused": fused,
         }
@@ -159,7 +163,9 @@ class AdamG(SphereOptimizer):
         orthogonality: Strength ``alpha`` of the penalty ``(alpha / 2) |W W^T - I|_F^2`` on weights with fewer filters
             than fan-in, added to the loss (its gradient is projected and clipped, too); 0 for none. It costs two matrix
             products per weight.
-        weight_decay: Decoupled weight decay of groups that are not on the manifold; a direction has nothing to decay.
+        weight_decay: Weight decay of groups that are not on the manifold; a direction has nothing to decay.
+        decoupled_weight_decay: Whether those weights shrink by ``lr * weight_decay`` per step, outside the momentum. By
+            default the decay is a part of the gradient, as in the authors' code: about ``1 / (1 - momentum)`` times stronger.
         foreach: Few calls for many filters (default), or the readable loop over weights.
         fused: One kernel for all filters: on a GPU, with Triton. Default: where it is possible.
         capturable: Count steps on the weights' device, so that a step can be captured in a CUDA graph.
@@ -190,6 +196,7 @@ class AdamG(SphereOptimizer):
         max_norm: float = 0.1,
         orthogonality: float = 0.1,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
         foreach: bool = True,
         fused: bool | None = None,
         capturable: bool = False,
@@ -203,6 +210,7 @@ class AdamG(SphereOptimizer):
             "max_norm": max_norm,
             "orthogonality": orthogonality,
             "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
             "foreach": foreach,
             "fused": fused,
             "capturable": capturable,
@@ -256,7 +264,7 @@ def on_sphere(
 
 _PAPER = "Cho, Lee 2017, arXiv 1709.09603"
 _GROUP = "Filters on the unit sphere"
-_SGDG = ("max_norm", "orthogonality")
+_SGDG = ("max_norm", "orthogonality", "decoupled_weight_decay")
 _ADAMG = (*_SGDG, "betas", "eps")
 
 METHOD = Method(
@@ -268,6 +276,7 @@ METHOD = Method(
             0.2,
             optimizer=Part(on_sphere, *_SGDG, optimizer=SGDG, divisor=20),
             group=_GROUP,
+            revision=2,
         ),
         Recipe(
             "adam-g",
@@ -276,6 +285,7 @@ METHOD = Method(
             0.05,
             optimizer=Part(on_sphere, *_ADAMG, optimizer=AdamG, divisor=5),
             group=_GROUP,
+            revision=2,
         ),
         Recipe(
             "sgd-g-paper",
@@ -284,6 +294,7 @@ METHOD = Method(
             0.2,
             optimizer=Part(on_sphere, *_SGDG, optimizer=SGDG, divisor=20, rule="paper"),
             group=_GROUP,
+            revision=2,
             ablation=True,
         ),
         Recipe(
@@ -293,6 +304,7 @@ METHOD = Method(
             0.05,
             optimizer=Part(on_sphere, *_ADAMG, optimizer=AdamG, divisor=5, rule="paper"),
             group=_GROUP,
+            revision=2,
             ablation=True,
         ),
     )
