@@ -342,7 +342,7 @@ def accumulation(table: Table, deadline: float, args: argparse.Namespace) -> Non
 
 def optimizers(table: Table, deadline: float, args: argparse.Namespace) -> None:
     """One step of SGDG and AdamG, against torch's and others' optimizers; one row per network's shapes."""
-    if missing := [name for name in ("geoopt", "pytorch_optimizer") if not find_spec(name)]:
+    if missing := [name for name in ("geoopt", "adamp") if not find_spec(name)]:
         table.rows["missing"] = missing
     for shapes in ("resnet20",) if args.device == "cpu" else ("resnet50", "resnet20"):
         if shapes not in table.rows and time.monotonic() < deadline:

@@ -84,7 +84,7 @@ def _module(name: str) -> Any:
 
 def contenders(shapes: str, device: str) -> dict[str, torch.optim.Optimizer]:
     """Each optimizer with parameters of its own; others' only where they are installed."""
-    geoopt, zoo = (_module(name) for name in ("geoopt", "pytorch_optimizer"))
+    geoopt, adamp = (_module(name) for name in ("geoopt", "adamp"))
 
     def ours(rule: Any, **options: Any) -> torch.optim.Optimizer:
         weights, rest = parameters(shapes, device)
@@ -119,8 +119,8 @@ def contenders(shapes: str, device: str) -> dict[str, torch.optim.Optimizer]:
             geoopt.optim.RiemannianSGD, lr=0.01, momentum=0.9, nesterov=True
         )
         table["geoopt RiemannianAdam"] = lambda: spherical(geoopt.optim.RiemannianAdam, lr=0.01)
-    if zoo:
-        table |= {"SGDP": lambda: plain(zoo.SGDP, **sgd), "AdamP": lambda: plain(zoo.AdamP, lr=0.001)}
+    if adamp:  # of the authors of SGDP and AdamP
+        table |= {"SGDP": lambda: plain(adamp.SGDP, **sgd), "AdamP": lambda: plain(adamp.AdamP, lr=0.001)}
     if device == "cuda":
         table["torch SGD fused"] = lambda: plain(torch.optim.SGD, fused=True, **sgd)
         table["SGDG foreach"] = lambda: ours(SGDG, orthogonality=0.0, fused=False)

@@ -33,10 +33,9 @@ Build = Callable[[nn.Module, float], Optimizer]
 
 
 def adamp(model: nn.Module, lr: float) -> Optimizer:
-    """AdamP with the defaults of its implementation."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from pytorch_optimizer import AdamP
+    """AdamP (arXiv 2006.08217) in its authors' package, with its defaults."""
+    from adamp import AdamP
+
     return AdamP(param_groups(model, lr=lr, weight_decay=DECAY), lr=lr)
 
 
