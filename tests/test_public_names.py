@@ -7,7 +7,7 @@ NAMES = """
     BatchRenorm1d BatchRenorm2d BatchRenorm3d BatchlessNorm1d BatchlessNorm2d BatchlessNorm3d InputNorm
     FilterResponseNorm1d FilterResponseNorm2d FilterResponseNorm3d
     LpNorm1d LpNorm2d LpNorm3d NoisyBatchNorm1d NoisyBatchNorm2d NoisyBatchNorm3d
-    apply recipes attach initialize revisit param_groups scale_invariance
+    apply handle recipes attach initialize revisit param_groups scale_invariance
     convert revert describe fold recalibrate
     doctor functional instruments moments
 """

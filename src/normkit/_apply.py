@@ -3,7 +3,9 @@
 The methods and their names stand in :mod:`normkit.methods.catalog`; nothing else knows them.
 """
 
+import logging
 import math
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,10 +16,17 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from normkit._errors import nearest
+from normkit.methods.bnp.bnp import BNP
 from normkit.methods.catalog import RECIPES
 from normkit.methods.method import OPTIMIZERS, ParamGroups, Part, Recipe, Request, make_optimizer
+from normkit.optim.effect import Effect
+from normkit.optim.rates import watch_rates
+from normkit.optim.step_hooks import StepHandle, attachments
 from normkit.surgery._convert import Where, convert
+from normkit.surgery._describe import describe
 from normkit.surgery.conversion_state import origin_of
+
+_logger = logging.getLogger("normkit")
 
 
 def recipes() -> dict[str, Recipe]:
@@ -40,7 +49,8 @@ def apply(
     """Make ``model`` use the method ``name`` and build its optimizer; the training loop does not change.
 
     When anything raises, the model is what it was before, also if it had been converted already; its tensors are copied
-    for that until the call returns.
+    for that until the call returns. One line of the log (logger ``normkit``, level INFO) tells how much of the model the method
+    reaches, and a warning follows where that is less than half; ``normkit.describe(model, optimizer)`` shows all of it.
 
     Args:
         name: One of [`normkit.recipes`][].
@@ -79,7 +89,49 @@ def apply(
             raise ValueError(f"apply: {name!r} has no option {option!r}; {choice}")
     request = Request(lr, momentum, weight_decay, optimizer, batches, given)
     with _restored_on_error(model):
-        return _carry_out(recipe, model, request, where)
+        model, made = _carry_out(recipe, model, request, where)
+        watch_rates(made, name)
+    _report(name, describe(model, made).effects, chosen=where is not None)
+    return model, made
+
+
+def handle(optimizer: Optimizer) -> BNP | StepHandle:
+    """Return what [`normkit.apply`][] attached to ``optimizer``.
+
+    Args:
+        optimizer: What ``apply`` returned, or what a method was attached to by hand.
+
+    Returns:
+        With preconditioning the [`normkit.BNP`][]: ``precondition_()`` before clipping, ``masked(mask)``, ``skipped``,
+        ``remove()``. Else the handle, whose ``remove()`` takes the method off.
+
+    Raises:
+        ValueError: Nothing is attached to the optimizer.
+
+    Examples:
+        >>> model, optimizer = apply("bnp", nn.Sequential(nn.Linear(2, 3), nn.PReLU(), nn.Linear(3, 1)), lr=0.1)
+        >>> handle(optimizer).skipped
+        {'1': 'PReLU is not a linear or convolution layer'}
+    """
+    found = attachments(optimizer)
+    if not found:
+        raise ValueError(
+            f"handle: no method is attached to this {type(optimizer).__name__}; bnp, batchless and normalizer-free attach to "
+            "the optimizer that normkit.apply returns, the others change the model or bring an optimizer of their own"
+        )
+    return found[0].owner if isinstance(found[0].owner, BNP) else found[0]
+
+
+def _report(name: str, effects: Iterable[Effect], *, chosen: bool) -> None:
+    """Log what the method reaches, and warn where that is little, unless the user chose the layers."""
+    _logger.info("%s: %s", name, "; ".join(map(str, effects)))
+    for effect in effects:
+        if effect.little and not (chosen and effect.verb == "replaced"):
+            shown = [f"{path or 'the model'}: {reason}" for path, reason in effect.left.items()]
+            more = (
+                f"; and {len(shown) - 3} more (normkit.describe(model, optimizer) lists all)" if len(shown) > 3 else ""
+            )
+            warnings.warn(f"{name} does little here: {effect}; {'; '.join(shown[:3])}{more}", stacklevel=3)
 
 
 def _check_optimizer(recipe: Recipe, optimizer: Any) -> None:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from normkit import functional, moments
-from normkit._apply import apply, recipes
+from normkit._apply import apply, handle, recipes
 from normkit.methods.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d
 from normkit.methods.batchless.training import attach, initialize
@@ -54,6 +54,7 @@ __all__ = [
     "doctor",
     "fold",
     "functional",
+    "handle",
     "initialize",
     "instruments",
     "moments",

@@ -220,6 +220,16 @@ def test_a_wrapper_without_a_torch_optimizers_hooks_is_refused_and_nothing_is_le
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+@pytest.mark.parametrize("wrapper", ["Lookahead", "OrthoGrad", "TRAC", "PCGrad", "ScheduleFreeWrapper", "DynamicLossScaler"])
+@pytest.mark.parametrize("to", ["none", "batchless"])
+def test_every_wrapper_is_refused_in_one_line_with_the_optimizer_to_attach_to(to, wrapper):
+    model = normkit.convert(network(), to)
+    outer = getattr(pytorch_optimizer, wrapper)(SGD(trainable(model), lr=0.01))
+    attach = normkit.BNP(model).attach if to == "none" else (lambda o: normkit.attach(model, o))
+    with pytest.raises(ValueError, match=rf"{wrapper}: it lacks hooks.*attach to the optimizer inside it, optimizer\.opt"):
+        attach(outer)
+
+
 def test_weights_are_preconditioned_by_one_optimizer_at_a_time():
     model = normkit.convert(network(), "none")
     first, second = (SGD(model.parameters(), lr=0.1) for _ in range(2))

@@ -62,8 +62,9 @@ class StepHandle:
         discard: Callback | None,
         state: Stateful | None,
         on_remove: Callback | None,
+        owner: Any,
     ) -> None:
-        self.optimizer, self.key, self.attached = optimizer, key, True
+        self.optimizer, self.key, self.attached, self.owner = optimizer, key, True, owner
         self._prepare, self._after, self._discard = prepare, after, discard
         self._state, self._on_remove = state, on_remove
         self._install()
@@ -167,35 +168,25 @@ def _with_handles(optimizer: Optimizer) -> dict[str, Any]:
     return {**type(optimizer).__getstate__(optimizer), _HANDLES: vars(optimizer)[_HANDLES]}
 
 
-def attach_to_step(
-    optimizer: Optimizer,
-    key: str,
-    prepare: Callback,
-    *,
-    after: Callback | None = None,
-    discard: Callback | None = None,
-    state: Stateful | None = None,
-    on_remove: Callback | None = None,
-) -> StepHandle:
-    """Call ``prepare`` between backward and the optimizer's update, closures included.
+def can_hook(optimizer: object) -> bool:
+    """Whether an optimizer has the hooks of a torch optimizer; some wrappers do not call its constructor."""
+    return isinstance(optimizer, Optimizer) and all(name in vars(optimizer) for name in _HOOKS)
 
-    All callbacks get the optimizer: in a copy of the optimizer, the copied one. Nothing is attached if this raises.
+
+def attachments(optimizer: Optimizer) -> list[StepHandle]:
+    """Return the handles of everything that is attached to ``optimizer``, in the order in which it was attached."""
+    return list(vars(optimizer).get(_HANDLES, ()))
+
+
+def check_attachable(optimizer: Optimizer, key: str) -> None:
+    """Refuse an optimizer that :func:`attach_to_step` cannot serve.
 
     Args:
-        optimizer: Any torch optimizer that works on one gradient per step.
-        key: Name of the method: in messages, and of ``state`` in the optimizer's state dict.
-        prepare: Called when all gradients of the step are there and before the update.
-        after: Called after the update.
-        discard: Called when ``optimizer.zero_grad()`` drops the gradients.
-        state: What travels in the optimizer's state dict.
-        on_remove: Called when the handle is removed.
-
-    Returns:
-        A handle whose ``remove()`` takes everything off again.
+        optimizer: The optimizer, or whatever was given for one.
+        key: Name of the method.
 
     Raises:
-        ValueError: The optimizer evaluates its closure several times per step (LBFGS), works on two gradients per step (SAM), or
-            wraps another one without being a torch optimizer itself (Lookahead).
+        ValueError: See :func:`attach_to_step`.
     """
     kind = type(optimizer).__name__
     inner = next((name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)), None)
@@ -212,6 +203,41 @@ def attach_to_step(
             f"{key} cannot be attached to {kind}: it works on two gradients per step (first_step, second_step), and only the "
             f"second one moves the weights; {remedy}"
         )
-    if not isinstance(optimizer, Optimizer) or any(name not in vars(optimizer) for name in _HOOKS):
+    if not can_hook(optimizer):
         raise ValueError(f"{key} cannot be attached to {kind}: it lacks hooks that every torch optimizer has; {remedy}")
-    return StepHandle(optimizer, key, prepare, after, discard, state, on_remove)
+
+
+def attach_to_step(
+    optimizer: Optimizer,
+    key: str,
+    prepare: Callback,
+    *,
+    after: Callback | None = None,
+    discard: Callback | None = None,
+    state: Stateful | None = None,
+    on_remove: Callback | None = None,
+    owner: Any = None,
+) -> StepHandle:
+    """Call ``prepare`` between backward and the optimizer's update, closures included.
+
+    All callbacks get the optimizer: in a copy of the optimizer, the copied one. Nothing is attached if this raises.
+
+    Args:
+        optimizer: Any torch optimizer that works on one gradient per step.
+        key: Name of the method: in messages, and of ``state`` in the optimizer's state dict.
+        prepare: Called when all gradients of the step are there and before the update.
+        after: Called after the update.
+        discard: Called when ``optimizer.zero_grad()`` drops the gradients.
+        state: What travels in the optimizer's state dict.
+        on_remove: Called when the handle is removed.
+        owner: What is attached. Its ``effects(model)``, if it has that, say how much of a model it reaches.
+
+    Returns:
+        A handle whose ``remove()`` takes everything off again.
+
+    Raises:
+        ValueError: The optimizer evaluates its closure several times per step (LBFGS), works on two gradients per step (SAM), or
+            wraps another one without being a torch optimizer itself (Lookahead).
+    """
+    check_attachable(optimizer, key)
+    return StepHandle(optimizer, key, prepare, after, discard, state, on_remove, owner)

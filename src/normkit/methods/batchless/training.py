@@ -29,8 +29,9 @@ from normkit.methods.batchless.layer import (
 from normkit.methods.batchless.weights import FeedingLayer, feeding_layers, project_weights
 from normkit.methods.method import Method, Part, Recipe, adam, layer_target
 from normkit.moments import Moments, reduce_together
+from normkit.optim.effect import Effect
 from normkit.optim.param_groups import check_optimizer
-from normkit.optim.step_hooks import StepHandle, attach_to_step, effective_lr
+from normkit.optim.step_hooks import StepHandle, attach_to_step, check_attachable, effective_lr
 
 LARGEST_VARIANCE_RATIO = 1.5  # mean square of n from which the gradients of a step shrink, for projected layers
 
@@ -65,6 +66,7 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
         raise ValueError(
             "attach: the model has no batchless layer; convert it first, e.g. normkit.convert(model, 'batchless')"
         )
+    check_attachable(optimizer, "batchless")
     if any(p.requires_grad for p in model.parameters()):
         check_optimizer(optimizer, model)
     taken = next((name for name, m in model.named_modules() if isinstance(m, BatchlessNorm) and m.is_collected), None)
@@ -85,6 +87,7 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
         after=fitter.after_step,
         discard=fitter.on_zero_grad,
         on_remove=fitter.release,
+        owner=fitter,
     )
     try:
         _move_to_own_group(optimizer, fitter.parameters)
@@ -127,6 +130,13 @@ class _Fitter:
         for layer in self.layers:
             layer.set_collector(self.collector)
         self.feeding = feeding_layers(self.model, self.collector)
+
+    def effects(self, model: nn.Module) -> list[Effect]:
+        """Say which layers of ``model`` are fitted."""
+        layers = {path: module for path, module in model.named_modules() if isinstance(module, BatchlessNorm)}
+        own = set(self.layers)
+        left = {path: "not attached" for path, layer in layers.items() if layer not in own}
+        return [Effect("fitted", "batchless layers", tuple(path for path in layers if path not in left), left)]
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> None:

@@ -22,7 +22,10 @@ from normkit.methods.bnp.observer import Mask, Observed, Statistics
 from normkit.methods.bnp.statistics import Preconditioner, Preconditioners, RowStatistics, restored
 from normkit.methods.bnp.transform import LayerStep, Rate, Transform
 from normkit.methods.method import ZERO_RESIDUAL, Method, Part, Recipe, adam
-from normkit.optim.step_hooks import StepHandle, attach_to_step, effective_lr
+from normkit.optim.effect import Effect, trained_elements
+from normkit.optim.step_hooks import StepHandle, attach_to_step, check_attachable, effective_lr
+
+_UNSUPPORTED = "what its forward takes or gives is no rows of its weight"
 
 
 class BNP:
@@ -127,6 +130,7 @@ class BNP:
                 several times (LBFGS), works on two gradients per step (SAM), or is no torch optimizer; it holds no observed
                 weight or sharded ones.
         """
+        check_attachable(optimizer, "bnp")
         attached = self._layers_of(optimizer)
         if any(handle.optimizer is optimizer for handle in self._handles):
             raise ValueError("the optimizer is attached already; call remove() of the handle of that attach() first")
@@ -149,7 +153,13 @@ class BNP:
                 "use DistributedDataParallel"
             )
         handle = attach_to_step(
-            optimizer, "bnp", self._before_step, discard=self._on_zero_grad, state=self, on_remove=self._forget
+            optimizer,
+            "bnp",
+            self._before_step,
+            discard=self._on_zero_grad,
+            state=self,
+            on_remove=self._forget,
+            owner=self,
         )
         for observed in attached:
             observed.allocate()
@@ -201,6 +211,31 @@ class BNP:
         [`normkit.instruments.conditioning`][] takes it.
         """
         return {observed.path: preconditioner for observed, preconditioner in self.metrics()}
+
+    def effects(self, model: nn.Module) -> list[Effect]:
+        """Return which modules of ``model`` have preconditioned gradients, see [`normkit.describe`][].
+
+        Args:
+            model: The model.
+        """
+        paths = {module: path for path, module in model.named_modules()}
+        attached = {id(o.weight) for handle in self._handles for o in self._layers_of(handle.optimizer)}
+        own = {
+            observed.layer: observed
+            for observed in self._layers
+            if observed.layer in paths and observed.weight is not None and observed.weight.requires_grad
+        }
+        left = {
+            paths[layer]: _UNSUPPORTED if observed.unsupported else "its weight is not in the optimizer"
+            for layer, observed in own.items()
+            if observed.unsupported or id(observed.weight) not in attached
+        }
+        done = {paths[layer]: layer for layer in own if paths[layer] not in left}
+        known = {path: module for module, path in paths.items()}
+        left |= {p: reason for p, reason in self.skipped.items() if p in known and trained_elements([known[p]])}
+        reached = trained_elements(done.values())
+        total = trained_elements([*done.values(), *(known[path] for path in left)])
+        return [Effect("preconditioned", "modules with weights", tuple(done), left, (reached, total))]
 
     def remove(self) -> None:
         """Take all hooks off the model and off attached optimizers, which then step on plain gradients."""
@@ -312,7 +347,7 @@ def _rule(observed: Observed) -> str:
     if not layer.weight.requires_grad:
         return f"{layer}, frozen: nothing to do"
     if observed.unsupported:
-        return f"{layer}, left alone: what its forward takes or gives is no rows of its weight"
+        return f"{layer}, left alone: {_UNSUPPORTED}"
     if layer.bias is not None and layer.bias.requires_grad:
         return f"{layer}, centred and scaled"
     if observed.norm is not None:

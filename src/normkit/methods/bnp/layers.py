@@ -66,7 +66,10 @@ def choose(model: nn.Module, layers: Iterable[str] | None = None) -> tuple[dict[
     for path, found in chosen.items():
         observers = (c for layer in found for c in input_counters(layer) if isinstance(c, Observed))
         if any(not observer.collector.copied for observer in observers):
-            raise ValueError(f"{path}: another BNP observes this layer; call its remove() first")
+            raise ValueError(
+                f"{path}: another BNP observes this layer; call its remove() first (normkit.handle(optimizer) "
+                "returns the one that normkit.apply attached to its optimizer)"
+            )
     return chosen, skipped
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
@@ -27,6 +27,8 @@ from normkit.methods.riemannian.filters import (
 from normkit.methods.riemannian.foreach import advance
 from normkit.methods.riemannian.sphere import norm, project
 from normkit.moments import statistics_dtype
+from normkit.optim.effect import Effect, count
+from normkit.optim.invariance import scale_invariance, weight_users
 
 Rate: TypeAlias = float | Tensor
 
@@ -70,6 +72,19 @@ class SphereOptimizer(Optimizer):
             raise
         if self._normalize_added:
             normalize_group(self.param_groups[-1])
+
+    def effects(self, model: nn.Module) -> list[Effect]:
+        """Return which weights of ``model`` are on the sphere, see [`normkit.describe`][].
+
+        Args:
+            model: The model.
+        """
+        on_sphere = {id(p) for group in self.param_groups if group["manifold"] for p in group["params"]}
+        weights = {name: p for name in weight_users(model) if (p := model.get_parameter(name)).requires_grad}
+        done = {name: p for name, p in weights.items() if id(p) in on_sphere}
+        report = scale_invariance(model) if len(done) < len(weights) else {}
+        left = {name: report[name].reason for name in weights if name not in done}
+        return [Effect("on the sphere", "weights", tuple(done), left, (count(done.values()), count(weights.values())))]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
