@@ -168,7 +168,12 @@ def _rates(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
             return "auto"
         if "=" not in texts[0]:
             return _number(float, texts[0])
-        pairs = (word.partition("=") for word in _words(texts[0]))
+        pairs = [word.partition("=") for word in _words(texts[0])]
+        names = [name for name, _, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"{', '.join(sorted(n for n in set(names) if names.count(n) > 1))} given twice; name each once"
+            )
         return {name: _number(float, rate) for name, _, rate in pairs}
 
     return PrimitiveConstructorSpec(

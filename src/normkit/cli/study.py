@@ -101,7 +101,7 @@ class Worker:
 
         from normkit.study.check import check
         from normkit.study.compare import available_cores, check_workers
-        from normkit.study.data.images import cache_folder
+        from normkit.study.data.hub import cache_folder
         from normkit.study.folder import STORAGE_VARIABLE
         from normkit.study.report.format import pluralize
         from normkit.study.store.join_studies import join
