@@ -93,15 +93,19 @@ def test_a_study_whose_final_runs_all_failed_does_not_exit_with_0(states, code, 
 def test_a_signal_to_end_is_raised_in_the_block_and_nowhere_else(number):
     before = signal.signal(number, signal.SIG_DFL)
     try:
-        with pytest.raises(Stopped), stoppable():
-            os.kill(os.getpid(), number)
-            signal.sigtimedwait([], 1)
+        with pytest.raises(Stopped):
+            killed(number)
         assert signal.getsignal(number) is signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN)
-        with stoppable():
-            os.kill(os.getpid(), number)  # nohup
+        killed(number)  # under nohup
     finally:
         signal.signal(number, before)
+
+
+def killed(number):
+    with stoppable():
+        os.kill(os.getpid(), number)
+        signal.sigtimedwait([], 1)
 
 
 def test_ctrl_c_during_the_imports_is_a_line_and_no_traceback(monkeypatch, capsys):

@@ -70,7 +70,7 @@ def test_a_process_that_was_stopped_with_the_lock_is_waited_for_a_bounded_time(t
     store.open(StudyConfig())
     with FileLock(lock_file(url)):
         began = time.monotonic()
-        with pytest.raises(StudyError, match="--storage: cannot be used .*lock"):
+        with pytest.raises(StudyError, match=r"--storage: cannot be used .*lock"):
             store.claim()
         assert time.monotonic() - began < 30
     assert store.claim() is not None
