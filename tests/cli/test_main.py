@@ -180,7 +180,16 @@ def test_arguments_that_cannot_be_parsed_are_explained_with_exit_code_2(argument
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["compare", "--help"], ["compare", "--seeds", "x"], ["x"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["recipes"],
+        ["recipes", "--json"],
+        ["compare", "--help"],
+        ["compare", "--seeds", "x"],
+        ["x"],
+    ],
 )
 def test_torch_is_loaded_by_what_computes_alone(arguments):
     script = (

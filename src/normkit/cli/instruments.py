@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from tyro.conf import OmitArgPrefixes, arg
 
@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Landscape:
-    """Train methods under the instruments: smoothness of the loss, covariate shift, stability of the activations."""
+    """Train methods under instruments: loss smoothness, covariate shift, activations."""
+
+    examples: ClassVar = (
+        "normkit landscape --methods none,batch,bnp --steps 100",
+        "normkit landscape --model vgg13-small --data PATH/TO/cifar10",
+    )
 
     config: OmitArgPrefixes[LandscapeConfig] = field(default_factory=LandscapeConfig)
     out: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/landscape")
@@ -33,7 +38,15 @@ class Landscape:
 
 @dataclass(frozen=True)
 class Doctor:
-    """Find the faulty normalization layers of a model, with evidence and remedy; exit code 1 if there are any."""
+    """Find the faulty normalization layers of a model, with evidence and remedies.
+
+    The exit code is 1 if there are any.
+    """
+
+    examples: ClassVar = (
+        "normkit doctor --model mine.py:model --data mine.py:data --batch-size 2",
+        "normkit doctor --model resnet20 --data PATH/TO/cifar10 --checkpoint net.pt",
+    )
 
     config: OmitArgPrefixes[DoctorConfig] = field(default_factory=DoctorConfig)
     json: bool = False
@@ -50,7 +63,15 @@ class Doctor:
 
 @dataclass(frozen=True)
 class ReproduceHowBNHelps:
-    """Repeat the experiments of "How does batch normalization help optimization?" (arXiv 1805.11604) and its findings."""
+    """Repeat the experiments of "How does batch normalization help optimization?".
+
+    The paper is arXiv 1805.11604. The report judges each of its findings.
+    """
+
+    examples: ClassVar = (
+        "normkit reproduce how-bn-helps --data PATH/TO/cifar10",
+        "normkit reproduce how-bn-helps --model dln --scale 0.1",
+    )
 
     config: OmitArgPrefixes[HowBNHelps] = field(default_factory=HowBNHelps)
     out: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/how-bn-helps")

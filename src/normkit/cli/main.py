@@ -1,9 +1,11 @@
 """The command line: parse, call, print. Nothing is decided here, and torch is loaded by what computes."""
 
+import inspect
 import io
 import logging
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -21,21 +23,19 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from normkit import __version__
 from normkit._errors import nearest
 from normkit.cli.instruments import Doctor, Landscape, ReproduceHowBNHelps
+from normkit.cli.recipes import Recipes
 from normkit.cli.reproduce import Reproduce
 from normkit.cli.stop import stoppable, stopped
-from normkit.cli.study import THOROUGH, Compare, Recipes, Report, Worker
+from normkit.cli.study import THOROUGH, Compare, Report, Worker
 
 LONGEST_ERROR = 299  # characters
-COMMANDS: dict[str, Any] = {
-    "compare": Compare,
-    "worker": Worker,
-    "reproduce": Reproduce,
-    "report": Report,
-    "recipes": Recipes,
-    "landscape": Landscape,
-    "doctor": Doctor,
-    "reproduce how-bn-helps": ReproduceHowBNHelps,
+GROUPS: dict[str, dict[str, Any]] = {
+    "Compare": {"compare": Compare, "report": Report, "worker": Worker, "recipes": Recipes},
+    "Understand": {"doctor": Doctor, "landscape": Landscape},
+    "Papers": {"reproduce": Reproduce, "reproduce how-bn-helps": ReproduceHowBNHelps},
 }
+COMMANDS: dict[str, Any] = {name: kind for group in GROUPS.values() for name, kind in group.items()}
+WIDTH = 80  # columns of the terminal that help is set for
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,22 +121,53 @@ def _parse(arguments: list[str]) -> Any:
         SystemExit: Help or the version was asked for and printed, or tyro has printed what is wrong with the arguments.
     """
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if name == "help" and rest:  # `normkit help compare`
+        name, rest = rest[0], [*rest[1:], "--help"]
     if rest and f"{name} {rest[0]}" in COMMANDS:  # this preset is a command of its own
         name, rest = f"{name} {rest[0]}", rest[1:]
-    if name in ("-h", "--help"):
-        print(
-            "usage: normkit COMMAND [OPTIONS]; `normkit COMMAND --help` lists the options, --debug shows tracebacks\n"
-        )
-        print("\n".join(f"  {command:<22} {(kind.__doc__ or '').strip()}" for command, kind in COMMANDS.items()))
+    if name in ("-h", "--help", "help"):
+        print(_help())
         sys.exit(0 if arguments else 2)
-    if name == "--version":
+    if name in ("-V", "--version"):
         print(f"normkit {__version__}")
         sys.exit(0)
     if name not in COMMANDS:
         raise ValueError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
     default: dict[str, Any] = {"default": THOROUGH} if name == "compare" and "--thorough" in rest else {}
-    config = (FlagCreatePairsOff,)
-    return tyro.cli(COMMANDS[name], prog=f"normkit {name}", args=rest, config=config, registry=REGISTRY, **default)
+    return tyro.cli(
+        COMMANDS[name],
+        prog=f"normkit {name}",
+        description=_description(COMMANDS[name]),
+        args=rest,
+        config=(FlagCreatePairsOff,),
+        registry=REGISTRY,
+        **default,
+    )
+
+
+def _help() -> str:
+    """The commands in groups."""
+    width = max(map(len, COMMANDS)) + 4
+    lines = ["usage: normkit COMMAND [OPTIONS]"]
+    for group, commands in GROUPS.items():
+        lines += ["", group]
+        for name, kind in commands.items():
+            lines += textwrap.wrap(
+                (inspect.getdoc(kind) or "").partition("\n")[0],
+                WIDTH,
+                initial_indent=f"  {name:<{width - 2}}",
+                subsequent_indent=" " * width,
+            )
+    lines += ["", "`normkit help COMMAND` lists the options of a command, with examples."]
+    return "\n".join([*lines, "-V, --version prints the version; --debug shows tracebacks.", "", *_examples(Compare)])
+
+
+def _description(kind: Any) -> str:
+    return "\n".join([inspect.getdoc(kind) or "", "", *_examples(kind)])
+
+
+def _examples(kind: Any) -> list[str]:
+    return ["Examples:", *(f"  {example}" for example in kind.examples)]
 
 
 REGISTRY = ConstructorRegistry()
@@ -168,12 +199,7 @@ def _rates(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
             return "auto"
         if "=" not in texts[0]:
             return _number(float, texts[0])
-        pairs = [word.partition("=") for word in _words(texts[0])]
-        names = [name for name, _, _ in pairs]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"{', '.join(sorted(n for n in set(names) if names.count(n) > 1))} given twice; name each once"
-            )
+        pairs = (word.partition("=") for word in _words(texts[0]))
         return {name: _number(float, rate) for name, _, rate in pairs}
 
     return PrimitiveConstructorSpec(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from tyro.conf import Positional, arg
 
@@ -12,29 +12,37 @@ from normkit.cli.study import RESUME
 
 @dataclass(frozen=True)
 class Reproduce:
-    """Run a table or figure of one of the papers, at full size or scaled down; without a name, list them with their cost."""
+    """Run a table or figure of one of the papers, at full size or scaled down.
+
+    Without a name, the presets are listed with their cost.
+    """
+
+    examples: ClassVar = (
+        "normkit reproduce",
+        "normkit reproduce bnp-mlp --scale 0.01",
+    )
 
     preset: Annotated[str, Positional, arg(metavar="PRESET")] = ""
     """Name of a preset."""
-    scale: float = 0.01
+    scale: Annotated[float, arg(metavar="FRACTION")] = 0.01
     """Fraction of the paper's training budget, in (0, 1]; the report says what was scaled down."""
-    data: str | None = None
+    data: Annotated[str | None, arg(metavar="DATA")] = None
     """Use this data instead, for example a local copy of the preset's."""
-    model: str | None = None
+    model: Annotated[str | None, arg(metavar="MODEL")] = None
     """Only this network of the preset, or in place of its only one, for example resnet20."""
-    methods: tuple[str, ...] = ()
+    methods: Annotated[tuple[str, ...], arg(metavar="METHOD,...")] = ()
     """Only these methods."""
     paper_rates: bool = False
     """Train at the paper's learning rates instead of searching for every method's own."""
-    seeds: int | None = None
+    seeds: Annotated[int | None, arg(metavar="COUNT")] = None
     """Final runs per method; by default as many as the preset has at this scale."""
-    limit: int | None = None
+    limit: Annotated[int | None, arg(metavar="COUNT")] = None
     """Use at most this many samples of each split; by default as the scale says."""
-    device: str | None = None
+    device: Annotated[str | None, arg(metavar="DEVICE")] = None
     """cpu, or a CUDA device; by default cpu."""
     out: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """Output folder; by default runs/ and the preset's name and scale."""
-    workers: int = 0
+    workers: Annotated[int, arg(metavar="COUNT")] = 0
     """Trials side by side; 0: one per core, one on a GPU."""
     quiet: bool = False
     """Print nothing but the result."""

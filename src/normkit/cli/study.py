@@ -1,10 +1,10 @@
-"""The commands of the main job: ``compare``, ``worker``, ``report`` and ``recipes``."""
+"""The commands of the main job: ``compare``, ``worker`` and ``report``."""
 
 import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -18,6 +18,13 @@ RESUME = "nothing is lost: the same command resumes"
 class Compare:
     """Compare methods fairly on one model and data, and write a report."""
 
+    examples: ClassVar = (
+        "normkit compare",
+        "normkit compare --methods batch,group,bnp --batch-sizes 64,8,1",
+        "normkit compare --data PATH/TO/cifar10 --model resnet20 --flip --crop 4",
+        "normkit compare --data mine.py:data --model mine.py:model",
+    )
+
     study: OmitArgPrefixes[StudyConfig] = field(default_factory=StudyConfig)
     landscape: bool = False
     """Train every method once more under the instruments, and add loss band, beta, covariate shift and so on to the report."""
@@ -25,9 +32,9 @@ class Compare:
     """Output folder, where the same command resumes; by default runs/ and the study's name."""
     storage: Annotated[str | None, arg(metavar="URL")] = None
     """Any Optuna storage, to share the work with other processes; by default a SQLite file in the output folder."""
-    track: tuple[str, ...] = ()
+    track: Annotated[tuple[str, ...], arg(metavar="TRACKER,...")] = ()
     """Experiment trackers that get every trial: tensorboard, wandb, mlflow, trackio."""
-    workers: int = 0
+    workers: Annotated[int, arg(metavar="COUNT")] = 0
     """Trials side by side; 0: one per core, one on a GPU."""
     thorough: bool = False
     """Run the full comparison: ten methods, five batch sizes, five seeds, 20,000 samples a run; takes hours."""
@@ -82,14 +89,21 @@ THOROUGH = Compare(
 class Worker:
     """Run trials of shared studies until none are left."""
 
+    examples: ClassVar = (
+        "normkit worker --storage postgresql+psycopg2://host/studies",
+        "normkit worker --study cifar10-resnet20-1a2b3c4d --workers 4",
+    )
+
     storage: Annotated[str | None, arg(metavar="URL")] = None
     """The storage that `normkit compare --storage` was given; by default the variable NORMKIT_STORAGE."""
-    study: str | None = None
+    study: Annotated[str | None, arg(metavar="NAME")] = None
     """Name of one study; by default all that have work."""
-    workers: int = 0
+    workers: Annotated[int, arg(metavar="COUNT")] = 0
     """Trials side by side; 0: one per core, one on a machine with a GPU."""
     checkpoints: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """Folder of checkpoints; machines that share it resume each other's interrupted trials."""
+    quiet: bool = False
+    """Print nothing but the result."""
 
     def run(self, arguments: list[str]) -> int:
         """Join the studies.
@@ -101,7 +115,7 @@ class Worker:
 
         from normkit.study.check import check
         from normkit.study.compare import available_cores, check_workers
-        from normkit.study.data.hub import cache_folder
+        from normkit.study.data.images import cache_folder
         from normkit.study.folder import STORAGE_VARIABLE
         from normkit.study.report.format import pluralize
         from normkit.study.store.join_studies import join
@@ -125,6 +139,8 @@ class Worker:
 @dataclass(frozen=True)
 class Report:
     """Make the report of a study again, also of an unfinished one."""
+
+    examples: ClassVar = ("normkit report runs/digits",)
 
     run_folder: Annotated[Path, Positional, arg(metavar="RUN")]
     """Folder that `normkit compare` wrote."""
@@ -150,29 +166,6 @@ class Report:
             )
         store.open(folder.config)
         _print_report(report(folder, store), folder.path)
-        return 0
-
-
-@dataclass(frozen=True)
-class Recipes:
-    """List the methods in groups, with their papers."""
-
-    all: bool = False
-    """List the arms of ablations too."""
-
-    def run(self, arguments: list[str]) -> int:
-        """Print the list."""
-        from normkit._apply import recipes
-
-        known = {name: recipe for name, recipe in recipes().items() if self.all or not recipe.ablation}
-        width = max(map(len, known))
-        for group in dict.fromkeys(recipe.group for recipe in known.values()):
-            print(f"{group}:")
-            for name, recipe in known.items():
-                if recipe.group == group:
-                    print(f"  {name:<{width}}  {recipe.summary}\n  {'':<{width}}  {recipe.paper}")
-        if not self.all:
-            print("\n`normkit recipes --all` lists the arms of ablations too.")
         return 0
 
 

@@ -97,7 +97,7 @@ METHOD = Method(
     recipes=(
         Recipe(
             "none",
-            "Normalization layers removed, biases restored",
+            "No normalization: layers removed, biases restored",
             "the baseline",
             0.1,
             convert=Part("none"),
@@ -106,7 +106,7 @@ METHOD = Method(
         ),
         Recipe(
             "batch",
-            "Batch normalization as the model has it",
+            "Batch normalization, as the model has it",
             "Ioffe, Szegedy 2015, arXiv 1502.03167",
             0.1,
             group=_GROUP,
@@ -121,7 +121,7 @@ METHOD = Method(
         ),
         Recipe(
             "layer",
-            "Layer normalization over channels and space",
+            "Layer normalization over channels and positions",
             "Ba et al. 2016, arXiv 1607.06450",
             0.1,
             convert=Part("layer"),

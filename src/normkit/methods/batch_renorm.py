@@ -198,7 +198,7 @@ METHOD = Method(
     recipes=(
         Recipe(
             "batch-renorm",
-            "Batch normalization corrected towards its running statistics",
+            "BatchNorm corrected towards its running statistics",
             "Ioffe 2017, arXiv 1702.03275",
             0.1,
             # a fiftieth of the paper's schedule

@@ -214,7 +214,7 @@ METHOD = Method(
     recipes=(
         Recipe(
             "filter-response",
-            "Channels of each sample divided by their root mean square, learned thresholds for ReLUs",
+            "Filter response normalization, learned thresholds",
             "Singh, Krishnan 2019, arXiv 1911.09737",
             0.1,
             convert=Part("filter-response", "eps", "learn_eps"),

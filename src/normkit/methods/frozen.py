@@ -77,7 +77,7 @@ METHOD = Method(
     recipes=(
         Recipe(
             "frozen",
-            "Batch normalization with the statistics it has, scale and shift trained",
+            "BatchNorm, statistics fixed, scale and shift trained",
             "Ren et al. 2015, arXiv 1506.01497",
             0.1,
             convert=Part("frozen"),

@@ -204,7 +204,7 @@ METHOD = Method(
     recipes=tuple(
         Recipe(
             name,
-            f"Normalization by {mean}",
+            f"BatchNorm that divides by {mean}",
             "Santurkar et al. 2018, arXiv 1805.11604",
             0.1,
             convert=Part(name, "momentum"),

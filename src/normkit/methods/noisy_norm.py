@@ -82,7 +82,7 @@ METHOD = Method(
     recipes=(
         Recipe(
             "noisy-batch",
-            "Batch normalization, then shifting noise: a control",
+            "BatchNorm followed by shifting noise (a control)",
             "Santurkar et al. 2018, arXiv 1805.11604",
             0.1,
             convert=Part("noisy-batch"),

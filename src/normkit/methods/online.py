@@ -267,10 +267,11 @@ METHOD = Method(
     recipes=(
         Recipe(
             "online",
-            "Running statistics per sample, gradients projected over time",
+            "Online normalization: running statistics per sample",
             "Chiley et al. 2019, arXiv 1905.05894",
             0.1,
             convert=Part("online", "forward_decay", "backward_decay", "eps"),
+            group="Batch normalization and its relatives",
         ),
     ),
     targets={

@@ -56,7 +56,7 @@ METHOD = Method(
     recipes=(
         Recipe(
             "zero-gamma",
-            "Residual blocks start as identity",
+            "BatchNorm; residual blocks start as the identity",
             "Goyal et al. 2017, arXiv 1706.02677",
             0.1,
             prepare=Part(lambda model, batches: zero_gamma(model)),

@@ -18,8 +18,7 @@ VARIANTS = {
     "batchless": {},
     "no affine": {"affine": False},
     "plain": {"gradient": "plain"},
-    "shared, inv, plain": {"shared": True, "scale": "inv", "gradient": "plain"},
-    "shared": {"shared": True},
+    "abs": {"scale": "abs"},
     "projected": {"projected": True},
     "projected, no affine": {"projected": True, "affine": False},
 }

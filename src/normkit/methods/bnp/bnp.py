@@ -379,7 +379,7 @@ METHOD = Method(
         ),
         Recipe(
             "bnp-paper",
-            "BNP as published (as recalled): start at (0, 1), variance within a batch, no bound on the step",
+            "BNP in its published form: steps are not bounded",
             _PAPER,
             0.03,
             convert=Part("none"),
@@ -390,7 +390,7 @@ METHOD = Method(
         ),
         Recipe(
             "bnp-adam",
-            "BNP before Adam",
+            "BNP's gradients, stepped by Adam",
             _PAPER,
             0.001,
             convert=Part("none"),
@@ -402,7 +402,7 @@ METHOD = Method(
         ),
         Recipe(
             "group+bnp",
-            "Group normalization and preconditioned gradients",
+            "Group normalization and BNP's gradients",
             _PAPER,
             0.1,
             convert=Part("group"),

@@ -217,7 +217,7 @@ METHOD = Method(
     recipes=(
         Recipe(
             "revisited",
-            "Batch normalization from scale 0.1, its rate / 100",
+            "BatchNorm, scale starts at 0.1, its rate / 100",
             _PAPER,
             0.3,
             prepare=Part(revisit_model, *_OPTIONS),
@@ -226,7 +226,7 @@ METHOD = Method(
         ),
         Recipe(
             "revisited+input",
-            "Revisited, and the inputs normalized online",
+            "Revisited BatchNorm, inputs normalized online",
             _PAPER,
             0.3,
             prepare=Part(revisit_model, *_OPTIONS, input_norm=True),
@@ -234,12 +234,12 @@ METHOD = Method(
             group=_GROUP,
         ),
         _ablation("revisited-logit-scale", "Ablation of revisited: features x 0.1 only", 0.3, "logit_scale"),
-        _ablation("revisited-shift-lr", "Ablation of revisited: learning rate of beta x 100 only", 0.1, "shift_lr"),
-        _ablation("revisited-both", "Ablation of revisited: features x 0.1, beta's rate x 100", 0.3, "both"),
-        _ablation("revisited-scale-lr", "Ablation of revisited: learning rate of gamma / 100 only", 0.1, "scale_lr"),
+        _ablation("revisited-shift-lr", "Ablation of revisited: rate of beta x 100 only", 0.1, "shift_lr"),
+        _ablation("revisited-both", "Ablation of revisited: features x 0.1, beta rate x 100", 0.3, "both"),
+        _ablation("revisited-scale-lr", "Ablation of revisited: rate of gamma / 100 only", 0.1, "scale_lr"),
         Recipe(
             "revisited-decay",
-            "Ablation of revisited: batch normalization, norms and biases not decayed",
+            "Ablation of revisited: norms and biases do not decay",
             _PAPER,
             0.1,
             typed=True,
@@ -248,7 +248,7 @@ METHOD = Method(
         ),
         Recipe(
             "revisited+sgd-g",
-            "The revisited scale, filters on the unit sphere",
+            "Revisited BatchNorm and SGD-G together",
             _PAPER,
             0.2,
             prepare=Part(revisit_model, *_OPTIONS),

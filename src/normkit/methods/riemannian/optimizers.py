@@ -271,7 +271,7 @@ METHOD = Method(
     recipes=(
         Recipe(
             "sgd-g",
-            "Scale-invariant filters on the unit sphere, SGD",
+            "SGD; scale-invariant filters on the unit sphere",
             _PAPER,
             0.2,
             optimizer=Part(on_sphere, *_SGDG, optimizer=SGDG, divisor=20),
@@ -280,7 +280,7 @@ METHOD = Method(
         ),
         Recipe(
             "adam-g",
-            "Scale-invariant filters on the unit sphere, Adam",
+            "Adam; scale-invariant filters on the unit sphere",
             _PAPER,
             0.05,
             optimizer=Part(on_sphere, *_ADAMG, optimizer=AdamG, divisor=5),
@@ -289,7 +289,7 @@ METHOD = Method(
         ),
         Recipe(
             "sgd-g-paper",
-            "SGD-G as in the paper: every convolution with fewer filters than fan-in on the sphere",
+            "SGD-G by the paper's rule: nearly every convolution",
             _PAPER,
             0.2,
             optimizer=Part(on_sphere, *_SGDG, optimizer=SGDG, divisor=20, rule="paper"),
@@ -299,7 +299,7 @@ METHOD = Method(
         ),
         Recipe(
             "adam-g-paper",
-            "Adam-G as in the paper: every convolution with fewer filters than fan-in on the sphere",
+            "Adam-G by the paper's rule: nearly every convolution",
             _PAPER,
             0.05,
             optimizer=Part(on_sphere, *_ADAMG, optimizer=AdamG, divisor=5, rule="paper"),

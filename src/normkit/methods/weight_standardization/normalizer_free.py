@@ -256,21 +256,23 @@ METHOD = Method(
     recipes=(
         Recipe(
             "group+ws",
-            "Group normalization behind standardized filters",
+            "Group normalization with weight standardization",
             "Qiao et al. 2019, arXiv 1903.10520",
             0.1,
             convert=Part("group"),
             prepare=Part(standardize_model),
+            group="Baselines",
         ),
         Recipe(
             "normalizer-free",
-            "No layers: scaled standardized filters, SkipInit, adaptive clipping",
+            "No normalization: scaled filters, adaptive clipping",
             "Brock et al. 2021, arXiv 2102.06171",
             0.1,
             convert=Part("none"),
             prepare=Part(free_model),
             typed=True,
             attach=Part(clip_steps, "threshold", "eps"),
+            group="Baselines",
         ),
     )
 )

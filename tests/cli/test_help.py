@@ -1,0 +1,82 @@
+"""Help and lists: complete, and whole on a terminal of 80 columns."""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+import normkit
+from normkit.cli.main import COMMANDS, GROUPS, main
+from normkit.cli.recipes import declared, listed
+
+WIDTH = 80
+
+
+def printed(capsys, *arguments):
+    """What a command prints that ends with exit code 0."""
+    with contextlib.suppress(SystemExit):
+        main(list(arguments))
+    out, errors = capsys.readouterr()
+    assert errors == ""
+    return out
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+
+
+def test_the_list_of_recipes_is_what_the_methods_declare():
+    assert listed() == declared(), "run `python -m normkit.cli.recipes`, which writes the list again"
+
+
+def test_commands_are_listed_in_groups_and_fit_the_terminal(capsys):
+    text = printed(capsys, "--help")
+    for group, commands in GROUPS.items():
+        assert re.search(rf"^{group}$", text, re.MULTILINE)
+        assert all(re.search(rf"^  {name}  +\S", text, re.MULTILINE) for name in commands)
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert printed(capsys, "help") == text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_has_examples_and_fits_the_terminal(name, capsys):
+    text = printed(capsys, "help", *name.split())
+    assert "Examples:\n  normkit " in text
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert printed(capsys, *name.split(), "--help") == text
+
+
+@pytest.mark.parametrize("example", [line for kind in COMMANDS.values() for line in kind.examples])
+def test_every_example_parses(example):
+    from normkit.cli.main import _parse
+
+    program, *arguments = example.split()
+    assert program == "normkit"
+    assert type(_parse(arguments)) in COMMANDS.values()
+
+
+@pytest.mark.parametrize("option", ["-V", "--version"])
+def test_the_version_is_printed(option, capsys):
+    assert printed(capsys, option) == f"normkit {normkit.__version__}\n"
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "normkit", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("normkit ")
+
+
+def test_each_line_of_the_recipes_fits_the_terminal(capsys):
+    assert max(map(len, printed(capsys, "recipes", "--all").splitlines())) <= WIDTH
+
+
+def test_recipes_are_also_listed_as_json(capsys):
+    entries = json.loads(printed(capsys, "recipes", "--all", "--json"))
+    assert {entry["name"]: entry["summary"] for entry in entries} == {
+        name: recipe.summary for name, recipe in normkit.recipes().items()
+    }
+    shown = json.loads(printed(capsys, "recipes", "--json"))
+    assert [entry["name"] for entry in shown] == [entry["name"] for entry in entries if not entry["ablation"]]
