@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from normkit._errors import nearest
 from normkit.methods.bnp.bnp import BNP
+from normkit.inspection.references import snapshot
 from normkit.methods.catalog import RECIPES
 from normkit.methods.method import OPTIMIZERS, ParamGroups, Part, Recipe, Request, make_optimizer
 from normkit.optim.effect import Effect
@@ -183,15 +184,10 @@ def _restored_on_error(model: nn.Module) -> Generator[None, None, None]:
         Nothing.
     """
     modules = list(model.modules())
-    modules += [origin.module for module in modules if (origin := origin_of(module)) is not None]
-    attributes = [(vars(module), dict(vars(module))) for module in modules]
+    origins = [origin.module for module in modules if (origin := origin_of(module)) is not None]
+    modules += origins
     types = [(module, type(module)) for module in modules]
-    containers = [
-        (value, value.copy())
-        for _, values in attributes
-        for value in values.values()
-        if isinstance(value, (dict, list, set))
-    ]
+    put_back = [snapshot(module) for module in (model, *origins)]
     known = {
         id(t): t for module in modules for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     }
@@ -205,26 +201,11 @@ def _restored_on_error(model: nn.Module) -> Generator[None, None, None]:
     except BaseException:
         for module, kind in types:
             module.__class__ = kind
-        for now, before in attributes:
-            now.clear()
-            now.update(before)
-        for container, before in containers:
-            _refill(container, before)
+        for restore in put_back:
+            restore()
         for tensor, before, requires_grad, version in tensors:
             _restore(tensor, before, requires_grad, version)
         raise
-
-
-def _refill(container: Any, content: Any) -> None:
-    """Give a container its former content back; one that was not written to is not written to now."""
-    now, before = (
-        list(c.items()) if isinstance(c, dict) else [(None, entry) for entry in c] for c in (container, content)
-    )
-    same = len(now) == len(before) and all(a is b and k == key for (k, a), (key, b) in zip(now, before, strict=True))
-    if same:
-        return
-    container.clear()
-    container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 @torch.no_grad()

@@ -1,53 +1,97 @@
 """Whether a subclass still computes what the layer does that it derives from; where its forward is its own, by trying it out."""
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
-from normkit.inspection.norms import features_of, stated_type
+from normkit.inspection.norms import PRODUCERS, features_of, stated_type
 
 _SPACES = ((6,), (3, 2), (3, 2, 1))
 
 
 @torch.no_grad()
-def computes_as_its_type(norm: nn.Module) -> bool:
-    """Whether ``norm`` computes in eval mode what torch's layer would, or this package's, of which its type is a subclass.
+def computes_as_its_type(layer: nn.Module) -> bool:
+    """Whether ``layer`` computes what torch's layer would, or this package's, of which its type is a subclass.
 
-    A type with a forward of its own is tried out, on a copy whose tensors are all neither zero nor alike.
+    A type with a forward of its own is tried out, on a copy whose tensors are all neither zero nor alike: a normalization in
+    eval mode, a linear or convolution layer, whose weight may be masked, standardised or noisy, in both modes.
 
     Args:
-        norm: A normalization layer that has its shape.
+        layer: A normalization, linear or convolution layer that has its shape.
     """
-    parent = stated_type(norm)
-    own: Any = type(norm)
-    if own.forward is parent.forward:
+    parent = stated_type(layer)
+    own = type(layer)
+    names = ("forward", "_conv_forward")
+    if "forward" not in vars(layer) and all(getattr(own, n, None) is getattr(parent, n, None) for n in names):
         return True
-    probe = _probe(norm)
+    probe = _probe(layer)
     if probe is None:
         return False
-    probe.eval()
+    plain = copy.copy(probe)
+    plain.__class__ = parent
     agreed = False
-    for x in _inputs(norm):
-        try:  # each kind of layer refuses the other shapes in its own way
-            expected, actual = parent.forward(probe, x), own.forward(probe, x)
-        except Exception:
-            continue
-        if not _same(actual, expected):
-            return False
-        agreed = True
+    with torch.random.fork_rng(devices=()):
+        for mode in (False, True) if isinstance(layer, PRODUCERS) else (False,):
+            probe.train(mode)
+            for x in _inputs(layer):
+                try:  # each kind of layer refuses the other shapes in its own way
+                    expected, actual = parent.forward(plain.train(mode), x), probe.forward(x)
+                except Exception:
+                    continue
+                if not _same(actual, expected):
+                    return False
+                agreed = True
     return agreed
 
 
-def _inputs(norm: nn.Module) -> list[Tensor]:
-    """Inputs of every number of dimensions that a normalization layer may take."""
-    if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
-        shapes = [(2, *space, *norm.normalized_shape) for space in _SPACES]
+def _inputs(layer: nn.Module) -> list[Tensor]:
+    """Inputs of every number of dimensions that a layer may take."""
+    if isinstance(layer, _ConvNd):
+        space = [dilation * (size - 1) + 3 for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
+        shapes = [(2, layer.in_channels, *space)]
+    elif isinstance(layer, nn.Linear):
+        shapes = [(2, layer.in_features), (2, 3, layer.in_features)]
+    elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        shapes = [(2, *space, *layer.normalized_shape) for space in _SPACES]
     else:
-        shapes = [(2, features_of(norm), *space) for space in ((), *_SPACES)]
+        shapes = [(2, features_of(layer), *space) for space in ((), *_SPACES)]
     return [_line(*shape) for shape in shapes]
+
+
+@torch.no_grad()
+def linear_map(module: nn.Module) -> Literal["rows", "columns"] | None:
+    """How a layer that is linear but no ``nn.Linear`` holds its weight, or None of any other module.
+
+    ``rows``: ``x W^T + b``, as PyTorch Geometric's layer; ``columns``: ``x W + b``, as the Conv1D of transformers. It is tried
+    out, on a copy.
+    """
+    weight = module._parameters.get("weight")
+    bias = module._parameters.get("bias")
+    others = module._parameters.keys() - {"weight", "bias"}
+    if weight is None or isinstance(module, PRODUCERS) or is_lazy(weight) or weight.ndim != 2 or others:
+        return None
+    if any(True for _ in module.children()) or type(module).__module__.startswith("torch.nn."):
+        return None
+    probe = _probe(module)
+    if probe is None:
+        return None
+    kinds: tuple[tuple[Literal["rows", "columns"], Tensor], ...] = (("rows", probe.weight), ("columns", probe.weight.T))
+    for kind, matrix in kinds:
+        shift = None if bias is None else probe.bias
+        try:  # a module of an unknown type may raise anything
+            fits = all(
+                _same(probe.forward(x), nn.functional.linear(x, matrix, shift))
+                for x in (_line(2, matrix.shape[1]), _line(2, 3, matrix.shape[1]))
+            )
+        except Exception:
+            continue
+        if fits:
+            return kind
+    return None
 
 
 def has_torch_forward(layer: nn.Module) -> bool:
@@ -76,11 +120,8 @@ def scales_with_its_filters(layer: nn.Linear | _ConvNd) -> bool:
     if probe.bias is not None:
         probe.bias.zero_()
     factors = torch.linspace(0.5, 2, len(probe.weight))
-    if isinstance(probe, _ConvNd):
-        space = [dilation * (size - 1) + 3 for size, dilation in zip(probe.kernel_size, probe.dilation, strict=True)]
-        x, shape = _line(2, probe.in_channels, *space), (-1, *(1 for _ in space))
-    else:
-        x, shape = _line(2, probe.in_features), (-1,)
+    x = _inputs(probe)[0]
+    shape = (-1, *(1 for _ in x.shape[2:]))
     with torch.random.fork_rng(devices=()):
         outputs = []
         for factor in (torch.ones_like(factors), factors):

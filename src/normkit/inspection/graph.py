@@ -55,9 +55,14 @@ class Dataflow:
 
     Each piece begins with its own ``input`` steps and ends with an ``output`` step: what comes before and after is
     unknown.
+
+    Attributes:
+        steps: The steps.
+        opaque: Paths of the modules whose own forward is not among them, as it did not trace.
     """
 
     steps: tuple[Step, ...]
+    opaque: tuple[str, ...] = ()
 
     @cached_property
     def _consumers(self) -> tuple[tuple[int, ...], ...]:
@@ -102,9 +107,13 @@ def dataflow(model: nn.Module) -> Dataflow:
     """
     paths = {module: path for path, module in model.named_modules()}
     steps: list[Step] = []
+    opaque: list[str] = []
     for root, graph in _pieces(model, set()):
-        _append(steps, root, graph, paths)
-    return Dataflow(tuple(steps))
+        if graph is None:
+            opaque.append(paths[root])
+        else:
+            _append(steps, root, graph, paths)
+    return Dataflow(tuple(steps), tuple(opaque))
 
 
 def producers(model: nn.Module, flow: Dataflow | None = None) -> dict[str, str]:
@@ -207,11 +216,11 @@ class _Tracer(fx.Tracer):
         return is_leaf(m)
 
 
-def _pieces(module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[nn.Module, fx.Graph]]:
-    """The largest parts of ``module`` that trace, with their graphs.
+def _pieces(module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[nn.Module, fx.Graph | None]]:
+    """The largest parts of ``module`` that trace, with their graphs, and what holds them.
 
     Yields:
-        A module and its graph.
+        A module and its graph, or None where its own forward does not trace.
     """
     if module in seen or is_leaf(module):
         return
@@ -219,6 +228,7 @@ def _pieces(module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[nn.Module
     try:
         graph = _symbolic(module)
     except Exception:  # a forward may raise anything when it meets symbols instead of tensors
+        yield module, None
         for child in module.children():
             yield from _pieces(child, seen)
     else:

@@ -20,6 +20,7 @@ Producer: TypeAlias = nn.Linear | _ConvNd
 PRODUCERS = (nn.Linear, _ConvNd)
 """Layers with a weight whose output a normalization can take (transposed and lazy ones included)."""
 
+_SPATIAL = (nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _TORCH_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 Source: TypeAlias = Literal["batch", "instance", "running", "learned", "none"]
@@ -149,6 +150,8 @@ def outputs(layer: nn.Linear | _ConvNd) -> int:
 
 def aligned(layer: nn.Linear | _ConvNd, norm: nn.Module) -> bool:
     """Whether the channels of the normalization, as far as it tells them, can be the outputs of the layer."""
+    if isinstance(layer, nn.Linear) and feature_dim(norm) != -1 and isinstance(norm, _SPATIAL):
+        return False  # maps have their channels in dimension 1, a linear layer its outputs in the last
     return getattr(norm, "num_features", getattr(norm, "num_channels", 0)) in (0, outputs(layer))
 
 

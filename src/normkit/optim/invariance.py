@@ -18,6 +18,7 @@ from normkit.inspection.conformance import scales_with_its_filters
 from normkit.inspection.graph import Dataflow, dataflow
 from normkit.inspection.norms import PRODUCERS, aligned, is_norm, outputs, removes_mean, scale_obstacle
 from normkit.inspection.probe import Objective, Probe
+from normkit.inspection.reads import tensors_read
 
 Rule: TypeAlias = Literal["exact", "paper"]
 
@@ -92,9 +93,10 @@ def scale_invariance(
     if (objective is None) != (batch is None):
         raise ValueError("objective and batch measure together: give both, or neither to go by structure alone")
     flow, modules = dataflow(model), dict(model.named_modules())
+    read = tensors_read(model, flow)
     report: dict[str, Invariance] = {}
     for name, users in weight_users(model).items():
-        verdicts = [_verdict(flow, modules, path, model.training) for path in users]
+        verdicts = [_verdict(flow, modules, path, model.training, read) for path in users]
         bad = [verdict for verdict in verdicts if not verdict.invariant]
         entry = bad[0] if bad else verdicts[0]
         if not bad:
@@ -122,7 +124,9 @@ def _no(reason: str) -> Invariance:
 _UNTRACED = "its surroundings cannot be traced; give objective and batch to measure"
 
 
-def _verdict(flow: Dataflow, modules: dict[str, nn.Module], path: str, training: bool) -> Invariance:
+def _verdict(
+    flow: Dataflow, modules: dict[str, nn.Module], path: str, training: bool, read: dict[nn.Module, str]
+) -> Invariance:
     layer: Any = modules[path]
     if isinstance(layer, _ConvTransposeNd):
         return _no("transposed convolution: its filters are no rows of the weight")
@@ -130,6 +134,8 @@ def _verdict(flow: Dataflow, modules: dict[str, nn.Module], path: str, training:
         return _no("one element per filter: nothing but scale")
     if not scales_with_its_filters(layer):
         return _no(f"{type(layer).__name__} has a forward of its own, whose output does not scale with the filters")
+    if layer in read:
+        return _no(read[layer])
     calls = flow.calls(path)
     if not calls:
         return _no(_UNTRACED)

@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
+from normkit.inspection.conformance import linear_map
 from normkit.inspection.norms import statistics_of
 from normkit.inspection.probe import Objective
 from normkit.optim.invariance import Invariance, Rule, scale_invariance
@@ -44,7 +45,7 @@ def own_kinds(module: nn.Module) -> dict[str, Kind]:
     known: dict[str, Kind] = {}
     if statistics_of(module) != "none":
         known = {"weight": "norm-scales", "bias": "norm-shifts"}
-    elif isinstance(module, _LINEAR_MAPS):
+    elif isinstance(module, _LINEAR_MAPS) or linear_map(module):
         known = {"weight": "weights", "bias": "biases"}
     elif isinstance(module, nn.MultiheadAttention):
         known = dict.fromkeys(("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), "weights")
@@ -100,8 +101,9 @@ def param_groups(
     named after the factor. The rates keep their ratio under every scheduler that multiplies them; ``OneCycleLR`` and
     ``CyclicLR`` set absolute rates: give them ``max_lr=[group["lr"] for group in optimizer.param_groups]``.
 
-    Unknown is treated with care: a parameter of a module that is no torch layer (a linear layer of your own, say) is
-    in the group ``other`` and not decayed. If it should be, set that group's ``weight_decay``.
+    A layer that computes ``x W^T + b`` or ``x W + b`` counts as linear whatever its type (PyTorch Geometric's Linear, the
+    Conv1D of transformers). Unknown is treated with care: a parameter of any other module that is no torch layer is in the
+    group ``other`` and not decayed. If it should be, set that group's ``weight_decay``.
 
     With ``manifold_lr`` weights whose scale does not matter stand in a group of that rate with ``manifold=True``, for
     [`normkit.SGDG`][] and [`normkit.AdamG`][]. Their filters are brought to length 1 here, and the running

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -21,7 +22,9 @@ from torch.optim import Optimizer
 from normkit._errors import closest
 from normkit.inspection.conformance import computes_as_its_type, has_torch_forward
 from normkit.inspection.graph import producers
-from normkit.inspection.norms import PRODUCERS, Producer, is_norm, outputs
+from normkit.inspection.norms import PRODUCERS, Producer, is_norm, outputs, statistics_of
+from normkit.inspection.reads import attributes_read
+from normkit.inspection.references import exchange, unwritable
 from normkit.methods.baselines import Removed
 from normkit.methods.catalog import TARGETS
 from normkit.methods.method import spatial_dims
@@ -29,6 +32,8 @@ from normkit.optim.param_groups import check_optimizer, regroup
 from normkit.surgery.conversion_state import Origin, default_bias, load_other_form, origin_of, restored, transfer_hooks
 
 _logger = logging.getLogger("normkit")
+
+_TORCH_INSTANCE = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _InstanceNorm)
 
 Where = Callable[[str, nn.Module], bool] | Iterable[str] | None
 
@@ -52,7 +57,12 @@ def convert(
     ``normkit.methods.baselines.Removed`` with one stands in), ``batch``, ``batch-renorm``, ``batchless``,
     ``batchless-projected``, ``l1``, ``l2``, ``linf``, ``noisy-batch``. A layer that was converted before is treated
     as if it were reverted first. LayerNorm and RMSNorm, which normalise the last dimensions, are left as they are
-    unless the target can do so too.
+    unless the target can do so too. In a model with batch normalization they stay unless ``where`` chooses them, and
+    ``none`` then removes batch normalization only.
+
+    A layer is replaced wherever the model refers to it: attributes, containers, other objects, partials, bound methods. One
+    that something refers to which cannot be written, or whose attributes another module reads instead of calling it (torch's
+    fast path of transformer encoders, layers fused for quantization), stays, and a warning names it.
 
     Args:
         model: Any module, changed in place.
@@ -82,10 +92,13 @@ def convert(
         raise ValueError(f"convert: target {to!r} has no settings, got {', '.join(settings)}")
     _check(model, optimizer)
     layers = _select(model, where)
+    if where is None:
+        _leave_others(layers, to)
     if not layers:
         if to != "none":  # a model without normalization layers is what that asks for
             warnings.warn(f"convert: no normalization layer to convert to {to!r}; the model is unchanged", stacklevel=2)
         return model
+    _leave_read(model, layers)
     fed_by = feeding(model)
     plans = [_plan(model, path, layer, fed_by.get(layer), to, settings) for path, layer in layers.items()]
     swaps = [swap for swap in plans if swap is not None]
@@ -229,7 +242,8 @@ def _plan(
         new, biased = Removed(), producer if producer.bias is None else None
     else:
         new = target.build(source, lambda: spatial_dims(path, source, producer, model), **settings)
-    if target.freezes_bias and producer is not None and producer.bias is not None:
+    constant = producer is not None and computes_as_its_type(producer)
+    if target.freezes_bias and constant and producer is not None and producer.bias is not None:
         trained = producer.bias.requires_grad or (origin is not None and origin.frozen is producer)
         frozen = producer if trained else None
     changed = biased if frozen is None else frozen
@@ -256,36 +270,57 @@ def _is_flat(norm: nn.Module, producer: Producer | None, model: nn.Module) -> bo
 def _carry_out(
     model: nn.Module, swaps: list[_Swap], optimizer: Optimizer | None, undone: Iterable[nn.Module] = ()
 ) -> nn.Module:
+    swaps = _writable(model, swaps)
     before = dict(model.named_parameters())
     for layer in undone:
         vars(layer).pop("normkit_undo")(layer)
     for swap in swaps:
         _swap_biases(swap)
-    replaced = {swap.old: swap.new for swap in swaps}
-    for parent in list(model.modules()):
-        for name, value in list(vars(parent).items()):
-            vars(parent)[name] = _exchanged(value, replaced)
-    model = replaced.get(model, model)
+    model = exchange(model, {swap.old: swap.new for swap in swaps})
     if optimizer is not None:
         regroup(optimizer, before, dict(model.named_parameters()))
     return model
 
 
-def _exchanged(value: Any, replaced: dict[nn.Module, nn.Module]) -> Any:
-    """``value`` with the replaced layers exchanged: a layer, or a dictionary, list or tuple that may hold some."""
-    if isinstance(value, nn.Module):
-        return replaced.get(value, value)
-    if isinstance(value, dict):
-        changed = {
-            key: replaced[item] for key, item in value.items() if isinstance(item, nn.Module) and item in replaced
-        }
-        if changed:  # there are dictionaries that may not be written to
-            value.update(changed)
-    elif isinstance(value, list):
-        value[:] = [replaced.get(item, item) if isinstance(item, nn.Module) else item for item in value]
-    elif type(value) is tuple:
-        return tuple(replaced.get(item, item) if isinstance(item, nn.Module) else item for item in value)
-    return value
+def _leave_others(layers: dict[str, nn.Module], to: str) -> None:
+    """Take layer normalization out of ``layers`` where there is batch normalization; and all other kinds if it is removed."""
+    sources = {path: layer if (origin := origin_of(layer)) is None else origin.module for path, layer in layers.items()}
+    if all(statistics_of(source) == "instance" for source in sources.values()):
+        return
+    kinds = _TORCH_INSTANCE if to == "none" else (nn.LayerNorm, nn.RMSNorm)
+    others = [path for path, source in sources.items() if isinstance(source, kinds)]
+    for path in others:
+        del layers[path]
+    if others:
+        _logger.info(
+            "convert: %s stay as they are, since the model has batch normalization; choose them with `where` to convert them",
+            ", ".join(others),
+        )
+
+
+def _leave_read(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Take out of ``layers`` those whose attributes are read by others, which would not see the layer that replaces them."""
+    readers = attributes_read(model)
+    left = {path: reason for path, layer in layers.items() if (reason := readers.get(layer))}
+    for path in left:
+        del layers[path]
+    if left:
+        shown = "; ".join(f"{path}: {reason}" for path, reason in list(left.items())[:5])
+        more = f"; and {len(left) - 5} more" if len(left) > 5 else ""
+        _logger.warning("convert: %d normalization layers stay as they are. %s%s", len(left), shown, more)
+
+
+def _writable(model: nn.Module, swaps: list[_Swap]) -> list[_Swap]:
+    """The swaps without those of layers to which something refers that cannot be written; these are named."""
+    stuck = unwritable(model, {swap.old: swap.new for swap in swaps})
+    if stuck:
+        names = ", ".join(path or "the model" for path, module in model.named_modules() if module in stuck)
+        warnings.warn(
+            f"{names}: stays as it is, since a container that may not be written to refers to it; let the container look the "
+            "layer up instead",
+            stacklevel=4,
+        )
+    return [swap for swap in swaps if swap.old not in stuck]
 
 
 def _swap_biases(swap: _Swap) -> None:

@@ -6,6 +6,7 @@ before one it is ``(W s) x + (W t + b)``: the same function with one layer less.
 
 import copy
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from torch.nn.utils import parametrize
 
 from normkit.inspection.conformance import has_torch_forward
 from normkit.inspection.forward import Forward, evaluating, run_batch
-from normkit.inspection.graph import dataflow, sole_consumer, source_of
+from normkit.inspection.graph import Dataflow, dataflow, sole_consumer, source_of
 from normkit.inspection.markers import is_attachment
 from normkit.inspection.norms import PRODUCERS, NormTraits, is_frozen_norm, is_norm, is_placeholder
+from normkit.inspection.reads import attributes_read, tensors_read
 from normkit.inspection.record import record, tensors_in
+from normkit.inspection.references import exchange, reached, unwritable
 from normkit.methods.revisited.revisit import FeatureScale
 from normkit.surgery.affine import affine_of, fold_before, fold_behind
 
@@ -54,10 +57,13 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
           (2): ReLU()
         )
     """
-    folded = _bare_copy(model.module if isinstance(model, DistributedDataParallel) else model).eval()
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    folded = _bare_copy(model).eval()
     flow = dataflow(folded) if example is None else record(folded, example, forward=forward)[0]
     modules = dict(folded.named_modules())
     reasons = {path: "" for path, module in modules.items() if _is_candidate(module)}
+    fixed = _fixed(model, folded, flow, [modules[path] for path in reasons])
+    swaps: dict[nn.Module, nn.Module] = {}
     progress = True
     while progress:  # a folded layer makes neighbours of the layers around it
         progress = False
@@ -65,13 +71,14 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
             source, consumer = source_of(flow, modules, path), sole_consumer(flow, modules, path)
             if consumer is not None and source_of(flow, modules, consumer) != path:
                 consumer = None
-            outcome = _try(modules[path], modules.get(source or ""), modules.get(consumer or ""))
+            outcome = _try(modules[path], modules.get(source or ""), modules.get(consumer or ""), fixed)
             if isinstance(outcome, str):
                 reasons[path] = outcome
                 continue
             del reasons[path]
-            folded = _replace(folded, modules[path], outcome)
+            swaps[modules[path]] = outcome
             modules[path], progress = outcome, True
+    folded = exchange(folded, swaps)
     if reasons:
         warnings.warn(f"fold: {len(reasons)} layers stay. {_grouped(reasons, modules)}", stacklevel=2)
     if example is not None:
@@ -92,8 +99,29 @@ def _is_candidate(module: nn.Module) -> bool:
     return isinstance(module, NormTraits) or is_norm(module) or is_frozen_norm(module)
 
 
-def _try(norm: nn.Module, source: nn.Module | None, consumer: nn.Module | None) -> nn.Module | str:
+def _fixed(model: nn.Module, folded: nn.Module, flow: Dataflow, candidates: list[nn.Module]) -> dict[nn.Module, str]:
+    """Layers of the copy that must stay as they are, with the reason."""
+    shared = reached(folded, model.modules())
+    fixed = {
+        folded.get_submodule(path): "a function of the model refers to it, which a copy of the model shares"
+        for path, module in model.named_modules()
+        if module in shared and module is not model
+    }
+    stuck = unwritable(folded, {norm: nn.Identity() for norm in candidates})
+    return {
+        **attributes_read(folded),
+        **tensors_read(folded, flow),
+        **dict.fromkeys(stuck, "a container that may not be written to refers to it"),
+        **fixed,
+    }
+
+
+def _try(
+    norm: nn.Module, source: nn.Module | None, consumer: nn.Module | None, fixed: Mapping[nn.Module, str]
+) -> nn.Module | str:
     """Fold ``norm`` into one of its neighbours; what stands in its place, or why that cannot be."""
+    if norm in fixed:
+        return fixed[norm]
     if is_placeholder(norm) and norm.bias is None:
         return nn.Identity()
     affine = affine_of(norm)
@@ -105,15 +133,17 @@ def _try(norm: nn.Module, source: nn.Module | None, consumer: nn.Module | None) 
     for layer, merge, side in ((source, fold_behind, "before"), (consumer, fold_before, "behind")):
         if not isinstance(layer, PRODUCERS):
             continue
-        outcome = _obstacle(layer, side) or merge(_plain(layer), affine)
+        outcome = _obstacle(layer, side, fixed.get(layer, "")) or merge(_plain(layer), affine)
         if isinstance(outcome, nn.Module):
             return outcome
         reasons.append(outcome)
     return ", and ".join(reasons) or "no linear or convolutional layer is its only neighbour on either side"
 
 
-def _obstacle(layer: nn.Module, side: str) -> str:
+def _obstacle(layer: nn.Module, side: str, fixed: str) -> str:
     name = f"the {type(layer).__name__} {side} it"
+    if fixed:
+        return f"{name} must stay as it is: {fixed}"
     if _has_hooks(layer):
         return f"{name} has hooks"
     if not has_torch_forward(layer):
@@ -139,12 +169,6 @@ def _plain(layer: Any) -> Any:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    for parent in list(root.modules()):
-        parent._modules.update({name: new for name, child in parent._modules.items() if child is old})
-    return new if root is old else root
 
 
 def _bare_copy(model: nn.Module) -> nn.Module:

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from normkit.inspection.conformance import computes_as_its_type
 from normkit.inspection.counting import Collector, InputCounter, disable_dynamo, is_counting
-from normkit.inspection.graph import producers
+from normkit.inspection.graph import dataflow, producers
 from normkit.inspection.markers import attachment
+from normkit.inspection.reads import tensors_read
 from normkit.methods.batchless.functions import per_feature
 from normkit.methods.batchless.layer import BatchlessNorm
 from normkit.methods.kernels.sums import sum_and_square_sum
@@ -216,12 +218,14 @@ def project_weights(producers: Sequence[FeedingLayer], sums: Sequence[tuple[Tens
 def feeding_layers(model: nn.Module, collector: Collector) -> list[FeedingLayer]:
     """One for each projected layer of ``model`` that a linear or convolution layer alone feeds.
 
-    The weight must be a parameter of that layer alone: what another layer does with it may depend on its scale, and what it is
-    computed from has gradients of its own.
+    The weight must be a parameter of that layer alone, which multiplies its input by it and by nothing else: what another
+    layer, or the model, does with it may depend on its scale, and what it is computed from has gradients of its own.
     """
     modules = dict(model.named_modules())
     holders = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
-    pairs = ((modules[norm], modules[source]) for norm, source in producers(model).items())
+    flow = dataflow(model)
+    read = tensors_read(model, flow)
+    pairs = ((modules[norm], modules[source]) for norm, source in producers(model, flow).items())
     return [
         FeedingLayer(norm, layer, collector)
         for norm, layer in pairs
@@ -230,4 +234,6 @@ def feeding_layers(model: nn.Module, collector: Collector) -> list[FeedingLayer]
         and isinstance(layer, (nn.Linear, _ConvNd))
         and not isinstance(layer, _ConvTransposeNd)
         and holders[id(layer._parameters.get("weight"))] == 1
+        and layer not in read
+        and computes_as_its_type(layer)
     ]

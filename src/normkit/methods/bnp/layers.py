@@ -5,11 +5,13 @@ from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normkit.inspection.conformance import computes_as_its_type, linear_map
 from normkit.inspection.counting import input_counters
-from normkit.inspection.graph import producers
+from normkit.inspection.graph import dataflow, producers
+from normkit.inspection.norms import PRODUCERS
+from normkit.inspection.reads import tensors_read
 from normkit.methods.bnp.observer import Layer, Observed
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -37,16 +39,17 @@ def choose(model: nn.Module, layers: Iterable[str] | None = None) -> tuple[dict[
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append(module)
 
+    read = tensors_read(model, dataflow(model))
     groups: dict[int, list[Layer]] = {}
     chosen: dict[str, list[Layer]] = {}
     skipped: dict[str, str] = {}
     for path, module in modules.items():
         if id(module) in inside_attention or isinstance(module, _NORMS):
             continue
-        reason = _obstacle(module, holders)
+        reason = _obstacle(module, holders, read)
         if reason:
             skipped[path] = reason
-        elif isinstance(module, (nn.Linear, _ConvNd)):
+        elif isinstance(module, PRODUCERS):
             key = id(module.weight)
             if key not in groups:
                 groups[key] = chosen[path] = []
@@ -73,13 +76,17 @@ def choose(model: nn.Module, layers: Iterable[str] | None = None) -> tuple[dict[
     return chosen, skipped
 
 
-def _obstacle(module: nn.Module, holders: Mapping[int, list[nn.Module]]) -> str:
+def _obstacle(module: nn.Module, holders: Mapping[int, list[nn.Module]], read: Mapping[nn.Module, str]) -> str:
     """Why the weights of ``module`` cannot be preconditioned, or an empty string."""
     if isinstance(module, nn.MultiheadAttention):
         return "MultiheadAttention uses its weights without calling its layers, so their inputs cannot be seen"
     if isinstance(module, _RECURRENT):
         return f"the inputs of {type(module).__name__}'s recurrent weights stay inside its kernel"
-    if not isinstance(module, (nn.Linear, _ConvNd)):
+    if not isinstance(module, PRODUCERS):
+        kind = linear_map(module)
+        if kind is not None:
+            stored = "" if kind == "rows" else ", and keeps its weight transposed"
+            return f"{type(module).__name__} is a linear layer but no torch.nn.Linear{stored}; replace it by one"
         own = any(p is not None for p in module._parameters.values())
         return f"{type(module).__name__} is not a linear or convolution layer" if own else ""
     if "weight" not in module._parameters:
@@ -87,6 +94,12 @@ def _obstacle(module: nn.Module, holders: Mapping[int, list[nn.Module]]) -> str:
     weight = cast("Tensor", module.weight)
     if weight.is_complex():
         return "its weight is complex"
+    if isinstance(module, PRODUCERS) and not computes_as_its_type(module):
+        return (
+            f"{type(module).__name__} transforms its weight or its output: it does not compute what torch's layer would"
+        )
+    if module in read:
+        return read[module]
     for parameter in (weight, module.bias):
         for other in holders[id(parameter)] if parameter is not None else ():
             if (

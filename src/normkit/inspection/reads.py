@@ -1,0 +1,142 @@
+"""Layers whose tensors are read without calling the layer: tied decoders, penalties, fused paths.
+
+Such a layer cannot be replaced, and its weights cannot be rescaled, as if it were only called. The data flow tells where a
+model traces. Where it does not, the source of its forward passes is read.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from normkit.inspection.graph import Dataflow, is_leaf
+from normkit.inspection.norms import PRODUCERS, is_frozen_norm, is_norm
+
+_TENSORS = {"weight", "bias", "running_mean", "running_var"}
+_METADATA = {"shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_cuda", "requires_grad"}
+_ALL = {"parameters", "named_parameters", "state_dict", "get_parameter"}
+
+
+def tensors_read(model: nn.Module, flow: Dataflow) -> dict[nn.Module, str]:
+    """Layers whose weights or statistics are used as tensors by the model, or may be, each with who does it.
+
+    Args:
+        model: Any module.
+        flow: Its data flow.
+
+    Examples:
+        >>> from normkit.inspection.graph import dataflow
+        >>> tensors_read(net := nn.Sequential(nn.Linear(2, 3), nn.ReLU()), dataflow(net))
+        {}
+    """
+    readers: dict[nn.Module, str] = {}
+    held: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            held.setdefault(id(tensor), []).append(module)
+    for index, step in enumerate(flow.steps):
+        if step.name == "attribute" and step.path is not None and flow.consumers(index):
+            owner, _, name = step.path.rpartition(".")
+            tensor = getattr(model.get_submodule(owner), name, None)
+            for layer in held.get(id(tensor), ()):
+                readers.setdefault(layer, f"the model uses its {name} as a tensor")
+    for path in flow.opaque:
+        module = model.get_submodule(path)
+        kind = f"{path} ({type(module).__name__})" if path else type(module).__name__
+        for chain in attribute_chains(type(module)):
+            for layer in _read(module, chain, _TENSORS | _ALL):
+                readers.setdefault(layer, f"{kind} cannot be traced, and its source reads {'.'.join(chain)}")
+    return readers
+
+
+def attributes_read(model: nn.Module) -> dict[nn.Module, str]:
+    """Normalization layers whose attributes another module of ``model`` reads by name in its forward, with who does it.
+
+    A layer that takes their place is not called there, or lacks the attribute: torch's fast path of transformer encoders,
+    layers fused for quantization.
+    """
+    readers: dict[nn.Module, str] = {}
+    for path, module in model.named_modules():
+        kind = f"{path} ({type(module).__name__})" if path else type(module).__name__
+        if is_norm(module) or (is_leaf(module) and not any(True for _ in module.children())):
+            continue
+        for chain in attribute_chains(type(module)):
+            if len(chain) < 3 or chain[-1] == "training":
+                continue
+            for layer in _named(module, chain[:-1]):
+                if is_norm(layer) and chain[-1] in vars(layer) | layer._parameters | layer._buffers:
+                    readers.setdefault(layer, f"{kind} reads its {chain[-1]} instead of calling it")
+    return readers
+
+
+def _read(module: nn.Module, chain: tuple[str, ...], names: set[str]) -> list[nn.Module]:
+    """The linear, convolution and normalization layers whose tensors ``chain`` reads."""
+    if chain[-1] not in names:
+        return []
+    owners = _named(module, chain[:-1])
+    if len(chain) == 2 and chain[0] != "self":  # a local variable: any layer
+        owners = list(module.modules())
+    elif chain[-1] in _ALL:
+        owners = [part for owner in owners for part in owner.modules()]
+    return [layer for layer in owners if _is_layer(layer)]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, PRODUCERS) or is_norm(module) or is_frozen_norm(module)
+
+
+def _named(module: nn.Module, chain: tuple[str, ...]) -> list[nn.Module]:
+    """The modules that ``chain`` names: exactly where it starts at ``self``, by the last name below ``module`` otherwise."""
+    if chain[0] == "self":
+        found: Any = module
+        for name in chain[1:]:
+            found = getattr(found, name, None)
+        return [found] if isinstance(found, nn.Module) else []
+    return [part for path, part in module.named_modules() if path.rpartition(".")[2] == chain[-1]]
+
+
+@cache
+def attribute_chains(cls: type[nn.Module]) -> frozenset[tuple[str, ...]]:
+    """What the forward of a class, and the methods it calls, read: ``self.norm.weight`` is ``("self", "norm", "weight")``.
+
+    The beginnings of a chain are among them. Reads of shapes, dtypes and devices are left out. A base that is no name is
+    ``"?"``.
+    """
+    chains: set[tuple[str, ...]] = set()
+    todo, done = ["forward"], set[str]()
+    while todo:
+        name = todo.pop()
+        method = inspect.getattr_static(cls, name, None)
+        if name in done or not inspect.isfunction(method) or method.__qualname__.startswith("Module."):
+            continue
+        done.add(name)
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+        except (OSError, TypeError, SyntaxError):  # no source
+            continue
+        for chain in _chains(tree):
+            chains.add(chain)
+            if chain[0] == "self" and len(chain) == 2:
+                todo.append(chain[1])
+    return frozenset(chains)
+
+
+def _chains(tree: ast.AST) -> Iterator[tuple[str, ...]]:
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, ast.Attribute):
+            yield from _chains(node)
+            continue
+        names, base = [node.attr], node.value
+        while isinstance(base, ast.Attribute):
+            names.append(base.attr)
+            base = base.value
+        if not isinstance(base, ast.Name):
+            yield from _chains(base)
+        chain = (base.id if isinstance(base, ast.Name) else "?", *reversed(names))
+        for end in range(2, len(chain) + 1):
+            if chain[end - 1] not in _METADATA and (end == len(chain) or chain[end] not in _METADATA):
+                yield chain[:end]

@@ -1,0 +1,127 @@
+"""Layers whose tensors or attributes are read without calling them are found, and nothing changes their function."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import normkit
+
+
+class Tied(nn.Module):  # an autoencoder
+    def __init__(self):
+        super().__init__()
+        self.enc, self.norm = nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return F.linear(torch.relu(self.norm(self.enc(x))), self.enc.weight.t())
+
+
+class UntraceableInAMethod(Tied):
+    def forward(self, x):
+        code = torch.relu(self.norm(self.enc(x))) if x.sum() < 1e9 else x
+        return self.decode(code)
+
+    def decode(self, code):
+        return F.linear(code, self.enc.weight.t())
+
+
+class Penalized(Tied):  # a penalty on gamma
+    def forward(self, x):
+        return self.norm(self.enc(x)) + self.norm.weight.square().sum()
+
+
+class AnyLayer(Tied):
+    def forward(self, x):
+        total = sum(layer.weight.sum() for layer in self.children()) if x.sum() < 1e9 else 0
+        return self.norm(self.enc(x)) + total
+
+
+NETS = [Tied, UntraceableInAMethod, Penalized, AnyLayer]
+
+
+def trained(cls):
+    torch.manual_seed(0)
+    model, x = cls().double(), torch.randn(64, 6, dtype=torch.float64) * 3
+    for _ in range(30):
+        model(x)
+    return model, x
+
+
+@pytest.mark.parametrize("cls", NETS)
+def test_fold_leaves_a_layer_whose_weight_is_used_as_a_tensor(cls):
+    model, x = trained(cls)
+    with pytest.warns(UserWarning, match="fold: 1 layers stay"):
+        folded = normkit.fold(model.eval())
+    assert torch.equal(folded(x), model(x))
+
+
+@pytest.mark.parametrize("cls", [Tied, UntraceableInAMethod, AnyLayer])
+def test_a_weight_used_as_a_tensor_is_not_put_on_the_sphere(cls):
+    model, x = trained(cls)
+    before = model(x).detach()
+    entry = normkit.scale_invariance(model)["enc.weight"]
+    assert not entry.invariant
+    assert "weight" in entry.reason
+    normkit.param_groups(model, lr=0.1, manifold_lr=0.2)
+    assert torch.equal(model(x), before)
+
+
+def test_bnp_leaves_a_tied_weight_alone():
+    with pytest.raises(ValueError, match="enc: the model uses its weight as a tensor"):
+        normkit.BNP(Tied())
+
+
+def test_an_untraceable_model_that_only_calls_its_layers_is_folded():
+    class Wild(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+
+        def forward(self, x):
+            return self.block(x.to(self.block[0].weight.dtype)) if x.sum() < 1e9 else x
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert type(normkit.fold(Wild().eval()).block[1]) is nn.Identity
+
+
+class Hybrid(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv1d(3, 16, 3, bias=False), nn.BatchNorm1d(16), nn.ReLU())
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.block(self.stem(x).mT)
+
+
+@pytest.mark.parametrize("to", ["batchless", "none"])
+def test_train_and_eval_agree_behind_torchs_fast_path(to, caplog):
+    torch.manual_seed(0)
+    model, x = Hybrid(), torch.randn(4, 3, 20)
+    caplog.set_level(logging.WARNING, "normkit")
+    normkit.convert(model, to, where=lambda path, layer: True)
+    assert type(model.block.norm1) is nn.LayerNorm
+    assert "block.norm1: block (TransformerEncoderLayer) reads its " in caplog.text
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(model.eval()(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", ["none", "batchless", "group"])
+def test_layer_normalization_stays_in_a_hybrid_unless_asked_for(to):
+    def net():
+        return nn.Sequential(
+            nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.Linear(6, 6), nn.LayerNorm(6), nn.GroupNorm(2, 8)
+        )
+
+    model = normkit.convert(net(), to)
+    assert type(model[1]) is not nn.BatchNorm1d
+    assert type(model[3]) is nn.LayerNorm
+    assert (type(model[4]) is nn.GroupNorm) == (to in ("none", "group"))
+    if to != "group":
+        assert type(normkit.convert(net(), to, where=["3"])[3]) is not nn.LayerNorm
