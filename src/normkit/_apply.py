@@ -16,8 +16,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from normkit._errors import nearest
-from normkit.methods.bnp.bnp import BNP
 from normkit.inspection.references import snapshot
+from normkit.methods.bnp.bnp import BNP
 from normkit.methods.catalog import RECIPES
 from normkit.methods.method import OPTIMIZERS, ParamGroups, Part, Recipe, Request, make_optimizer
 from normkit.optim.effect import Effect
