@@ -49,6 +49,26 @@ def test_the_grid_is_a_factor_root_ten_apart_around_the_recipes_centre():
     assert (rates[1] * rates[2]) ** 0.5 == pytest.approx(0.1, rel=1e-2)
 
 
+def test_a_method_with_settings_is_a_method_of_its_own_around_its_recipes_centre():
+    config = dataclasses.replace(CONFIG, methods=("revisited", "revisited:scale=0.2"))
+    validate(config)
+    assert learning_rates(config, "revisited:scale=0.2", 64) == learning_rates(config, "revisited", 64)
+    assert len({s.method for s in slots(config)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("revisted:scale=0.2", "unknown method 'revisted'; did you mean 'revisited'"),
+        ("revisited:scal=0.2", "--methods revisited:scal=0.2: unknown option 'scal'; did you mean 'scale'"),
+        ("batch:scale=0.2", "'batch' has no options"),
+    ],
+)
+def test_settings_that_a_method_does_not_have_are_refused(method, message):
+    with pytest.raises(StudyError, match=message):
+        validate(dataclasses.replace(CONFIG, methods=(method,)))
+
+
 def test_the_best_mean_accuracy_wins_then_the_lower_loss():
     assert choose_lr([searched(0.1, 0.8), searched(0.3, 0.9)]) == 0.3
     assert choose_lr([searched(0.1, 0.9, loss=0.2), searched(0.3, 0.9, loss=0.5)]) == 0.1

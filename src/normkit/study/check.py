@@ -15,6 +15,7 @@ from normkit.study.config import StudyConfig
 from normkit.study.environment import check_device
 from normkit.study.errors import StudyError
 from normkit.study.load import load
+from normkit.study.methods import parse_method
 from normkit.study.plan import validate
 from normkit.study.task import Task, length
 
@@ -122,7 +123,7 @@ def same_networks(methods: Iterable[str], model: nn.Module) -> list[str]:
     In a model with batch normalization only the recipe ``batch`` does so.
 
     Args:
-        methods: Names of recipes.
+        methods: Methods of a study.
         model: A model; not changed.
 
     Examples:
@@ -137,10 +138,11 @@ def same_networks(methods: Iterable[str], model: nn.Module) -> list[str]:
 
 
 def _leaves_unchanged(method: str, model: nn.Module) -> bool:
+    name, options = parse_method(method)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is nothing to exchange is what is asked here
-            applied, optimizer = normkit.apply(method, deepcopy(model), lr=0.1)
+            applied, optimizer = normkit.apply(name, deepcopy(model), lr=0.1, options=options)
     except Exception:  # it cannot run, which its trials will tell
         return False
     hooked = bool(optimizer._optimizer_step_pre_hooks)  # a method that works on gradients

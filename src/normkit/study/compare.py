@@ -18,6 +18,7 @@ from normkit.study.folder import CHECKPOINTS, StudyFolder
 from normkit.study.identity import study_name
 from normkit.study.landscape.records import Trace
 from normkit.study.landscape.run import study_traces
+from normkit.study.methods import parse_method
 from normkit.study.plan import Slot, slots
 from normkit.study.records import Cost, StudyRecord, TrialResult
 from normkit.study.report.progress import Display
@@ -126,11 +127,16 @@ def report(folder: StudyFolder, store: Store) -> StudyRecord:
         trials=tuple(store.results()),
         costs=store.get_attr("costs", _costs) or (),
         planned=len(slots(config)),
-        recipes={m: {"summary": recipes()[m].summary, "paper": recipes()[m].paper} for m in config.methods},
+        recipes={m: _described(m) for m in config.methods},
         landscape=store.get_attr("landscape", _traces) or (),
     )
     write_report(record, folder.path)
     return record
+
+
+def _described(method: str) -> dict[str, str]:
+    recipe = recipes()[parse_method(method)[0]]
+    return {"summary": recipe.summary, "paper": recipe.paper}
 
 
 def _costs(kept: list[dict[str, Any]]) -> tuple[Cost, ...]:

@@ -83,7 +83,7 @@ class StudyConfig(Training):
     Attributes:
         data: digits, spiral, a Hugging Face name, a local folder, or your own: FILE.py:factory, package.module:factory.
         model: A name such as resnet20, or your own: FILE.py:factory, package.module:factory.
-        methods: Recipes, see `normkit recipes`.
+        methods: Recipes, see `normkit recipes`, with settings if need be: revisited:scale=0.2:scale_lr_divisor=10.
         batch_sizes: Samples per optimizer step.
         seeds: Final runs per method and batch size.
         budget: Training samples that a run sees, the same for every method and batch size.

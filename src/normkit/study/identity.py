@@ -15,6 +15,7 @@ from normkit import __version__
 from normkit._apply import recipes
 from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
+from normkit.study.methods import parse_method
 
 FORMAT = 2  # of kept studies; 1 kept every option, and no format
 _FIRST_OPTIONS = {"data", "model", "methods", "batch_sizes"}  # every configuration of format 1 has them
@@ -94,7 +95,8 @@ def _options(config: StudyConfig) -> dict[str, Any]:
 
 
 def _revisions(methods: Sequence[str]) -> dict[str, int]:
-    return {m: recipes()[m].revision for m in methods if m in recipes() and recipes()[m].revision != 1}
+    known = {m: recipes()[name].revision for m in methods if (name := parse_method(m)[0]) in recipes()}
+    return {m: revision for m, revision in known.items() if revision != 1}
 
 
 def _words(config: StudyConfig) -> str:

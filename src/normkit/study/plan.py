@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from normkit._apply import recipes
-from normkit._errors import nearest
 from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
+from normkit.study.methods import check_method, parse_method
 from normkit.study.records import Phase, TrialKey, TrialResult
 
 SEARCH_SEED = 1_000_000  # search seeds count from here, final seeds from 0: they never meet
@@ -44,8 +44,7 @@ def validate(config: StudyConfig) -> None:
     if not config.methods:
         raise StudyError("--methods is empty; give at least one method, see `normkit recipes`")
     for method in config.methods:
-        if method not in recipes():
-            raise StudyError(f"--methods: unknown method {method!r}; {nearest(method, recipes())}")
+        check_method(method)
     if not config.batch_sizes:
         raise StudyError("--batch-sizes is empty; give at least one, for example 64,8,1")
     for name, values in (("--methods", config.methods), ("--batch-sizes", config.batch_sizes)):
@@ -91,7 +90,7 @@ def learning_rates(config: StudyConfig, method: str, batch_size: int) -> list[fl
     """
     if (rates := given_rates(config)) is not None:
         return [rates[method]]
-    recipe = recipes()[method]
+    recipe = recipes()[parse_method(method)[0]]
     factor = ADAM_FACTOR if config.optimizer.startswith("adam") and not recipe.own_optimizer else 1
     centre = recipe.lr * factor * (batch_size / 64) ** recipe.lr_exponent
     offset = (config.lr_points - 1) / 2

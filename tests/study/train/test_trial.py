@@ -38,6 +38,13 @@ def test_methods_start_from_the_same_weights(task):
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
+def test_the_settings_of_a_method_reach_it(task):
+    model, _ = build_trial(CONFIG, key("revisited:scale=0.25"), task)
+    scales = {m.weight[0].item() for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    assert scales == {0.25}
+    assert run_trial(CONFIG, key("revisited:scale=-1"), task).state == "failed"
+
+
 def test_only_final_runs_touch_the_test_split(task, monkeypatch):
     judged = []
     monkeypatch.setattr(

@@ -29,6 +29,7 @@ from normkit.study.data.load import load_data
 from normkit.study.environment import check_device, environment
 from normkit.study.errors import StudyError
 from normkit.study.landscape.records import NOISE_ALONE, LandscapeRecord, Trace
+from normkit.study.methods import parse_method
 from normkit.study.models.layers import glorot_initialize
 from normkit.study.records import TrialResult
 from normkit.study.task import Task
@@ -81,7 +82,8 @@ def experiment(config: LandscapeConfig, task: Task, **options: Any) -> Experimen
 def apply(method: str, model: nn.Module, **options: Any) -> tuple[nn.Module, Optimizer]:
     """[`normkit.apply`][], and the noise of ``noisy-batch`` alone where the normalization layers were."""
     if method != NOISE_ALONE:
-        return normkit.apply(method, model, **options)
+        name, settings = parse_method(method)
+        return normkit.apply(name, model, options=settings, **options)
     places = [path for path, module in model.named_modules() if is_norm(module)]
     model, optimizer = normkit.apply("none", model, **options)
     for path in places:
@@ -177,7 +179,7 @@ def _check(config: LandscapeConfig) -> None:
     if not config.methods:
         raise StudyError("--methods is empty; give at least one method, see `normkit recipes`")
     for method in config.methods:
-        if method not in known:
+        if parse_method(method)[0] not in known:
             raise StudyError(f"--methods: unknown method {method!r}; {nearest(method, known)}")
 
 

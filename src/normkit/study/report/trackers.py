@@ -98,7 +98,7 @@ class Tracker:
         """Send what has ended since the last call."""
         for result in results:
             key = result.key
-            run = f"{key.phase}-{key.method}-batch{key.batch_size}-lr{key.lr:g}-seed{key.seed}"
+            run = f"{key.phase}-{key.method.replace(':', '-')}-batch{key.batch_size}-lr{key.lr:g}-seed{key.seed}"
             if run in self._sent or self._send is None:
                 continue
             try:

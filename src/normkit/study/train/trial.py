@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 import normkit
 from normkit.study.config import StudyConfig
 from normkit.study.data.sampling import seed_all
+from normkit.study.methods import parse_method
 from normkit.study.records import CurvePoint, TrialKey, TrialResult
 from normkit.study.task import Batch, Loss, Task
 from normkit.study.train.checkpoint import CheckpointFile
@@ -33,14 +34,16 @@ GAP_EXAMPLES = 1024  # for the train/eval gap
 def build_trial(config: StudyConfig, key: TrialKey, task: Task) -> tuple[nn.Module, Optimizer]:
     """Model and optimizer of a trial; the weights depend on the seed alone, so methods share them where shapes agree."""
     seed_all(key.seed)
+    method, options = parse_method(key.method)
     return normkit.apply(
-        key.method,
+        method,
         task.model().to(config.device),
         lr=key.lr,
         batches=task.initial_inputs(seed=key.seed, device=config.device, most=config.most_at_once),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         optimizer=config.optimizer,
+        options=options,
     )
 
 
@@ -96,7 +99,7 @@ def run_trial(
     """
     checkpoint = None
     if folder is not None:
-        revision = normkit.recipes()[key.method].revision
+        revision = normkit.recipes()[parse_method(key.method)[0]].revision
         run = {"study": config.to_dict(), "trial": asdict(key), "revision": revision}
         checkpoint = CheckpointFile(folder, _name(config, key), run, fingerprint, writes=ranks()[0] == 0)
     loop: Loop | None = None
@@ -189,4 +192,6 @@ def _gap(config: StudyConfig, key: TrialKey, task: Task, model: nn.Module) -> fl
 def _name(config: StudyConfig, key: TrialKey) -> str:
     """File name of a trial's checkpoint: studies in one folder never meet."""
     text = json.dumps([config.to_dict(), asdict(key)], sort_keys=True)
-    return f"{key.method}-{key.batch_size}-{key.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return (
+        f"{key.method.replace(':', '-')}-{key.batch_size}-{key.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    )
