@@ -97,8 +97,9 @@ def load_classification(config: StudyConfig) -> Classification:
         image_column=config.image_column,
         label_column=config.label_column,
         image_size=config.image_size,
+        train_split=config.train_split,
         limit=config.limit,
-    )
+    ).scaled(config.scaling)
     try:
         train, validation = data.split_validation(config.validation_amount)
     except DataError as error:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from normkit.study.data.augmentation import Augmentation
 
 Schedule = Literal["cosine", "step", "two-step", "one-cycle", "constant"]
+Scaling = Literal["standardized", "unit", "symmetric"]
 Rates = float | dict[str, float] | Literal["auto"]
 
 
@@ -99,6 +100,9 @@ class StudyConfig(Training):
         image_column: Column with the images; by default found by its type.
         label_column: Column with the classes; by default found by its type.
         image_size: Resize images to this height and width.
+        train_split: Split that trains, or several joined by +: train+extra of SVHN.
+        scaling: Images standardized by the training data's mean and deviation per channel, or brought to [0, 1] (unit) or
+            [-1, 1] (symmetric).
         limit: Use at most this many samples of each split.
         prune: Stop search runs that are below the median of the other learning rates at the same point.
     """
@@ -119,6 +123,8 @@ class StudyConfig(Training):
     image_column: str | None = None
     label_column: str | None = None
     image_size: int | None = None
+    train_split: str = "train"
+    scaling: Scaling = "standardized"
     limit: int | None = None
     prune: bool = False
 

@@ -139,6 +139,30 @@ def test_a_second_start_decodes_nothing_and_never_opens_the_files(parquet, monke
     assert torch.equal(first.mean, second.mean)
 
 
+def test_splits_that_are_joined_train_together(parquet):
+    alone = load_data(str(parquet))
+    both = load_data(str(parquet), train_split="train+test")
+    assert (len(alone.train), len(both.train), len(both.test)) == (30, 39, 9)
+    assert torch.equal(both.train.inputs[:30], alone.train.inputs)
+    assert torch.equal(both.train.inputs[30:], both.test.inputs)
+    assert "train+test" in both.note
+    assert torch.equal(load_data(str(parquet)).train.inputs, alone.train.inputs)  # its cache is another
+    with pytest.raises(DataError, match=r"has no extra split \(it has train, test\); change train_split"):
+        load_data(str(parquet), train_split="train+extra")
+
+
+@pytest.mark.parametrize(("scaling", "low", "high"), [("unit", 0.0, 1.0), ("symmetric", -1.0, 1.0)])
+def test_images_are_scaled_to_a_range_instead_of_by_their_statistics(scaling, low, high):
+    data = load_data("digits").scaled(scaling)
+    ends = data.normalise(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1))
+    assert ends.flatten().tolist() == [low, high]
+
+
+def test_inputs_that_are_no_images_have_no_range_to_scale_from():
+    with pytest.raises(DataError, match="scaling 'unit': data 'spiral' has no 8-bit images"):
+        load_data("spiral").scaled("unit")
+
+
 def test_a_changed_file_is_decoded_again(parquet):
     before = load_data(str(parquet))
     write_parquet(parquet / "test-00000.parquet", map(encoded, pictures(12, 7)), [i % 3 for i in range(12)])

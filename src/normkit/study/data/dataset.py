@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from normkit.study.config import Scaling
 from normkit.study.data.augmentation import Augmentation
 from normkit.study.data.sampling import stratified
 from normkit.study.errors import DataError
@@ -106,6 +107,21 @@ class Data:
         shape = (1, -1) + (1,) * (inputs.dim() - 2)
         mean, std = (t.to(inputs.device).reshape(shape) for t in (self.mean, self.std))
         return (inputs.float() - mean).div_(std)
+
+    def scaled(self, scaling: Scaling) -> "Data":
+        """The same images under another normalisation: of their channels' statistics, to [0, 1] or to [-1, 1].
+
+        Raises:
+            DataError: The inputs are no images, so that their range is not known.
+        """
+        if scaling == "standardized":
+            return self
+        if self.train.stored.dtype != torch.uint8:
+            raise DataError(f"scaling {scaling!r}: data {self.name!r} has no 8-bit images; leave it out")
+        half = torch.full((1,), 127.5)
+        return (
+            replace(self, mean=half, std=half) if scaling == "symmetric" else replace(self, mean=0 * half, std=2 * half)
+        )
 
     def split_validation(self, amount: float | int = 0.2, seed: int = 0) -> tuple[Split, Split]:
         """Training split without, and validation split with, ``amount`` of its examples; classes keep their shares.

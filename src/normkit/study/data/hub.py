@@ -85,26 +85,41 @@ def _reachable(endpoint: str) -> bool:
     return True
 
 
-def roles_of(name: str, dataset: Any) -> tuple[dict[str, str], set[str]]:
+def examples_of(dataset: Any, split: str) -> Any:
+    """The examples of a split, or of several whose names are joined by +, one after the other."""
+    from datasets import concatenate_datasets
+
+    parts = [dataset[part] for part in split.split("+")]
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def roles_of(name: str, dataset: Any, train: str = "train") -> tuple[dict[str, str], set[str]]:
     """Which split trains, validates and tests, and what a report must say of it.
 
     A test split without labels (-1) is no test split.
+
+    Args:
+        name: What the user called the data.
+        dataset: All its splits.
+        train: The split that trains, or several joined by +.
 
     Raises:
         DataError: There is none to train or to test on.
     """
     splits = list(dataset)
-    if "train" not in splits:
-        raise DataError(f"data {name!r} has no train split (it has {', '.join(splits)}); name one split 'train'")
+    if missing := [part for part in train.split("+") if part not in splits]:
+        remedy = "name one split 'train'" if train == "train" else "change train_split"
+        raise DataError(f"data {name!r} has no {missing[0]} split (it has {', '.join(splits)}); {remedy}")
+    told = set() if train == "train" else {f"trained on its splits {train}"}
     validation = next((s for s in _VALIDATION if s in splits), None)
     if "test" in splits and not _unlabelled(dataset["test"]):
-        return {"train": "train", "test": "test"} | ({"validation": validation} if validation else {}), set()
+        return {"train": train, "test": "test"} | ({"validation": validation} if validation else {}), told
     if validation is None:
         raise DataError(
             f"data {name!r} has no labelled test split (it has {', '.join(splits)}); add one (files under test/, or a "
             "factory, package.module:factory, that splits the data)"
         )
-    return {"train": "train", "test": validation}, {f"its {validation} split serves as test split"}
+    return {"train": train, "test": validation}, {*told, f"its {validation} split serves as test split"}
 
 
 def _unlabelled(split: Any) -> bool:

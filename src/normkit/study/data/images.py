@@ -21,7 +21,7 @@ import torch
 
 from normkit.study.data.dataset import Data, Split, make_data
 from normkit.study.data.decode import decode_split
-from normkit.study.data.hub import class_numbers, columns, load_source, roles_of
+from normkit.study.data.hub import class_numbers, columns, examples_of, load_source, roles_of
 from normkit.study.data.sampling import stratified
 from normkit.study.errors import DataError
 
@@ -48,6 +48,7 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     size: int | None = None,
+    train_split: str = "train",
     limit: int | None = None,
 ) -> Data:
     """Image classification data as uint8 tensors; arguments as in ``normkit.study.data.load.load_data``.
@@ -67,12 +68,12 @@ def load_images(
     else:
         dataset = load_source(name)
         fingerprint = "/".join(f"{split}:{part._fingerprint}" for split, part in sorted(dataset.items()))
-    key = json.dumps([_FORMAT, fingerprint, image_column, label_column, size, limit])
+    parts = [_FORMAT, fingerprint, image_column, label_column, size, limit]
+    key = json.dumps(parts if train_split == "train" else [*parts, train_split])
     entry = cache_folder() / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
     if not entry.is_dir():
-        _decode(
-            name, dataset if dataset is not None else load_source(name), image_column, label_column, size, limit, entry
-        )
+        dataset = dataset if dataset is not None else load_source(name)
+        _decode(name, dataset, image_column, label_column, size, train_split, limit, entry)
     return _open(name, entry)
 
 
@@ -90,14 +91,15 @@ def _decode(
     image_column: str | None,
     label_column: str | None,
     size: int | None,
+    train_split: str,
     limit: int | None,
     entry: Path,
 ) -> None:
     # Write one cache entry: ROLE.npy, ROLE_labels.npy and meta.json, renamed into place when complete.
-    roles, notes = roles_of(name, dataset)
-    first = dataset[roles["train"]]
-    image, label = columns(name, first, image_column, label_column)
-    labels = {role: class_numbers(name, dataset[split], label) for role, split in roles.items()}
+    roles, notes = roles_of(name, dataset, train_split)
+    examples = {role: examples_of(dataset, split) for role, split in roles.items()}
+    image, label = columns(name, examples["train"], image_column, label_column)
+    labels = {role: class_numbers(name, part, label) for role, part in examples.items()}
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".part-"))
@@ -113,7 +115,7 @@ def _decode(
                 raise DataError(
                     f"data {name!r}: {split} has classes {names[:5]} ..., train has {values[:5]} ...; make them alike"
                 )
-            part = dataset[split]
+            part = examples[role]
             if limit is not None and limit < len(numbers):
                 chosen = stratified(torch.from_numpy(numbers), limit, 0).numpy()
                 numbers, part = numbers[chosen], part.select(chosen)

@@ -23,6 +23,7 @@ def load_data(
     image_column: str | None = None,
     label_column: str | None = None,
     image_size: int | None = None,
+    train_split: str = "train",
     limit: int | None = None,
 ) -> Data:
     """Load data by name.
@@ -35,6 +36,7 @@ def load_data(
         image_column: Column with the images, for hub and local data; found by its type when there is one only.
         label_column: Column with the classes; likewise.
         image_size: Bring images to this height and width (shorter side resized, centre cut out).
+        train_split: Split that trains, or several joined by +, for hub and local data.
         limit: At most this many examples of each split, classes in proportion.
 
     Returns:
@@ -46,11 +48,15 @@ def load_data(
     if limit is not None and limit < 1:
         raise DataError(f"limit {limit} leaves no data; give a positive number of examples")
     hub = not (name in _BUILT_IN or is_factory(name))
-    if not hub and (image_column, label_column, image_size) != (None, None, None):
-        raise DataError(f"{name!r} has no columns or image files; drop image_column, label_column and image_size")
+    if not hub and (image_column, label_column, image_size, train_split) != (None, None, None, "train"):
+        raise DataError(
+            f"{name!r} has no columns, image files or splits to choose from; drop image_column, label_column, image_size and "
+            "train_split"
+        )
     if hub:
         try:
-            return load_images(name, image_column=image_column, label_column=label_column, size=image_size, limit=limit)
+            how = {"image_column": image_column, "label_column": label_column, "size": image_size, "limit": limit}
+            return load_images(name, train_split=train_split, **how)
         except DataError as error:
             near = closest(name, _BUILT_IN)
             if near is None:
