@@ -73,6 +73,10 @@ def build(task: Task, device: str) -> nn.Module:
         return task.model().to(device)
     except ValueError as error:
         raise StudyError(f"--model: {error}") from error
+    except (RuntimeError, NotImplementedError) as error:  # on the meta device, or too large
+        raise StudyError(
+            f"{task.model_label}: cannot be put on {device} ({str(error).splitlines()[0]}); give a model with values that fits"
+        ) from error
 
 
 def check_task(task: Task, model: nn.Module, device: str) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 import normkit
 from normkit._errors import nearest
 from normkit.instruments import Diagnosis
-from normkit.study.check import check_task
+from normkit.study.check import build, check_task
 from normkit.study.classification import classification
 from normkit.study.config import DoctorConfig
 from normkit.study.data.load import load_data
@@ -33,9 +33,9 @@ def run_doctor(config: DoctorConfig) -> Diagnosis:
     check_device(config.device)
     try:
         task = classification(load_data(config.data, limit=config.limit), config.model)
-        model = task.model().to(config.device)
     except ValueError as error:
-        raise StudyError(f"--data, --model: {error}") from error
+        raise StudyError(f"--data: {error}") from error
+    model = build(task, config.device)
     check_task(task, model, config.device)
     size = config.batch_size
     stream = task.training_batches(batch_size=size, budget=BATCHES * size, seed=0, device=config.device)
@@ -77,8 +77,8 @@ def load_weights(model: nn.Module, file: Path) -> None:
         raise StudyError(f"--checkpoint {file}: holds a {type(saved).__name__}; give a state dict")
     try:
         model.load_state_dict(saved)
-    except RuntimeError as error:
-        odd = sorted(set(saved) ^ set(model.state_dict()))[:3]
+    except (RuntimeError, TypeError, AttributeError) as error:
+        odd = sorted({*map(str, saved)} ^ set(model.state_dict()))[:3]
         what = f"keys differ, for example {', '.join(map(repr, odd))}" if odd else str(error).splitlines()[-1].strip()
         raise StudyError(
             f"--checkpoint {file}: does not fit the model ({what}); give the --model and --method it was trained with"

@@ -13,7 +13,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
     Args:
         path: The file; its folder must exist.
-        content: Text, written as UTF-8 with its line ends as they are, or bytes.
+        content: Text, written as UTF-8 with its line ends as they are (what UTF-8 has not as ``?``), or bytes.
 
     Raises:
         OSError: It cannot be written; what was there is unchanged.
@@ -22,7 +22,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     part.unlink(missing_ok=True)  # of a killed process with this number
     try:
         with part.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode(errors="replace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

@@ -16,6 +16,8 @@ from normkit.study.records import Phase, TrialKey, TrialResult
 
 SEARCH_SEED = 1_000_000  # search seeds count from here, final seeds from 0: they never meet
 GRID_STEP = math.sqrt(10.0)
+MOST = {"--seeds": 10_000, "--search-seeds": 10_000, "--lr-points": 50, "--image-size": 4096}
+MOST_RUNS = 1_000_000  # of a plan
 ADAM_FACTOR = 0.01  # of a rate for SGD with momentum: 1e-3 where SGD has 0.1
 
 
@@ -59,6 +61,11 @@ def validate(config: StudyConfig) -> None:
     ):
         if count < 1:
             raise StudyError(f"{flag} {count}: give at least 1")
+        if count > MOST.get(flag, count):
+            raise StudyError(f"{flag} {count}: give at most {MOST[flag]}")
+    for flag, size in (("--image-size", config.image_size), ("--limit", config.limit)):
+        if size is not None and not 1 <= size <= MOST.get(flag, size):
+            raise StudyError(f"{flag} {size}: give at least 1{f' and at most {MOST[flag]}' if flag in MOST else ''}")
     for size in config.batch_sizes:
         if size < 1:
             raise StudyError(f"--batch-sizes: {size} is not a batch size; give positive integers")
@@ -71,6 +78,12 @@ def validate(config: StudyConfig) -> None:
     for rate in (given_rates(config) or {}).values():
         if not (rate > 0 and math.isfinite(rate)):
             raise StudyError(f"--lr {rate}: a learning rate is a positive number, or 'auto'")
+    searched = config.lr_points * config.search_seeds if config.lr == "auto" else 0
+    runs = len(config.methods) * len(config.batch_sizes) * (searched + config.seeds)
+    if runs > MOST_RUNS:
+        raise StudyError(
+            f"--seeds, --lr-points, --search-seeds: the plan has {runs:,} runs; give at most {MOST_RUNS:,}"
+        )
     if not (0 < config.validation < 1 or (config.validation >= 1 and config.validation % 1 == 0)):
         raise StudyError(f"--validation {config.validation:g}: give a share between 0 and 1, or a number of examples")
     config.validate()

@@ -47,8 +47,8 @@ def two_path(norm, x):
     """The layer as the paper writes it: (output, likelihood per channel), with autograd through mu and rho."""
     shape = (-1, *[1] * (x.dim() - 2))
     mean = norm.running_mean.detach().clone().requires_grad_()
-    rho = (norm.sigma.log() if norm.scale == "log" else norm.sigma).requires_grad_()
-    sigma = rho.exp() if norm.scale == "log" else rho.abs()
+    rho = {"log": norm.sigma.log(), "abs": norm.sigma, "inv": 1 / norm.sigma}[norm.scale].requires_grad_()
+    sigma = {"log": rho.exp(), "abs": rho.abs(), "inv": 1 / rho.abs()}[norm.scale]
     n = (x - mean.detach().view(shape)) / sigma.detach().view(shape)
     y = n * norm.weight.view(shape) + norm.bias.view(shape) if norm.affine else n
     fit = (x.detach() - mean.view(shape)) / sigma.view(shape)
@@ -56,16 +56,18 @@ def two_path(norm, x):
     return y, nll.sum(), mean, rho
 
 
-@pytest.mark.parametrize("scale", ["log", "abs"])
+@pytest.mark.parametrize(("scale", "shared"), [("log", False), ("abs", False), ("inv", False), ("inv", True)])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(("cls", "_", "shape"), CASES)
-def test_plain_gradients_are_those_of_the_two_path_loss(cls, _, shape, affine, scale):
-    norm = counting(layer(cls, affine=affine, scale=scale, gradient="plain", eps=0.0))
+def test_plain_gradients_are_those_of_the_two_path_loss(cls, _, shape, affine, scale, shared):
+    norm = counting(layer(cls, affine=affine, scale=scale, shared=shared, gradient="plain", eps=0.0))
     x = (torch.randn(shape).double() * 2 + 1).requires_grad_()
     coefficients = torch.randn(shape).double()
     trained = [x, *(p for p in norm.parameters() if p.requires_grad)]
     y, nll, mean, rho = two_path(norm, x)
     *expected, d_mean, d_rho = torch.autograd.grad((y * coefficients).sum() + nll, [*trained, mean, rho])
+    if shared:  # one mu and one rho, and the mean over the channels, too
+        d_mean, d_rho = (d.mean().expand(3) for d in (d_mean, d_rho))
     out = norm(x)
     torch.testing.assert_close(out, y, rtol=1e-12, atol=1e-12)
     actual = torch.autograd.grad((out * coefficients).sum(), trained)
@@ -230,13 +232,13 @@ def test_wrong_inputs_are_named(cls, shape):
         cls(3)(torch.randn(shape))
 
 
-@pytest.mark.parametrize("option", [{"scale": "inv"}, {"gradient": "exact"}, {"feature_dim": 2}])
+@pytest.mark.parametrize("option", [{"scale": "exp"}, {"gradient": "exact"}, {"feature_dim": 2}])
 def test_unknown_options_are_named(option):
     with pytest.raises(ValueError, match=str(next(iter(option)))):
         BatchlessNorm2d(3, **option)
 
 
-@pytest.mark.parametrize("scale", ["log", "abs"])
+@pytest.mark.parametrize("scale", ["log", "abs", "inv"])
 @pytest.mark.parametrize("spread", [1e-2, 1.0, 1e2])
 def test_tracks_a_drifting_gaussian_of_any_scale(spread, scale):
     torch.manual_seed(0)
@@ -262,6 +264,41 @@ def test_channels_far_from_zero_lose_no_digits_once_mu_is_there(memory_format):
     want, got = observe(x.double(), 1), moments_about(x, mean, variance, 1e-5)
     torch.testing.assert_close(got.mean.double(), want.mean, rtol=0, atol=1e-3)
     torch.testing.assert_close(got.variance.double(), want.variance, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("gradient", ["natural", "plain"])
+def test_shared_statistics_are_those_of_all_channels_together(gradient):
+    torch.manual_seed(0)
+    x = (
+        torch.randn(64, 3, 4).double() * torch.tensor([0.5, 1.0, 2.0])[:, None]
+        + torch.tensor([-1.0, 0.0, 4.0])[:, None]
+    )
+    norm = BatchlessNorm1d(3, shared=True, gradient=gradient, eps=0.0, dtype=torch.float64)
+    optimizer = torch.optim.SGD(norm.parameters(), lr=0.5)
+    normkit.attach(norm, optimizer)
+    for _ in range(600):
+        norm(x).sum().mul(0).backward()
+        optimizer.step()
+    for got, want in ((norm.running_mean, x.mean()), (norm.running_var, x.var(correction=0))):
+        torch.testing.assert_close(got.data, want.expand(3), rtol=1e-6, atol=1e-6)
+    other = BatchlessNorm1d(3, shared=True, eps=0.0, dtype=torch.float64)
+    normkit.initialize(other, [x])
+    torch.testing.assert_close(other.running_var.data, x.var(correction=0).expand(3), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_fitting_anew_can_keep_the_function(shared):
+    torch.manual_seed(0)
+    norms = layer(BatchlessNorm1d, seed=1, shared=shared), layer(BatchlessNorm1d, seed=2, shared=shared)
+    model = nn.Sequential(norms[0], nn.Linear(3, 3).double(), nn.Tanh(), norms[1])
+    x = torch.randn(50, 3).double() * 4 + 2
+    before = model(x)
+    normkit.initialize(model, [x], keep_function=True)
+    torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
+    normal = (x - norms[0].running_mean) / norms[0].sigma
+    assert (normal.mean().abs() if shared else normal.mean(0).abs().max()) < 1e-12
+    with pytest.raises(ValueError, match="keep_function"):
+        normkit.initialize(layer(BatchlessNorm1d, affine=False), [x], keep_function=True)
 
 
 def test_mismatch_is_zero_at_a_perfect_fit_and_grows_with_the_misfit():

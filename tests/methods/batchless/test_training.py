@@ -18,7 +18,8 @@ VARIANTS = {
     "batchless": {},
     "no affine": {"affine": False},
     "plain": {"gradient": "plain"},
-    "abs": {"scale": "abs"},
+    "shared, inv, plain": {"shared": True, "scale": "inv", "gradient": "plain"},
+    "shared": {"shared": True},
     "projected": {"projected": True},
     "projected, no affine": {"projected": True, "affine": False},
 }

@@ -51,6 +51,25 @@ def test_parameter_count_of_vgg(name, repeats):
     assert parameter_count(name) == expected
 
 
+@pytest.mark.parametrize(("name", "count"), [("vgg13-dense", 9_935_434), ("vgg19-dense", 20_554_826)])
+def test_the_vgg_of_cho_and_lee_has_their_parameters(name, count):
+    with torch.device("meta"):
+        model = build_model(name, input_shape=IMAGE, classes=10)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    assert not any(norm.weight.requires_grad for norm in norms)
+    assert [type(m) for m in model[-7:]] == [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2 + [nn.Linear]
+
+
+def test_the_classifier_of_the_revisited_papers_network_is_initialized_as_its_authors_have_it():
+    torch.manual_seed(0)
+    classifier = build_model("resnet18", input_shape=IMAGE, classes=1000)[-1]
+    bound = classifier.in_features**-0.5  # uniform by fan-in: sd 0.026 at 512 features
+    for tensor in (classifier.weight, classifier.bias):
+        assert tensor.abs().max() <= bound
+        assert tensor.std().item() == pytest.approx(0.0255, rel=0.05)
+
+
 def test_deep_linear_network_is_25_square_layers():
     linear = [m for m in build_model("dln", input_shape=(10,), classes=10).modules() if isinstance(m, nn.Linear)]
     assert [tuple(layer.weight.shape) for layer in linear] == [(10, 10)] * 25
@@ -67,6 +86,10 @@ def test_the_networks_of_the_batchless_paper_are_as_its_experiments_name_them():
     assert [type(layer) for layer in cnn[1:5]] == [nn.LeakyReLU, nn.BatchNorm2d, nn.Dropout, nn.MaxPool2d]
     assert {layer.p for layer in cnn if isinstance(layer, nn.Dropout)} == {0.25}
     assert [layer.out_features for layer in cnn if isinstance(layer, nn.Linear)] == [50, 50, 10]
+    dense = [nn.Linear, nn.LeakyReLU, nn.BatchNorm1d, nn.Dropout]
+    assert [type(layer) for layer in cnn[16:]] == [*dense, *dense, nn.Linear]
+    norms = [layer for layer in cnn if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)]
+    assert [(norm.eps, norm.momentum) for norm in norms] == [(1e-3, 0.01)] * 5
 
 
 SMALL = {
@@ -76,6 +99,8 @@ SMALL = {
     "batchless-cnn": IMAGE,
     "vgg13": IMAGE,
     "vgg19": (1, 28, 28),
+    "vgg13-dense": IMAGE,
+    "vgg19-dense": (1, 28, 28),
     "vgg13-small": IMAGE,
     "vgg19-small": IMAGE,
     "resnet18": (3, 8, 8),
@@ -110,7 +135,7 @@ def test_model_trains_one_step_has_batchnorm_and_traces(name):
     out = model(x)
     assert out.shape == (3, 4)
     out.square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     model.eval()
     assert torch.equal(fx.symbolic_trace(model)(x), model(x))
 

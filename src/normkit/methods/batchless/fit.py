@@ -15,6 +15,7 @@ from normkit.methods.batchless.functions import gaussian_nll_gradients, per_feat
 from normkit.methods.batchless.layer import BatchlessNorm
 from normkit.moments import Moments, finite
 
+SMALLEST_INVERSE = 1e-8  # of sigma: a step that carries 1 / sigma to 0 leaves something to return by
 RATE, INSTANCES = 0.07, 6.0  # mu and sigma are running means of weight 0.07 from many instances, 0.01 from one
 
 
@@ -75,7 +76,7 @@ class Fit:
 
 
 class LikelihoodParameters:
-    """What the model's optimizer trains of a layer with the plain gradient: mu, and log sigma or sigma.
+    """What the model's optimizer trains of a layer with the plain gradient: mu, and log sigma, sigma or 1 / sigma.
 
     Args:
         layer: The layer.
@@ -93,14 +94,19 @@ class LikelihoodParameters:
         """Write the gradients of the likelihood."""
         layer, sigma, moments = self.layer, self.layer.sigma, finite(moments)
         d_mean, d_log = gaussian_nll_gradients(moments, layer.running_mean, sigma, gradient="plain", eps=layer.eps)
-        self.rho.data = sigma.log() if layer.scale == "log" else sigma
-        d_rho = d_log if layer.scale == "log" else d_log / sigma
+        self.rho.data, d_rho = {
+            "log": (sigma.log(), d_log),
+            "abs": (sigma, d_log / sigma),
+            "inv": (1 / sigma, -d_log * sigma),
+        }[layer.scale]
         seen = moments.count > 0
         layer.running_mean.grad, self.rho.grad = torch.where(seen, d_mean, 0), torch.where(seen, d_rho, 0)
 
     @torch.no_grad()
     def after(self) -> None:
         """Take over what the optimizer made of rho; sigma stays at sqrt(eps) or above."""
-        sigma = self.rho.exp() if self.layer.scale == "log" else self.rho
+        sigma = {"log": self.rho.exp(), "abs": self.rho, "inv": 1 / self.rho.abs().clamp(min=SMALLEST_INVERSE)}[
+            self.layer.scale
+        ]
         self.layer.running_var.copy_((sigma.square() - self.layer.eps).clamp(min=0))
         self.layer.running_mean.grad = self.rho.grad = None

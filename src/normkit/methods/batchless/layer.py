@@ -24,7 +24,7 @@ from normkit.methods.batchless.functions import Gradient, affine_map, moments_ab
 from normkit.methods.method import Successor, WideStatistics
 from normkit.moments import Moments, empty, merge, observe_unchecked, statistics_dtype
 
-Scale = Literal["log", "abs"]
+Scale = Literal["log", "abs", "inv"]
 
 ATTACH = "call normkit.attach(model, optimizer) after building the optimizer"
 
@@ -54,6 +54,7 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
         num_features: int,
         *,
         affine: bool = True,
+        shared: bool = False,
         scale: Scale = "log",
         gradient: Gradient = "natural",
         projected: bool = False,
@@ -68,7 +69,9 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
             num_features: Number of channels.
             affine: Whether gamma and beta are learned; without them the layer keeps no activation for the backward
                 pass.
-            scale: What the ``plain`` gradient trains for sigma: its logarithm, or itself up to its sign.
+            shared: Whether all channels share one mu and one sigma, fitted to the rows of all of them.
+            scale: What the ``plain`` gradient trains for sigma: its logarithm, itself up to its sign (``abs``), or its inverse
+                up to the sign (``inv``).
             gradient: ``natural`` or ``plain`` gradient of the likelihood, see [`normkit.functional.gaussian_nll_gradients`][].
             projected: Whether [`normkit.attach`][] projects the weight gradient of the layer that feeds this one, see
                 [`normkit.functional.projected_weight_gradient`][].
@@ -81,13 +84,14 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
             ValueError: ``scale``, ``gradient`` or ``feature_dim`` is none of the choices.
         """
         super().__init__()
-        if scale not in ("log", "abs"):
-            raise ValueError(f"scale={scale!r}: choose 'log' or 'abs'")
+        if scale not in ("log", "abs", "inv"):
+            raise ValueError(f"scale={scale!r}: choose 'log', 'abs' or 'inv'")
         if gradient not in ("natural", "plain"):
             raise ValueError(f"gradient={gradient!r}: choose 'natural' or 'plain'")
         if feature_dim not in (1, -1):
             raise ValueError(f"feature_dim={feature_dim!r}: choose 1 (channels first) or -1 (channels last)")
         self.num_features, self.eps, self.feature_dim, self.projected = num_features, eps, feature_dim, projected
+        self.shared = shared
         self.scale: Scale = scale
         self.gradient: Gradient = gradient
         dtype = dtype or torch.get_default_dtype()
@@ -114,11 +118,42 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
         """Standard deviation per channel, shape ``(num_features,)``."""
         return (self.running_var.detach() + self.eps).sqrt()
 
+    @classmethod
+    def from_batchnorm(cls, norm: nn.Module, *args: Any, **settings: Any) -> Any:
+        """As :meth:`normkit.methods.method.Successor.from_batchnorm`; channels that share statistics take those of all."""
+        layer = super().from_batchnorm(norm, *args, **settings)
+        layer.set_statistics(layer.running_mean, layer.running_var)
+        return layer
+
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, variance: Tensor) -> None:
-        """Set mu to ``mean`` and sigma to ``sqrt(variance + eps)``."""
+        """Set mu to ``mean`` and sigma to ``sqrt(variance + eps)``; shared ones to those of all channels together."""
+        if self.shared:
+            mean, variance = mean.mean(), variance.mean() + mean.var(correction=0)
         self.running_mean.copy_(mean)
         self.running_var.copy_(variance)
+
+    @torch.no_grad()
+    def regauge(self, mean: Tensor, variance: Tensor) -> None:
+        """Set mu and sigma, and change gamma and beta so that the layer computes what it did.
+
+        ``beta += gamma (mu' - mu) / sigma``, then ``gamma *= sigma' / sigma``.
+
+        Args:
+            mean: The new mu, ``(num_features,)``.
+            variance: The new ``sigma^2 - eps``, ``(num_features,)``.
+
+        Raises:
+            ValueError: The layer has no gamma and beta.
+        """
+        if self.weight is None or self.bias is None:
+            raise ValueError(
+                f"{self}: without gamma and beta no other mu and sigma compute the same; use set_statistics"
+            )
+        before, sigma = self.running_mean.clone(), self.sigma
+        self.set_statistics(mean, variance)
+        self.bias.copy_(self.bias + self.weight * (self.running_mean - before) / sigma)
+        self.weight.copy_(self.weight * (self.sigma / sigma))
 
     def adopt_statistics(self, moments: Moments) -> None:
         """Take the mean and the variance of the rows."""
@@ -183,18 +218,28 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
         like, counted = self.running_mean.detach(), self.counter.take()
         start = empty(self.num_features, dtype=like.dtype, device=like.device)
         rows = functools.reduce(merge, [moments for moments, _ in counted]) if counted else start
+        if self.shared:
+            rows = _of_all_channels(rows)
         return rows, like.new_full((), sum(instances for _, instances in counted))
 
     def extra_repr(self) -> str:
         """The arguments that differ from the defaults."""
         given = {
             "affine": (self.affine, True),
+            "shared": (self.shared, False),
             "scale": (self.scale, "log"),
             "gradient": (self.gradient, "natural"),
             "projected": (self.projected, False),
             "feature_dim": (self.feature_dim, 1),
         }
         return ", ".join([f"{self.num_features}", *(f"{k}={v!r}" for k, (v, default) in given.items() if v != default)])
+
+
+def _of_all_channels(rows: Moments) -> Moments:
+    """The moments of all channels' rows together, given to each channel as if they were its own."""
+    mean = rows.mean.mean()
+    m2 = rows.m2.mean() + rows.count * rows.mean.var(correction=0)
+    return Moments(rows.count, mean.expand_as(rows.mean), m2.expand_as(rows.m2))
 
 
 def _without_count(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:

@@ -258,11 +258,13 @@ def initialize(
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     samples: int = 512,
+    keep_function: bool = False,
 ) -> nn.Module:
     """Set mu and sigma of every batchless layer from data, layer after layer as they run (arXiv 2212.14729).
 
     Layer by layer, so that each is fitted to what the already fitted layers before it really produce; the function of
-    the model changes. Runs in eval mode without gradients and restores the modes.
+    the model changes, unless gamma and beta make up for it (``keep_function``). Runs in eval mode without gradients and
+    restores the modes.
 
     Args:
         model: A model with batchless layers; changed in place.
@@ -271,12 +273,15 @@ def initialize(
         forward: How to run the model on a batch; by default a mapping goes in as keyword arguments, of a tuple or list
             the first entry, anything else as it is.
         samples: Number of instances to read, counted along the first dimension of a batch's first tensor.
+        keep_function: Whether gamma and beta change as well, so that the model computes what it did: to fit mu and sigma anew
+            in the course of training.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: The model has no batchless layer, or there is no batch, or one tensor instead of batches.
+        ValueError: The model has no batchless layer, or one without gamma and beta whose function is to be kept; or there is no
+            batch, or one tensor instead of batches.
     """
     forward = forward or run_batch
     layers = batchless_layers(model)
@@ -284,13 +289,15 @@ def initialize(
         raise ValueError(
             "initialize: the model has no batchless layer; convert it first, e.g. normkit.convert(model, 'batchless')"
         )
+    if keep_function and any(not layer.affine for layer in layers):
+        raise ValueError("initialize: keep_function=True needs gamma and beta in every batchless layer (affine=True)")
     check_batches(batches, "initialize")
     few = _take(batches, samples)
     if not few:
         raise ValueError("initialize: batches is empty; give at least one batch of training data")
     with evaluating(model):
         for layer, moments in layerwise(model, layers, few, forward):
-            layer.set_statistics(moments.mean, moments.variance)
+            (layer.regauge if keep_function else layer.set_statistics)(moments.mean, moments.variance)
     return model
 
 
@@ -328,7 +335,7 @@ def attach_where_needed(model: nn.Module, optimizer: Optimizer, **options: Any) 
 _PAPER = "Berger, Uc Cetina 2022, arXiv 2212.14729"
 _GROUP = "Batchless normalization"
 _LAYERS = (BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d)
-_OPTIONS = ("scale", "eps")
+_OPTIONS = ("shared", "scale", "eps")
 
 METHOD = Method(
     recipes=(

@@ -1,6 +1,10 @@
 """Image sources: the hub or a local folder, through Hugging Face datasets, with their splits and columns."""
 
+import contextlib
+import hashlib
+import os
 import socket
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +17,19 @@ import numpy as np
 from normkit.study.errors import DataError
 
 _VALIDATION = ("validation", "valid", "val", "dev")
+
+
+def cache_folder() -> Path:
+    """Return the folder of decoded images."""
+    if "NORMKIT_CACHE" in os.environ:
+        return Path(os.environ["NORMKIT_CACHE"])
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library/Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "normkit"
 
 
 def load_source(name: str) -> Any:
@@ -33,12 +50,54 @@ def load_source(name: str) -> Any:
         )
     try:
         if local.is_dir():
-            return datasets.load_dataset(str(local.resolve()))
+            check_tree(name, local)
+            return datasets.load_dataset(str(_plain_path(local.resolve())))
         repository, _, configuration = name.partition("@")
         with _quick_offline():
             return datasets.load_dataset(repository, configuration or None)
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(_load_failed(name, error, local.exists())) from error
+
+
+_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+def check_tree(name: str, folder: Path) -> None:
+    """Refuse what would be read otherwise than it looks: links to folders, and images below the folder of their class.
+
+    Args:
+        name: What the user called the data.
+        folder: A folder with images as SPLIT/CLASS/FILE, or with anything else.
+
+    Raises:
+        DataError: There is such a link, or such an image.
+    """
+    for here, folders, files in os.walk(folder):
+        depth = len(Path(here).relative_to(folder).parts)
+        for child in folders:
+            if os.path.islink(os.path.join(here, child)):
+                raise DataError(
+                    f"data {name!r}: {os.path.join(here, child)} is a link to a folder, which is not followed; copy or mount "
+                    "the folder there"
+                )
+        if depth > 2 and any(Path(file).suffix.lower() in _IMAGES for file in files):
+            raise DataError(
+                f"data {name!r}: {here} holds images deeper than SPLIT/CLASS/, so their class is not clear; move them up"
+            )
+
+
+def _plain_path(folder: Path) -> Path:
+    """The folder, through a link of a plain name where its own has characters that stand for others, or is no UTF-8."""
+    text = str(folder)
+    if not set("[]?*{}") & set(text) and text.isprintable() and max(text) < "\udc80":
+        return folder
+    link = cache_folder() / "links" / hashlib.blake2b(os.fsencode(text), digest_size=12).hexdigest()
+    link.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(folder, target_is_directory=True)
+    return link
 
 
 def _load_failed(name: str, error: Exception, local: bool) -> str:
@@ -168,16 +227,20 @@ def class_numbers(name: str, split: Any, column: str) -> tuple[np.ndarray, list[
     Raises:
         DataError: The column is missing, or holds something else.
     """
-    from datasets import ClassLabel
+    from datasets import ClassLabel, Value
 
     if column not in split.column_names:
         raise DataError(
             f"label_column {column!r} is missing in a split of data {name!r}; it has {', '.join(split.column_names)}"
         )
+    feature = split.features[column]
+    if not isinstance(feature, ClassLabel | Value):
+        raise DataError(
+            f"label_column {column!r} of data {name!r} holds {type(feature).__name__} values; choose the column with the classes"
+        )
     raw = split.with_format(None)[column][:]
     if any(value is None for value in raw):
         raise DataError(f"label_column {column!r} of data {name!r} has missing values; remove those rows")
-    feature = split.features[column]
     if isinstance(feature, ClassLabel):
         names = list(feature.names)
     elif isinstance(raw[0], str):

@@ -21,25 +21,12 @@ import torch
 
 from normkit.study.data.dataset import Data, Split, make_data
 from normkit.study.data.decode import decode_split
-from normkit.study.data.hub import class_numbers, columns, examples_of, load_source, roles_of
+from normkit.study.data.hub import cache_folder, class_numbers, columns, examples_of, load_source, roles_of
 from normkit.study.data.sampling import stratified
 from normkit.study.errors import DataError
 
 _FORMAT = 1  # of the cache: a change makes old entries unused
 _MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
-
-
-def cache_folder() -> Path:
-    """Return the folder of decoded images."""
-    if "NORMKIT_CACHE" in os.environ:
-        return Path(os.environ["NORMKIT_CACHE"])
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library/Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "normkit"
 
 
 def load_images(
@@ -80,9 +67,9 @@ def load_images(
 def _fingerprint(path: Path) -> str:
     """Changes when a file of the folder is added, removed, resized or written again."""
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    stats = ((str(p.relative_to(path)), p.stat()) for p in files)
-    lines = "\n".join(f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats)
-    return f"{path.resolve()} {hashlib.blake2b(lines.encode()).hexdigest()}"
+    stats = ((os.fsencode(p.relative_to(path)), p.stat()) for p in files)
+    lines = b"\n".join(b"%s %d %d" % (file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
+    return f"{path.resolve()} {hashlib.blake2b(lines).hexdigest()}"
 
 
 def _decode(

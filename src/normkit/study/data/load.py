@@ -16,6 +16,8 @@ from normkit.study.data.sampling import generator, stratified
 from normkit.study.errors import DataError, FactoryError
 from normkit.study.factory import is_factory, load_factory
 
+MOST_CLASSES = 10**8  # what is larger is an identifier, and counting classes would take all memory
+
 
 def load_data(
     name: str,
@@ -143,32 +145,53 @@ def _split(part: Any, where: str) -> Split:
     # A Dataset of (input, label), or a pair of tensors or arrays, as tensors.
     if isinstance(part, Split):
         part = (part.inputs, part.labels)
-    if isinstance(part, (tuple, list)) and len(part) == 2 and all(isinstance(t, (Tensor, np.ndarray)) for t in part):
-        part = tuple(map(torch.as_tensor, part))
-    else:
-        try:
+    try:
+        if (
+            isinstance(part, (tuple, list))
+            and len(part) == 2
+            and all(isinstance(t, (Tensor, np.ndarray)) for t in part)
+        ):
+            inputs, labels = map(torch.as_tensor, part)
+        else:
             pairs = [part[i] for i in range(len(part))]
-            part = (
-                torch.stack([torch.as_tensor(x) for x, _ in pairs]),
-                torch.stack([torch.as_tensor(y).reshape(()) for _, y in pairs]),
-            )
-        except Exception as error:
-            raise DataError(
-                f"{where}: could not be read as (input, label) pairs of one shape ({type(error).__name__}: {error}); "
-                "give a Dataset with a length whose items are (tensor, class number), or a pair of tensors"
-            ) from error
-    inputs, labels = part
-    if inputs.dim() < 2 or labels.dim() != 1 or len(inputs) != len(labels) or len(labels) == 0:
+            inputs = torch.stack([torch.as_tensor(x) for x, _ in pairs])
+            labels = torch.stack([torch.as_tensor(y).reshape(()) for _, y in pairs])
+    except (Exception, SystemExit) as error:
+        raise DataError(
+            f"{where}: could not be read as (input, label) pairs of one shape ({type(error).__name__}: {error}); "
+            "give a Dataset with a length whose items are (tensor, class number), or a pair of tensors"
+        ) from error
+    _check_tensors(inputs, labels, where)
+    try:
+        if inputs.dtype != torch.uint8:
+            inputs = inputs.float()
+        return Split(inputs.contiguous(), labels.long())
+    except (RuntimeError, MemoryError) as error:
+        raise DataError(
+            f"{where}: inputs {tuple(inputs.shape)} do not fit into memory ({str(error).splitlines()[0]}); give fewer, or "
+            "images as a folder, which are read from the disk"
+        ) from error
+
+
+def _check_tensors(inputs: Tensor, labels: Tensor, where: str) -> None:
+    for what, tensor in (("inputs", inputs), ("labels", labels)):
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex() or tensor.is_quantized:
+            kind = f"{tensor.layout} tensor of {tensor.dtype} on {tensor.device}".replace("torch.", "")
+            raise DataError(f"{where}: {what} are a {kind}; give dense real numbers with values")
+    if inputs.dim() < 2 or labels.dim() != 1 or len(inputs) != len(labels) or inputs.numel() == 0:
         raise DataError(
             f"{where}: inputs {tuple(inputs.shape)} and labels {tuple(labels.shape)}; give inputs (N, ...) and labels "
             "(N,), N > 0"
         )
-    if labels.dtype.is_floating_point or labels.is_complex() or int(labels.min()) < 0:
+    if labels.dtype.is_floating_point or int(labels.min()) < 0:
         raise DataError(
             f"{where}: labels must be class numbers 0, 1, 2 ... (got {labels.dtype}, minimum {labels.min().item()})"
         )
-    if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
+    if int(labels.max()) >= MOST_CLASSES:
+        raise DataError(f"{where}: labels go up to {int(labels.max())}; number the classes 0, 1, 2 ...")
+    try:
+        finite = not inputs.is_floating_point() or all(bool(torch.isfinite(part).all()) for part in inputs.split(1024))
+    except (RuntimeError, MemoryError):
+        return  # not enough memory, which is said when they are copied
+    if not finite:
         raise DataError(f"{where}: inputs contain NaN or infinity; clean them")
-    if inputs.dtype != torch.uint8:
-        inputs = inputs.float()
-    return Split(inputs.contiguous(), labels.long())

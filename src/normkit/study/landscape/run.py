@@ -22,7 +22,7 @@ from normkit.inspection.norms import PRODUCERS, is_norm
 from normkit.inspection.probe import Objective
 from normkit.instruments import Monitor, activations, covariate_shift, snapshot
 from normkit.methods.noisy_norm import MomentNoise
-from normkit.study.check import check_task
+from normkit.study.check import build, check_task
 from normkit.study.classification import classification
 from normkit.study.config import LandscapeConfig, StudyConfig, Training
 from normkit.study.data.load import load_data
@@ -181,6 +181,8 @@ def _check(config: LandscapeConfig) -> None:
     for method in config.methods:
         if parse_method(method)[0] not in known:
             raise StudyError(f"--methods: unknown method {method!r}; {nearest(method, known)}")
+        if config.methods.count(method) > 1:
+            raise StudyError(f"--methods: {method} given twice; name each once")
 
 
 def run_landscape(config: LandscapeConfig, *, command: str = "") -> LandscapeRecord:
@@ -199,9 +201,9 @@ def run_landscape(config: LandscapeConfig, *, command: str = "") -> LandscapeRec
     _check(config)
     try:
         task = classification(load_data(config.data, limit=config.limit), config.model)
-        model = task.model().to(config.device)
     except ValueError as error:
-        raise StudyError(f"--data, --model: {error}") from error
+        raise StudyError(f"--data: {error}") from error
+    model = build(task, config.device)
     check_task(task, model, config.device)
     shared = experiment(config, task)
     traces, failed = [], []

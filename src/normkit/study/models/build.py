@@ -13,7 +13,7 @@ from normkit.study.models.huggingface import hugging_face
 from normkit.study.models.layers import image_channels
 from normkit.study.models.mlp import deep_linear, mlp, spiral_mlp
 from normkit.study.models.resnet import resnet
-from normkit.study.models.vgg import vgg
+from normkit.study.models.vgg import vgg, vgg_dense
 from normkit.study.models.wide_resnet import wide_resnet
 
 _FLAT: dict[str, Callable[[int, int], nn.Module]] = {"mlp": mlp, "dln": deep_linear, "spiral-mlp": spiral_mlp}
@@ -30,6 +30,7 @@ def _image_models() -> dict[str, tuple[int, Callable[..., nn.Module]]]:
     }
     for depth in (13, 19):
         table[f"vgg{depth}"] = (17, lambda c, h, w, k, depth=depth: vgg(depth, c, k))
+        table[f"vgg{depth}-dense"] = (17, lambda c, h, w, k, depth=depth: vgg_dense(depth, c, k))
         table[f"vgg{depth}-small"] = (17, lambda c, h, w, k, depth=depth: vgg(depth, c, k, divisor=4))
     for depth in (18, 20, 34, 50, 56, 110):
         table[f"resnet{depth}"] = (1, lambda c, h, w, k, depth=depth: resnet(depth, c, k))

@@ -45,15 +45,22 @@ def cnn5(channels: int, classes: int) -> nn.Module:
 def batchless_cnn(channels: int, classes: int, height: int, width: int) -> nn.Module:
     """CIFAR-10 network of Berger and Uc Cetina, arXiv 2212.14729: normalization after the activation.
 
-    Three blocks of convolution (64 channels; 7x7, 5x5, 3x3), LeakyReLU, BatchNorm, dropout 0.25 and 2x2 pooling; then
-    dense layers of 50, 50 and ``classes``. LeakyReLU has slope 0.3 and weights are Glorot's, the defaults of Keras.
+    Three blocks of convolution (64 channels; 7x7, 5x5, 3x3), LeakyReLU, BatchNorm, dropout 0.25 and 2x2 pooling; then two
+    dense layers of 50, each with LeakyReLU, BatchNorm and dropout 0.25, and one of ``classes``. LeakyReLU has slope 0.3, weights
+    are Glorot's, and BatchNorm has eps 0.001 and momentum 0.01, the defaults of Keras.
     """
+    eps, momentum = 1e-3, 0.01
     layers: list[nn.Module] = []
     for inputs, kernel in ((channels, 7), (64, 5), (64, 3)):
-        layers += [nn.Conv2d(inputs, 64, kernel, padding=kernel // 2), nn.LeakyReLU(0.3), nn.BatchNorm2d(64)]
+        layers += [
+            nn.Conv2d(inputs, 64, kernel, padding=kernel // 2),
+            nn.LeakyReLU(0.3),
+            nn.BatchNorm2d(64, eps, momentum),
+        ]
         layers += [nn.Dropout(0.25), nn.MaxPool2d(2)]
-    features = 64 * (height // 8) * (width // 8)
-    layers += [nn.Flatten(), nn.Linear(features, 50), nn.LeakyReLU(0.3), nn.Linear(50, 50), nn.LeakyReLU(0.3)]
+    layers.append(nn.Flatten())
+    for inputs in (64 * (height // 8) * (width // 8), 50):
+        layers += [nn.Linear(inputs, 50), nn.LeakyReLU(0.3), nn.BatchNorm1d(50, eps, momentum), nn.Dropout(0.25)]
     model = nn.Sequential(*layers, nn.Linear(50, classes))
     glorot_initialize(model)
     return model

@@ -1,4 +1,6 @@
-"""VGG for CIFAR: convolution, BatchNorm, ReLU; five poolings and one linear classifier."""
+"""VGG for CIFAR: convolution, BatchNorm, ReLU; five poolings; one linear classifier, or dense layers before it."""
+
+import itertools
 
 from torch import nn
 
@@ -17,13 +19,41 @@ def vgg(depth: int, channels: int, classes: int, divisor: int = 1) -> nn.Module:
         classes: Number of outputs.
         divisor: Divides the width of every layer, for small machines.
     """
-    layers: list[nn.Module] = []
-    inputs = channels
-    for width, count in zip(_WIDTHS, _CONVOLUTIONS[depth], strict=True):
-        for _ in range(count):
-            layers += conv_norm_relu(inputs, width // divisor)
-            inputs = width // divisor
-        layers.append(nn.MaxPool2d(2, ceil_mode=True))
-    model = nn.Sequential(*layers, *pooled_classifier(inputs, classes))
+    layers = _convolutions(depth, channels, divisor)
+    model = nn.Sequential(*layers, *pooled_classifier(_WIDTHS[-1] // divisor, classes))
     he_initialize(model)
     return model
+
+
+def vgg_dense(depth: int, channels: int, classes: int) -> nn.Module:
+    """VGG-13 or VGG-19 of Cho and Lee (arXiv 1709.09603): two dense layers of 512, and no BatchNorm has a scale.
+
+    The dense layers are followed by BatchNorm and ReLU like the convolutions. The scale is there, but it is 1 and frozen, so that
+    every normalization can take the layer's place.
+
+    Args:
+        depth: 13 or 19.
+        channels: Channels of the images.
+        classes: Number of outputs.
+    """
+    layers = [*_convolutions(depth, channels), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    for _ in range(2):
+        dense = nn.Linear(512, 512, bias=False)
+        nn.init.kaiming_normal_(dense.weight, nonlinearity="relu")
+        layers += [dense, nn.BatchNorm1d(512), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(512, classes))
+    he_initialize(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.weight.requires_grad_(False)
+    return model
+
+
+def _convolutions(depth: int, channels: int, divisor: int = 1) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    widths = [channels, *(width // divisor for width in _WIDTHS)]
+    for (inputs, width), count in zip(itertools.pairwise(widths), _CONVOLUTIONS[depth], strict=True):
+        for index in range(count):
+            layers += conv_norm_relu(width if index else inputs, width)
+        layers.append(nn.MaxPool2d(2, ceil_mode=True))
+    return layers

@@ -83,7 +83,9 @@ def _untrained_output(task: Task, model: nn.Module, device: str) -> list[float]:
 
 
 def _read(kept: Any) -> dict[str, dict[str, Any]]:
-    return {"data": dict(kept["data"]), "model": dict(kept["model"])}
+    if not kept["data"] or not kept["model"]:
+        raise ValueError("it is empty")
+    return {"data": {**kept["data"]}, "model": {**kept["model"]}}
 
 
 def _of_split(dataset: Any, role: str) -> dict[str, Any]:

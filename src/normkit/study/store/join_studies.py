@@ -40,7 +40,7 @@ def waiting_studies(url: str) -> dict[str, StudyConfig]:
             if len(store.results()) < len(slots(config)):
                 found[name] = config
         except (StudyError, TypeError) as error:
-            logger.warning("skipped: %s", error)
+            logger.warning("skipped study %s: %s", name, error)
     return found
 
 
