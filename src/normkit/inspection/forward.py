@@ -37,17 +37,24 @@ def check_batches(batches: Any, caller: str) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into eval mode, without gradients and without being observed; every module's mode comes back.
+    """Put ``model`` into eval mode, with constant parameters and without being observed; all modes come back.
+
+    Gradients are enabled: a model may differentiate by its input (forces). With constant parameters nothing else is recorded.
 
     Yields:
         Nothing.
     """
     modes = [(module, module.training) for module in model.modules()]
+    trained = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     try:
-        with torch.no_grad(), no_counting():
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with torch.enable_grad(), no_counting():
             yield
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for module, mode in modes:
             module.training = mode
 
@@ -98,6 +105,7 @@ def _observe_inputs(model: nn.Module, layer: nn.Module, calls: int, batch: Any, 
     """Count the moments of what reaches ``layer``; the pass ends with the layer's last call."""
     left = calls
 
+    @torch.no_grad()
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal left
         mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
@@ -120,12 +128,17 @@ def _observe_inputs(model: nn.Module, layer: nn.Module, calls: int, batch: Any, 
 def watched(
     layers: Iterable[tuple[str, nn.Module]], after: Hook | None = None, *, before: Hook | None = None
 ) -> Generator[None, None, None]:
-    """Call ``after(name, module, inputs, output)`` and ``before(name, module, inputs, None)`` at every forward."""
+    """Call ``after(name, module, inputs, output)`` and ``before(name, module, inputs, None)`` at every forward.
 
+    The calls record no gradients.
+    """
+
+    @torch.no_grad()
     def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         assert before is not None
         before(name, module, (args, kwargs), None)
 
+    @torch.no_grad()
     def leave(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         assert after is not None
         after(name, module, (args, kwargs), output)
@@ -151,6 +164,6 @@ def in_order(probe: Probe) -> list[tuple[str, nn.Module]]:
     def enter(name: str, module: nn.Module, _: Any, __: Any) -> None:
         seen.setdefault(name, module)
 
-    with watched(owners, before=enter), torch.no_grad():
+    with watched(owners, before=enter):
         probe.loss()
     return list(seen.items())

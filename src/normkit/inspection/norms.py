@@ -201,6 +201,18 @@ def running_statistics(module: nn.Module) -> Statistics | None:
     return None if mean is None or var is None else Statistics(mean.detach().clone(), var.detach() + eps)
 
 
+@torch.no_grad()
+def has_initial_statistics(norm: nn.Module) -> bool:
+    """Whether the running statistics of ``norm`` are still mean 0 and variance 1.
+
+    ``num_batches_tracked`` cannot tell: converted and old checkpoints hold real statistics beside a counter of zero.
+    """
+    mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+    if mean is None or var is None:
+        return False
+    return bool((mean == 0).all() & ((var - 1).abs() < 1e-3).all())  # l_p layers keep (1 + eps)^2 - eps
+
+
 def can_adopt_statistics(module: nn.Module) -> bool:
     """Whether the running statistics of a normalization between layers can be set, see :func:`adopt_statistics`."""
     follows = is_norm(module) and statistics_of(module) in ("batch", "running", "learned")

@@ -134,6 +134,8 @@ class Probe:
     def loss(self) -> Tensor:
         """The objective, from the same buffers and random states every time.
 
+        Gradients are enabled, since an objective may differentiate inside (forces, gradient penalties).
+
         Raises:
             ValueError: The objective returns no scalar tensor.
         """
@@ -141,7 +143,10 @@ class Probe:
         for original, private in self._pairs:
             private.copy_(original)
         torch.clear_autocast_cache()  # it would hold casts of the weights before they were moved
-        with warnings.catch_warnings():  # of reentrant checkpointing, about forward passes without gradients
+        with (
+            torch.enable_grad(),
+            warnings.catch_warnings(),
+        ):  # of reentrant checkpointing, about forward passes without gradients
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
             loss = self.objective(self.model, self.batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -165,8 +170,8 @@ class Probe:
         wanted = list(self.parameters if parameters is None else parameters)
         if not wanted:
             raise ValueError("the model has no trainable parameters (requires_grad=True), so there is no gradient")
+        loss = self.loss()
         with torch.enable_grad():
-            loss = self.loss()
             try:
                 found = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
             except RuntimeError as error:

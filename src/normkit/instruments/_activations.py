@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from normkit import moments
@@ -79,7 +78,7 @@ def activations(model: nn.Module, objective: Objective, batch: Any, *, at: Seque
             means[name] = tuple(seen.mean.tolist())
             variances[name] = tuple(seen.variance.tolist())
 
-    with Probe(model, objective, batch) as probe, torch.no_grad():
+    with Probe(model, objective, batch) as probe:
         chosen = layers(probe.model) if at is None else [(path, probe.model.get_submodule(path)) for path in at]
         with watched(chosen, look):
             probe.loss()

@@ -113,7 +113,7 @@ def channels(model: nn.Module, objective: Objective, batch: Any) -> Channels:
         >>> found.dead, found.always_on
         ((1,), (0,))
     """
-    with Probe(model, objective, batch) as probe, torch.no_grad():
+    with Probe(model, objective, batch) as probe:
         found: list[LayerChannels] = []
         with watch_channels(probe, rectified(probe.model), found):
             probe.loss()
@@ -123,7 +123,6 @@ def channels(model: nn.Module, objective: Objective, batch: Any) -> Channels:
 def watch_channels(probe: Probe, before_relu: frozenset[str], found: list[LayerChannels]) -> Any:
     """A context in which every forward pass appends what it shows to ``found``."""
 
-    @torch.no_grad()
     def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         x, y = tensor_in(inputs), tensor_in(output)
         if x is not None and y is not None:

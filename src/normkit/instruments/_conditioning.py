@@ -127,7 +127,7 @@ def conditioning(
 
     batches = iter(batches)
     for batch in batches:
-        with Probe(model, objective, batch) as probe, torch.no_grad():
+        with Probe(model, objective, batch) as probe:
             known = {n: m for n, m in probe.model.named_modules() if isinstance(m, PRODUCERS)}
             if missing := set(layers or ()) - known.keys():
                 raise ValueError(f"layers {sorted(missing)} are no linear or convolution layers of the model")

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -110,7 +109,7 @@ def discrepancy(model: nn.Module, objective: Objective, batch: Any, *, dropout: 
         y = tensor_in(output)
         scores.append(None if y is None else y.clone())
 
-    with Probe(model, objective, batch) as probe, torch.no_grad():
+    with Probe(model, objective, batch) as probe:
         if not probe.model.training:
             probe.model.train()
         drops = [(name, m) for name, m in probe.model.named_modules() if isinstance(m, _DropoutNd)]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from normkit.inspection.norms import has_initial_statistics
 from normkit.methods.method import Method, Part, Recipe, Successor, layer_target
 
 _logger = logging.getLogger("normkit")
@@ -52,10 +53,7 @@ def warn_if_untrained(model: nn.Module) -> None:
     untrained = [
         path or "the model"
         for path, layer in model.named_modules()
-        if isinstance(layer, FrozenBatchNorm)
-        and layer.running_mean is not None
-        and layer.running_var is not None
-        and bool((layer.running_mean == 0).all() & (layer.running_var == 1).all())
+        if isinstance(layer, FrozenBatchNorm) and has_initial_statistics(layer)
     ]
     if untrained:
         shown = ", ".join(untrained[:5]) + (f" and {len(untrained) - 5} more" if len(untrained) > 5 else "")

@@ -1,8 +1,9 @@
 """Statistics of the whole data for the weights as they are now."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from normkit.inspection.forward import Forward, check_batches, evaluating, layerwise, run_batch
@@ -12,9 +13,12 @@ from normkit.inspection.norms import (
     features_of,
     normalize_by_batch,
     observe_input,
+    running_tensors,
     statistics_of,
 )
 from normkit.moments import Moments, Tally, reduce
+
+Paths: TypeAlias = dict[nn.Module, str]
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward: Forward = run_batch) -> nn.Module:
@@ -25,6 +29,10 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward: Forward = 
     batch as in training, with dropout and noise off; l_p means are averaged over the batches. With batchless
     layers it is layer after layer, in the order of execution, so that each is fitted to what the already fitted ones
     before it produce; the batches are kept in memory for that.
+
+    Layers that are kept in eval mode inside a model in train mode are frozen: they keep their statistics, and the layers behind
+    them see what they make of the batches. ``num_batches_tracked`` becomes at least the number of batches, so that a
+    cumulative average (``momentum=None``) goes on from these statistics.
 
     Args:
         model: A model with such layers; changed in place. Modes come back, also when a batch raises; the statistics
@@ -37,7 +45,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward: Forward = 
         The model.
 
     Raises:
-        ValueError: The model has no such layer, or there is no batch, or one tensor instead of batches.
+        ValueError: The model has no such layer, or all are frozen; there is no batch, or one tensor instead of batches; all
+            that reached a layer was not finite. The statistics are then the old ones.
 
     Examples:
         >>> import torch
@@ -45,24 +54,31 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward: Forward = 
         >>> norm.running_mean.item(), round(norm.running_var.item(), 4)
         (4.0, 6.6667)
     """
-    layers = [module for module in model.modules() if can_adopt_statistics(module)]
-    if not layers:
+    paths = {module: path for path, module in model.named_modules() if can_adopt_statistics(module)}
+    if not paths:
         raise ValueError("recalibrate: the model has no normalization layer with running statistics")
+    paths = {layer: path for layer, path in paths.items() if layer.training or not model.training}
+    if not paths:
+        raise ValueError(
+            "recalibrate: all normalization layers are in eval mode inside a model in train mode, which is how layers are "
+            "frozen; call model.eval() first to recalibrate them"
+        )
     check_batches(batches, "recalibrate")
     with evaluating(model):
-        if any(statistics_of(layer) == "learned" for layer in layers):
-            _layer_after_layer(model, layers, list(batches), forward)
+        if any(statistics_of(layer) == "learned" for layer in paths):
+            _layer_after_layer(model, paths, list(batches), forward)
         else:
-            _in_one_pass(model, layers, batches, forward)
+            _in_one_pass(model, paths, batches, forward)
     return model
 
 
-def _in_one_pass(model: nn.Module, layers: list[nn.Module], batches: Iterable[Any], forward: Forward) -> None:
+def _in_one_pass(model: nn.Module, layers: Paths, batches: Iterable[Any], forward: Forward) -> None:
     tallies = {layer: Tally() for layer in layers}
 
     def as_in_training(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> Tensor | None:
         x = args[0] if args else kwargs["input"]
-        tallies[layer].add(observe_input(layer, x))
+        with torch.no_grad():
+            tallies[layer].add(observe_input(layer, x))
         if x.numel() == x.shape[1]:
             return None  # one value per channel is its own mean; the running statistics have to do
         return normalize_by_batch(layer, x)
@@ -77,21 +93,28 @@ def _in_one_pass(model: nn.Module, layers: list[nn.Module], batches: Iterable[An
         for hook in hooks:
             hook.remove()
     _require(seen)
-    own = [tallies[layer].take() or _nothing(layer) for layer in layers]
-    for layer, moments in zip(layers, reduce(own), strict=True):
-        _set(layer, moments)
+    own = [tallies[layer].take() for layer in layers]
+    merged = reduce([moments or _nothing(layer) for layer, moments in zip(layers, own, strict=True)])
+    for (layer, path), local, moments in zip(layers.items(), own, merged, strict=True):
+        if local is not None:
+            _require_finite(path, layer, moments)
+    for layer, moments in zip(layers, merged, strict=True):
+        _set(layer, moments, seen)
 
 
-def _layer_after_layer(model: nn.Module, layers: list[nn.Module], batches: list[Any], forward: Forward) -> None:
+def _layer_after_layer(model: nn.Module, layers: Paths, batches: list[Any], forward: Forward) -> None:
     _require(len(batches))
     tensors = [t for layer in layers for t in (*layer.parameters(), *layer.buffers())]
     old = [t.clone() for t in tensors]
     try:
-        for layer, moments in layerwise(model, layers, batches, forward):
-            _set(layer, reduce([moments])[0])
+        for layer, moments in layerwise(model, list(layers), batches, forward):
+            merged = reduce([moments])[0]
+            _require_finite(layers[layer], layer, merged)
+            _set(layer, merged, len(batches))
     except BaseException:
-        for tensor, value in zip(tensors, old, strict=True):
-            tensor.copy_(value)
+        with torch.no_grad():
+            for tensor, value in zip(tensors, old, strict=True):
+                tensor.copy_(value)
         raise
 
 
@@ -108,7 +131,19 @@ def _nothing(layer: nn.Module) -> Moments:
     return observe_input(layer, like.new_empty(0, features_of(layer)))
 
 
-def _set(layer: nn.Module, moments: Moments) -> None:
-    """Write the statistics; a layer that no batch reached keeps its own."""
-    if moments.count >= 1:
-        adopt_statistics(layer, moments)
+def _require_finite(path: str, layer: nn.Module, moments: Moments) -> None:
+    if moments.count < 1:
+        raise ValueError(
+            f"recalibrate: {path or 'the model'} ({type(layer).__name__}) saw no batch that is finite; check the inputs and the "
+            "layers before it for overflow"
+        )
+
+
+def _set(layer: nn.Module, moments: Moments, batches: int) -> None:
+    """Write the statistics of so many batches; a layer that no batch reached keeps its own."""
+    if moments.count < 1:
+        return
+    adopt_statistics(layer, moments)
+    counter = running_tensors(layer).get("num_batches_tracked")
+    if counter is not None:
+        counter.clamp_(min=batches)

@@ -124,7 +124,7 @@ def far_running(seen: Examination) -> Finding | None:
 def never_updated(seen: Examination) -> Finding | None:
     """Running statistics still at their initial values."""
     layers = {
-        path: "num_batches_tracked is 0: eval mode uses mean 0 and variance 1"
+        path: "eval mode uses mean 0 and variance 1, the initial values"
         for path, facts in _with_batch(seen).items()
         if not facts.trained and facts.running is not None
     }

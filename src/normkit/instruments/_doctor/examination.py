@@ -19,8 +19,10 @@ from normkit.inspection.norms import (
     Statistics,
     batch_statistics,
     feature_dim,
+    has_initial_statistics,
     is_norm,
     running_statistics,
+    statistics_of,
     uses_batch_statistics,
 )
 from normkit.inspection.probe import Objective, Probe
@@ -38,7 +40,7 @@ class NormFacts:
     Attributes:
         kind: Name of its type.
         uses_batch: Whether it normalizes with the batch's statistics in train mode.
-        trained: Whether its running statistics were ever updated.
+        trained: Whether its running statistics are no longer the initial ones, mean 0 and variance 1.
         poisoned: Names of its buffers that hold non-finite values.
         rows: Smallest number of values per channel in a batch.
         shape: Shape of its input then.
@@ -135,10 +137,9 @@ def _to_train(model: nn.Module) -> None:
 
 
 def _at_rest(module: nn.Module) -> NormFacts:
-    counter = getattr(module, "num_batches_tracked", None)
     return NormFacts(
         type(module).__name__,
-        trained=counter is None or int(counter) > 0,
+        trained=not (statistics_of(module) == "batch" and has_initial_statistics(module)),
         poisoned=tuple(
             name
             for name, buffer in module._buffers.items()
@@ -168,13 +169,12 @@ def _one_batch(
         watching.enter_context(watched(layers, before=enter))
         watching.enter_context(watch_channels(probe, before_relu, seen))
         if not first:
-            with torch.no_grad():
-                probe.loss()
+            probe.loss()
             return
-        with torch.enable_grad():
-            loss = probe.loss()
-            after_forward = {name: _count(m) for name, m in layers}
-            if loss.requires_grad:
+        loss = probe.loss()
+        after_forward = {name: _count(m) for name, m in layers}
+        if loss.requires_grad:
+            with torch.enable_grad():
                 loss.backward()  # not autograd.grad, which reentrant checkpointing refuses; gradients are set aside
         for name, module in layers:
             found.norms[name].updates_in_backward = _count(module) - after_forward[name]

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from normkit.inspection.graph import dataflow
+from normkit.inspection.norms import has_initial_statistics
 from normkit.methods.method import Method, Part, Recipe
 from normkit.methods.revisited.input_norm import InputNorm, with_input_norm
 from normkit.optim.param_groups import LR_MARK
@@ -152,9 +153,8 @@ def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 1
             norm.weight.fill_(change.scale)
             if norm.bias is not None:
                 norm.bias.zero_()
-            if norm in behind and norm.running_var is not None and norm.num_batches_tracked is not None:
-                fresh = norm.num_batches_tracked == 0
-                norm.running_var.copy_(torch.where(fresh, norm.running_var * change.scale**2, norm.running_var))
+            if norm in behind and norm.running_var is not None and has_initial_statistics(norm):
+                norm.running_var.mul_(change.scale**2)
         tag(norm, change)
     return model
 
