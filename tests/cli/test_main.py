@@ -51,7 +51,7 @@ def test_compare_writes_a_report_that_holds_everything(study):
     record = read_results(study / "results.json")
     assert len(record.trials) == record.planned == 2 * (2 + 2)
     assert {t.state for t in record.trials} == {"finished"}
-    assert all(t.test_accuracy is not None for t in record.trials if t.key.phase == "final")
+    assert all(t.test_score is not None for t in record.trials if t.key.phase == "final")
     assert {(c.method, c.batch_size) for c in record.costs} == {("batch", 32), ("none", 32)}
     assert next(c for c in record.costs if c.method == "batch").step_ratio == 1.0
     assert record.command.startswith("normkit compare --methods batch,none")

@@ -16,7 +16,7 @@ CONFIG = StudyConfig(methods=("batch", "group"), batch_sizes=(8, 64), seeds=3, l
 
 def searched(lr, accuracy, *, state="finished", seed=SEARCH_SEED, loss=1.0, error=None):
     key = TrialKey("search", "batch", 64, lr, seed)
-    return TrialResult(key, state, validation_accuracy=accuracy, validation_loss=loss, error=error)
+    return TrialResult(key, state, validation_score=accuracy, validation_loss=loss, error=error)
 
 
 def test_every_method_gets_the_same_number_of_rates_and_seeds():

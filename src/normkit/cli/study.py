@@ -46,6 +46,7 @@ class Compare:
     def run(self, arguments: list[str]) -> int:
         """Run the study."""
         from normkit.study.compare import assist, compare
+        from normkit.study.environment import command_line
         from normkit.study.store.torchrun import launched_rank
 
         if launched_rank():  # rank 0 does what a single process does, the others help it train
@@ -61,7 +62,7 @@ class Compare:
                 landscape=self.landscape,
                 track=self.track,
                 retry_failed=self.retry_failed,
-                arguments=arguments,
+                command=command_line(arguments),
             )
         except KeyboardInterrupt as stop:
             return stopped(stop, RESUME)

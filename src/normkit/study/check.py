@@ -1,27 +1,45 @@
-"""Checks before the first run of a study: data, model and device are tried once."""
+"""Checks before the first run of a study: data, model, loss, score and device are tried once."""
 
+import logging
 import warnings
 from collections.abc import Iterable
 from copy import deepcopy
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.optim import SGD
 
 import normkit
-from normkit.study.classification import NamedClassification, check_classes, check_fit
+from normkit.study.classification import NamedClassification, check_augmentation, check_classes, check_fit
 from normkit.study.config import StudyConfig
+from normkit.study.data.samples import Fetcher, Request, fetched
+from normkit.study.data.sampling import seed_all
+from normkit.study.data.structure import to_device
 from normkit.study.environment import check_device
-from normkit.study.errors import StudyError
-from normkit.study.load import load
+from normkit.study.errors import DataError, StudyError
+from normkit.study.load import load, with_validation
 from normkit.study.methods import parse_method
 from normkit.study.plan import validate
 from normkit.study.task import Task, length
 
+logger = logging.getLogger(__name__)
 
-def check(config: StudyConfig) -> Task:
+NO_LOSS = 1e-6  # of which no ratio is taken
+SUMMED = 0.02  # a loss that sums over the samples doubles to within this share
+
+
+def check(config: StudyConfig, task: Task | None = None) -> Task:
     """Load the task and try it once, so that a mistake ends the study before it begins.
+
+    Args:
+        config: The study.
+        task: Its task, if it is in memory.
+
+    Returns:
+        The task, with a validation split.
 
     Raises:
         StudyError: The task cannot be used as given.
@@ -29,7 +47,7 @@ def check(config: StudyConfig) -> Task:
     validate(config)
     check_device(config.device)
     try:
-        task = load(config)
+        task = load(config) if task is None else with_validation(task, config)
     except StudyError:
         raise
     except ValueError as error:
@@ -41,9 +59,10 @@ def check(config: StudyConfig) -> Task:
             )
     if isinstance(task, NamedClassification):
         check_classes(task)
+    seed_all(0)
     model = build(task, config.device)
-    if config.augmentation:
-        _check_augmentation(config, task)
+    if isinstance(task, NamedClassification) and config.augmentation:
+        check_augmentation(task, config.augmentation)
     check_task(task, model, config.device)
     alike = same_networks(config.methods, model)
     if alike:
@@ -51,14 +70,7 @@ def check(config: StudyConfig) -> Task:
             f"--methods: {', '.join(alike)} would all train {task.model_label} as it is, since it has no batch normalization "
             "that they could exchange; give a model with batch normalization, or keep one of them"
         )
-    weights = {id(p) for p in model.parameters() if p.requires_grad}
-    if not weights:
-        raise StudyError(f"{task.model_label}: has no weights that are trained; give a model with some")
-    if weights & {id(p) for p in build(task, config.device).parameters()}:
-        raise StudyError(
-            f"{task.model_label}: the factory returned the same weights twice, which the trials would train on and on; "
-            "it must build a new model with every call"
-        )
+    check_fresh(task, model, config.device)
     check_training(task, model, config.device)
     return task
 
@@ -70,13 +82,56 @@ def build(task: Task, device: str) -> nn.Module:
         StudyError: It cannot be built.
     """
     try:
-        return task.model().to(device)
-    except ValueError as error:
-        raise StudyError(f"--model: {error}") from error
+        model = task.model()
+    except Exception as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        label = "--model" if isinstance(task, NamedClassification) else task.model_label
+        raise StudyError(f"{label}: {reason}") from error
+    if not isinstance(model, nn.Module):
+        raise StudyError(
+            f"{task.model_label}: is a {type(model).__name__}; Task(model=...) is called and returns a module"
+        )
+    try:
+        return model.to(device)
     except (RuntimeError, NotImplementedError) as error:  # on the meta device, or too large
         raise StudyError(
             f"{task.model_label}: cannot be put on {device} ({str(error).splitlines()[0]}); give a model with values that fits"
         ) from error
+
+
+def check_fresh(task: Task, model: nn.Module, device: str) -> None:
+    """Check that a second model has weights of its own, and with the same seed the same ones.
+
+    Args:
+        task: The task.
+        model: A model that was built after ``seed_all(0)``.
+        device: Where it is.
+
+    Raises:
+        StudyError: It has none that are trained, shares them, or draws them from a generator that is not seeded.
+    """
+    weights = {id(p) for p in model.parameters() if p.requires_grad}
+    if not weights:
+        raise StudyError(f"{task.model_label}: has no weights that are trained; give a model with some")
+    seed_all(0)
+    again = build(task, device)
+    if weights & {id(p) for p in again.parameters()}:
+        raise StudyError(
+            f"{task.model_label}: the factory returned the same weights twice, which the trials would train on and on; "
+            "it must build a new model with every call"
+        )
+    if not _equal_weights(model.state_dict(), again.state_dict()):
+        raise StudyError(
+            f"{task.model_label}: changes when it is built twice with one seed, so methods would not start from the same "
+            "weights; draw them from the global generators of torch, NumPy or Python"
+        )
+
+
+def _equal_weights(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    known = [name for name, value in first.items() if isinstance(value, Tensor) and not is_lazy(value)]
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name].nan_to_num(), second[name].nan_to_num()) for name in known
+    )
 
 
 def check_task(task: Task, model: nn.Module, device: str) -> None:
@@ -89,6 +144,13 @@ def check_task(task: Task, model: nn.Module, device: str) -> None:
     """
     if isinstance(task, NamedClassification):
         check_fit(task, model, device)
+        return
+    for split in ("train", "validation", "test"):
+        _check_samples(task, split)
+    model = deepcopy(model)
+    _check_loss(task, model, device)
+    if task.validation is not None:
+        _check_score(task, model, device)
 
 
 def check_training(task: Task, model: nn.Module, device: str) -> None:
@@ -113,12 +175,66 @@ def check_training(task: Task, model: nn.Module, device: str) -> None:
         ) from error
 
 
-def _check_augmentation(config: StudyConfig, task: Task) -> None:
-    shape = task.data.input_shape if isinstance(task, NamedClassification) else ()
-    if len(shape) != 3 or config.crop >= min(shape[1:]):
+def _check_samples(task: Task, split: str) -> None:
+    # Fetch the first samples and the last one, so that what raises or does not collate is named at once.
+    dataset = getattr(task, split)
+    if dataset is None:
+        return
+    try:
+        total = length(dataset)
+    except TypeError as error:
+        raise StudyError(f"{task.data_label}: {split} has no length; give a map-style dataset") from error
+    if total == 0:
+        raise StudyError(f"{task.data_label}: {split} has no samples; give some")
+    fetcher = Fetcher(dataset, split, collate=task.collate)
+    list(fetched(fetcher, iter([Request(0, (tuple(range(min(2, total))), (total - 1,)))])))
+
+
+def _check_loss(task: Task, model: nn.Module, device: str) -> None:
+    few = min(2, length(task.train))
+    model.train()
+    try:
+        loss, doubled = (task.training_loss(model, _batch(task, list(range(few)) * times, device)) for times in (1, 2))
+    except DataError:
+        raise
+    except Exception as error:
+        raise StudyError(f"{task.data_label}: the loss raised {type(error).__name__}: {error}") from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise StudyError(f"{task.data_label}: the loss is {found}; return one scalar, the mean over the batch")
+    if not loss.requires_grad:
         raise StudyError(
-            f"--flip, --crop: {task.data_label} has inputs of shape {shape}; they need images larger than the crop"
+            f"{task.data_label}: the loss has no gradient; compute it from the model's output, without detach or item"
         )
+    once, twice = float(loss.detach()), float(doubled.detach())
+    if abs(once) > NO_LOSS and abs(twice / once - 2) < SUMMED:
+        logger.warning(
+            "%s: the loss doubles with a batch of twice the samples, so it seems to sum over them; return their mean, or "
+            "learning rates will not be comparable between batch sizes",
+            task.data_label,
+        )
+
+
+def _batch(task: Task, indices: list[int], device: str) -> Any:
+    """A batch of these training samples."""
+    fetcher = Fetcher(task.train, "train", collate=task.collate)
+    ((micro,),) = fetched(fetcher, iter([Request(0, (tuple(indices),))]))
+    return to_device(micro.batch, device)
+
+
+@torch.no_grad()
+def _check_score(task: Task, model: nn.Module, device: str) -> None:
+    # Score a few samples, and the whole split where a few are not enough: a score may need every class, say.
+    model.eval()
+    try:
+        task.evaluate(model, [next(task.evaluation_batches("validation", device=device, most=2))])
+    except StudyError as error:
+        raise StudyError(f"{task.data_label}: {error}") from error
+    except Exception:
+        try:
+            task.evaluate(model, task.evaluation_batches("validation", device=device, most=2))
+        except Exception as error:
+            raise StudyError(f"{task.data_label}: the score raised {type(error).__name__}: {error}") from error
 
 
 def same_networks(methods: Iterable[str], model: nn.Module) -> list[str]:

@@ -37,6 +37,11 @@ class NamedClassification(Classification):
         return self.train.data
 
     @property
+    def note(self) -> str:
+        """What the data set says of itself."""
+        return self.data.note
+
+    @property
     def data_label(self) -> str:
         """The option that chose the data."""
         return f"--data {self.data.name}"
@@ -47,12 +52,17 @@ class NamedClassification(Classification):
         return f"--model {self.model_name}"
 
     @property
+    def model_summary(self) -> str:
+        """The model's name."""
+        return self.model_name
+
+    @property
     def summary(self) -> str:
         """The data in one line, for the report."""
         shape = "x".join(map(str, self.data.input_shape))
         trained = len(self.data.train.labels.unique())
         few = f" ({trained} of them in training)" if trained < self.data.classes else ""
-        note = f". {self.data.note}" if self.data.note else ""
+        note = f". {self.note}" if self.note else ""
         return f"{self.sizes} examples of {self.data.classes} classes{few}, {shape} inputs{note}"
 
 
@@ -157,4 +167,17 @@ def check_fit(task: NamedClassification, model: nn.Module, device: str) -> None:
         raise StudyError(
             f"{task.model_label}: its output is {found} where {task.data_label} with {data.classes} classes needs "
             f"{(len(sample), data.classes)}; build the model with `classes` outputs"
+        )
+
+
+def check_augmentation(task: NamedClassification, augmentation: Augmentation) -> None:
+    """Check that the inputs can be augmented.
+
+    Raises:
+        StudyError: They are no images, or too small.
+    """
+    shape = task.data.input_shape
+    if len(shape) != 3 or augmentation.crop >= min(shape[1:]):
+        raise StudyError(
+            f"--flip, --crop: {task.data_label} has inputs of shape {shape}; they need images larger than the crop"
         )

@@ -3,21 +3,21 @@
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from normkit._apply import recipes
 from normkit.instruments.result import plain
 from normkit.study.check import check
-from normkit.study.config import StudyConfig
-from normkit.study.environment import command_line, environment, redact, texts, together
+from normkit.study.config import OF_NAMED_DATA, StudyConfig
+from normkit.study.environment import environment, redact, texts, together
 from normkit.study.errors import StudyError
 from normkit.study.folder import CHECKPOINTS, StudyFolder
 from normkit.study.identity import study_name
 from normkit.study.landscape.records import Trace
 from normkit.study.landscape.run import study_traces
+from normkit.study.load import load
 from normkit.study.methods import parse_method
 from normkit.study.plan import Slot, slots
 from normkit.study.records import Cost, StudyRecord, TrialResult
@@ -26,7 +26,8 @@ from normkit.study.report.trackers import Tracker
 from normkit.study.store.fingerprint import check_fingerprint
 from normkit.study.store.store import Store
 from normkit.study.store.torchrun import follow, launched_rank, lead, rank_count
-from normkit.study.store.worker import run_workers
+from normkit.study.store.worker import one_thread, run_here, run_workers
+from normkit.study.task import Task
 from normkit.study.train.cost import measure_costs
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,9 @@ logger = logging.getLogger(__name__)
 
 def assist(config: StudyConfig, out: Path | None = None) -> None:
     """Do the part of the ranks other than 0 in ``compare`` under ``torchrun``: train, and report nothing."""
-    follow(config, (out or Path("runs") / study_name(config)) / CHECKPOINTS)
+    task = load(config)
+    config = config.judged_by(task.higher_is_better)
+    follow(config, task, (out or Path("runs") / study_name(config)) / CHECKPOINTS)
 
 
 def compare(
@@ -47,7 +50,8 @@ def compare(
     landscape: bool = False,
     track: Sequence[str] = (),
     retry_failed: bool = False,
-    arguments: Sequence[str] = ("compare",),
+    command: str = "normkit compare",
+    task: Task | None = None,
 ) -> tuple[StudyRecord, Path]:
     """Run a study to its end, resuming where it was interrupted, and write its report.
 
@@ -60,7 +64,8 @@ def compare(
         landscape: Train every method once more under the instruments, and add what they show to the report.
         track: Names of experiment trackers that get every trial.
         retry_failed: Run trials that were closed as failed again.
-        arguments: The command line that was given, for the report.
+        command: The command that makes the study, for the report.
+        task: The task of a study that other processes cannot import; its trials run in this one.
 
     Returns:
         The record, and the folder with the report.
@@ -70,9 +75,10 @@ def compare(
         KeyboardInterrupt: The user stopped it; there is a report of the trials that have ended, and the same call resumes.
     """
     check_workers(workers)
+    here, task = task is not None, check(config, task)
+    config = config.judged_by(task.higher_is_better)
     path = out or Path("runs") / study_name(config)
-    task = check(config)
-    folder = StudyFolder(path, config, command_line(arguments), redact(storage) if storage else None).prepare()
+    folder = StudyFolder(path, config, command, redact(storage) if storage else None).prepare()
     address = folder.address(storage)
     store = address.store()
     store.open(config)
@@ -84,26 +90,28 @@ def compare(
         store.set_attr(
             "environment", together(store.get_attr("environment", texts), environment(config.device) | rank_count())
         )
-    store.set_attr("data", {"chance": task.chance, "chance_loss": task.chance_loss, "data_summary": task.summary})
+    store.set_attr("data", facts(task))
     count = workers or (1 if config.device.startswith("cuda") else available_cores())
     try:
-        with Display(quiet=quiet) as shown:
+        with Display(quiet=quiet, metric=task.measure) as shown:
             shown.plan(slots(config))
-            trackers = [Tracker(name, path, folder.name) for name in track]
+            trackers = [Tracker(name, path, folder.name, task.measure.column) for name in track]
 
             def on_progress(results: list[TrialResult], running: list[Slot]) -> None:
                 shown.update(results, running)
                 for tracker in trackers:
                     tracker.update(results)
 
-            if launched_rank() is None:
+            if here:
+                run_here(address, config, task, on_progress)
+            elif launched_rank() is None:
                 run_workers(address, config, count, on_progress)
             else:
                 lead(address, config, task, on_progress)
             if store.get_attr("costs", _costs) is None:
                 logger.info("measuring time and memory per step")
-                torch.set_num_threads(1)
-                store.set_attr("costs", [vars(cost) for cost in measure_costs(config, task)])
+                with one_thread():
+                    store.set_attr("costs", [vars(cost) for cost in measure_costs(config, task)])
             if landscape and store.get_attr("landscape", _traces) is None:
                 logger.info("measuring the landscape of every method")
                 traces = study_traces(config, task, store.results())
@@ -119,9 +127,10 @@ def report(folder: StudyFolder, store: Store) -> StudyRecord:
     from normkit.study.report.render import write_report
 
     config = folder.config
-    facts = store.get_attr("data", dict) or {"chance": None, "chance_loss": None, "data_summary": config.data}
+    found = store.get_attr("data", dict) or {"chance": None, "chance_loss": None, "data_summary": config.subject}
+    options = {name: value for name, value in config.to_dict().items() if not config.task or name not in OF_NAMED_DATA}
     record = StudyRecord(
-        config={**config.to_dict(), "reference": config.reference, **facts},
+        config={**options, "reference": config.reference, **found},
         environment=store.get_attr("environment", texts) or {},
         command=folder.command,
         trials=tuple(store.results()),
@@ -139,13 +148,19 @@ def _described(method: str) -> dict[str, str]:
     return {"summary": recipe.summary, "paper": recipe.paper}
 
 
+def facts(task: Task) -> dict[str, Any]:
+    """What a report needs to know of a task, as plain data."""
+    found = {"data": task.name, "model": task.model_summary, "data_summary": task.summary}
+    return found | {"metric": asdict(task.measure), "chance": task.chance, "chance_loss": task.chance_loss}
+
+
 def _costs(kept: list[dict[str, Any]]) -> tuple[Cost, ...]:
     return tuple(Cost(**cost) for cost in kept)
 
 
 def _traces(kept: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
     for trace in kept:
-        Trace(**trace)  # what is none is damaged
+        Trace.from_dict(trace)  # what is none is damaged
     return tuple(kept)
 
 

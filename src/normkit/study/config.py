@@ -1,9 +1,11 @@
 """Configurations as plain data; the command line parses these classes, and none of them needs torch."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Suppress
 
 from normkit.study.errors import StudyError
 
@@ -13,6 +15,10 @@ if TYPE_CHECKING:
 Schedule = Literal["cosine", "step", "two-step", "one-cycle", "constant"]
 Scaling = Literal["standardized", "unit", "symmetric"]
 Rates = float | dict[str, float] | Literal["auto"]
+OF_NAMED_DATA = (  # options of classification by name, which a task of one's own has no use for
+    *("data", "model", "image_column", "label_column", "image_size", "limit"),
+    *("train_split", "scaling", "label_smoothing", "flip", "crop"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,8 @@ class StudyConfig(Training):
     """What is compared, and how; studies with equal configurations are the same study.
 
     Attributes:
+        task: Your own task, FILE.py:name or package.module:name: a normkit.Task, or a function that returns one. It takes the
+            place of data and model.
         data: digits, spiral, a Hugging Face name, a local folder, or your own: FILE.py:factory, package.module:factory.
         model: A name such as resnet20, or your own: FILE.py:factory, package.module:factory.
         methods: Recipes, see `normkit recipes`, with settings if need be: revisited:scale=0.2:scale_lr_divisor=10.
@@ -94,7 +102,7 @@ class StudyConfig(Training):
         search_seeds: Runs per grid point.
         validation: Fraction of the training data held out for validation; a number >= 1 counts samples. A validation split
             that comes with the data is used as it is.
-        best_weights: Test the best checkpoint by validation accuracy (checked every epoch) instead of the last.
+        best_weights: Test the best checkpoint by validation score (checked every epoch) instead of the last.
         alternative: Alternative hypothesis of the paired test.
         device: cpu, or a CUDA device.
         image_column: Column with the images; by default found by its type.
@@ -105,8 +113,11 @@ class StudyConfig(Training):
             [-1, 1] (symmetric).
         limit: Use at most this many samples of each split.
         prune: Stop search runs that are below the median of the other learning rates at the same point.
+        data_workers: Processes that fetch samples of a task ahead, for each trial; 0 to fetch them in the trial itself.
+        higher_is_better: Whether a higher score of the task is a better one; the task says it.
     """
 
+    task: str | None = None
     data: str = "digits"
     model: str = "digits-cnn"
     methods: tuple[str, ...] = ("none", "batch", "group", "bnp", "group+bnp")
@@ -127,6 +138,21 @@ class StudyConfig(Training):
     scaling: Scaling = "standardized"
     limit: int | None = None
     prune: bool = False
+    data_workers: int = 0
+    higher_is_better: Annotated[bool, Suppress] = True
+
+    def judged_by(self, higher_is_better: bool) -> "StudyConfig":
+        """The same study with its direction, which the task says.
+
+        Args:
+            higher_is_better: Whether a higher score is a better one.
+        """
+        return replace(self, higher_is_better=higher_is_better)
+
+    @property
+    def subject(self) -> str:
+        """The data or the task, as the user called it."""
+        return self.task or self.data
 
     @property
     def reference(self) -> str:
@@ -159,6 +185,7 @@ class LandscapeConfig:
     """What is trained and measured.
 
     Attributes:
+        task: Your own task, FILE.py:name or package.module:name, in place of data and model.
         data: digits, spiral, a Hugging Face name, a local folder, or your own: FILE.py:factory, package.module:factory.
         model: A name such as vgg13-small, or your own: FILE.py:factory, package.module:factory.
         methods: Recipes, see `normkit recipes`, or none+noise: the noise of noisy-batch without normalization.
@@ -175,6 +202,7 @@ class LandscapeConfig:
         device: cpu, or a CUDA device.
     """
 
+    task: str | None = None
     data: str = "digits"
     model: str = "digits-cnn"
     methods: tuple[str, ...] = ("none", "batch", "noisy-batch", "none+noise", "bnp", "l1")
@@ -217,6 +245,7 @@ class DoctorConfig:
     """What is examined.
 
     Attributes:
+        task: Your own task, FILE.py:name or package.module:name, in place of data and model.
         data: As in compare; batches of the training split are used.
         model: As in compare.
         method: Recipe that the model was trained with, see `normkit recipes`.
@@ -228,6 +257,7 @@ class DoctorConfig:
         device: cpu, or a CUDA device.
     """
 
+    task: str | None = None
     data: str = "digits"
     model: str = "digits-cnn"
     method: str = "batch"

@@ -1,4 +1,4 @@
-"""The doctor on a model, data and checkpoint that are given by name."""
+"""The doctor on a task, or a model and data, and a checkpoint that are given by name."""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,10 @@ import normkit
 from normkit._errors import nearest
 from normkit.instruments import Diagnosis
 from normkit.study.check import build, check_task
-from normkit.study.classification import classification
 from normkit.study.config import DoctorConfig
-from normkit.study.data.load import load_data
 from normkit.study.environment import check_device
 from normkit.study.errors import StudyError
+from normkit.study.load import load_unsplit
 
 BATCHES = 8
 
@@ -31,10 +30,7 @@ def run_doctor(config: DoctorConfig) -> Diagnosis:
         if count < 1:
             raise StudyError(f"{flag} {count}: give at least 1")
     check_device(config.device)
-    try:
-        task = classification(load_data(config.data, limit=config.limit), config.model)
-    except ValueError as error:
-        raise StudyError(f"--data: {error}") from error
+    task = load_unsplit(config)
     model = build(task, config.device)
     check_task(task, model, config.device)
     size = config.batch_size

@@ -26,18 +26,19 @@ def is_factory(spec: str) -> bool:
     )
 
 
-def load_factory(spec: str, argument: str) -> Callable[..., Any]:
+def load_factory(spec: str, argument: str, fits: Callable[[Any], bool] = callable) -> Any:
     """Import the callable that ``spec`` names; modules are looked for in the working directory too.
 
     Args:
         spec: ``package.module:name`` or ``path/to/file.py:name``.
         argument: What the user set, for the error message (``data``, ``model``).
+        fits: Whether an object can be what was meant.
 
     Returns:
-        The callable.
+        The object.
 
     Raises:
-        FactoryError: There is no such module, file or name, its import fails, or it is not callable.
+        FactoryError: There is no such module, file or name, its import fails, or the object does not fit.
     """
     module_name, _, name = spec.rpartition(":")
     try:
@@ -48,12 +49,11 @@ def load_factory(spec: str, argument: str) -> Callable[..., Any]:
             "package.module:factory importable from here, or path/to/file.py:factory"
         ) from error
     factory = getattr(module, name, None)
-    if not callable(factory):
-        names = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
+    if not fits(factory):
+        names = sorted(n for n, value in vars(module).items() if fits(value) and not n.startswith("_"))
         example = closest(name, names) or ", ".join(names[:5]) or "none"
-        raise FactoryError(
-            f"{argument} {spec!r}: {module_name!r} has no callable {name!r}; it has for example {example}"
-        )
+        kind = "callable" if fits is callable else "task"
+        raise FactoryError(f"{argument} {spec!r}: {module_name!r} has no {kind} {name!r}; it has for example {example}")
     return factory
 
 

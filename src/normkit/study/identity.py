@@ -100,7 +100,8 @@ def _revisions(methods: Sequence[str]) -> dict[str, int]:
 
 
 def _words(config: StudyConfig) -> str:
-    words = "-".join([Path(config.data).name, Path(config.model).name])
+    places = [config.task] if config.task is not None else [config.data, config.model]
+    words = "-".join(Path(place).name for place in places)
     return "".join(c if c.isalnum() else "-" for c in words).strip("-")
 
 

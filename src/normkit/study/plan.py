@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from normkit._apply import recipes
-from normkit.study.config import StudyConfig
+from normkit.study.config import OF_NAMED_DATA, StudyConfig
 from normkit.study.errors import StudyError
 from normkit.study.methods import check_method, parse_method
 from normkit.study.records import Phase, TrialKey, TrialResult
@@ -86,7 +86,17 @@ def validate(config: StudyConfig) -> None:
         )
     if not (0 < config.validation < 1 or (config.validation >= 1 and config.validation % 1 == 0)):
         raise StudyError(f"--validation {config.validation:g}: give a share between 0 and 1, or a number of examples")
+    if config.task is not None:
+        _check_options_of_task(config)
     config.validate()
+
+
+def _check_options_of_task(config: StudyConfig) -> None:
+    default = StudyConfig()
+    given = [name for name in OF_NAMED_DATA if getattr(config, name) != getattr(default, name)]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise StudyError(f"{flags}: --task {config.task} brings its own data, model and loss; leave out {flags}")
 
 
 def given_rates(config: StudyConfig) -> dict[str, float] | None:
@@ -132,8 +142,8 @@ def slots(config: StudyConfig) -> list[Slot]:
     return plan
 
 
-def choose_lr(searched: Iterable[TrialResult]) -> float | None:
-    """The learning rate with the best mean validation accuracy (then the lower loss) over seeds.
+def choose_lr(searched: Iterable[TrialResult], *, higher_is_better: bool = True) -> float | None:
+    """The learning rate with the best mean validation score (then the lower loss) over seeds.
 
     A rate at which any seed diverged is chosen only if every rate has diverged (then the smallest one); None when no run
     came to an end.
@@ -144,9 +154,9 @@ def choose_lr(searched: Iterable[TrialResult]) -> float | None:
     scores: dict[float, tuple[float, float]] = {}
     for lr, results in by_lr.items():
         if all(r.state == "finished" for r in results):
-            accuracy = sum(r.validation_accuracy or 0.0 for r in results) / len(results)
+            score = sum(r.validation_score or 0.0 for r in results) / len(results)
             loss = sum(r.validation_loss or 0.0 for r in results) / len(results)
-            scores[lr] = (accuracy, -loss)
+            scores[lr] = (score if higher_is_better else -score, -loss)
     if scores:
         return max(scores, key=lambda lr: (*scores[lr], -lr))
     diverged = [lr for lr, results in by_lr.items() if any(r.state == "diverged" for r in results)]
@@ -164,7 +174,7 @@ def resolve(slot: Slot, results: Sequence[TrialResult], config: StudyConfig) -> 
     searched = [r for r in results if r.key.phase == "search" and (r.key.method, r.key.batch_size) == slot.cell]
     if len(searched) < len(learning_rates(config, *slot.cell)) * config.search_seeds:
         return None
-    lr = choose_lr(searched)
+    lr = choose_lr(searched, higher_is_better=config.higher_is_better)
     if lr is None:
         return next((r.error for r in searched if r.error), "no learning rate worked")
     return TrialKey(slot.phase, slot.method, slot.batch_size, lr, slot.seed)

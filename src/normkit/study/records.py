@@ -22,18 +22,53 @@ class TrialKey:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """What a score is called, how it is shown and which way is better.
+
+    Attributes:
+        name: Its name.
+        unit: Its unit; with ``%`` the score is a fraction that is shown in percent.
+        higher_is_better: Whether a higher score is a better one.
+    """
+
+    name: str = "accuracy"
+    unit: str = "%"
+    higher_is_better: bool = True
+
+    @property
+    def column(self) -> str:
+        """The score's name in columns and keys: ``test_accuracy`` of classification, ``test_score`` of any other task."""
+        return "accuracy" if self.name == "accuracy" else "score"
+
+    def signed(self, score: float) -> float:
+        """The score with a sign by which higher is better.
+
+        Args:
+            score: The score.
+
+        Examples:
+            >>> Metric().signed(0.9), Metric("RMSE", "mm", higher_is_better=False).signed(0.9)
+            (0.9, -0.9)
+        """
+        return score if self.higher_is_better else -score
+
+
+ACCURACY = Metric()
+
+
+@dataclass(frozen=True)
 class CurvePoint:
     """One point of a training curve.
 
     Attributes:
         examples: Training examples seen so far.
         train_loss: Mean training loss since the previous point.
-        validation_accuracy: Fraction in [0, 1], or None where not evaluated.
+        validation_score: Score on the validation split, or None where not evaluated.
     """
 
     examples: int
     train_loss: float
-    validation_accuracy: float | None = None
+    validation_score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,12 +80,12 @@ class TrialResult:
         state: ``finished``; ``diverged`` (the loss became non-finite: drawn, not hidden); ``failed`` (see ``error``);
             ``pruned`` (given up early, only in a search).
         error: One line that says what went wrong, for ``failed`` and ``diverged``.
-        validation_accuracy: Fraction in [0, 1] at the end of training; chance level is not filled in for diverged runs (None).
-        validation_loss: Mean cross-entropy in nats.
-        test_accuracy: Fraction in [0, 1]; only final runs touch the test split (once), else None.
-        test_loss: Mean cross-entropy in nats; likewise.
-        train_eval_gap: Mean loss on training batches in eval mode minus in train mode, in nats: what is lost when batch
-            statistics are replaced by running ones.
+        validation_score: Score at the end of training; None for diverged runs, for which no number is made up.
+        validation_loss: Mean loss, where the task's score comes with one.
+        test_score: Likewise; only final runs touch the test split (once), else None.
+        test_loss: Likewise.
+        train_eval_gap: Mean loss on training batches in eval mode minus in train mode: what is lost when batch statistics
+            are replaced by running ones; None where the model has no loss in eval mode.
         best_step: Optimizer step after which the judged weights were taken; None where they are the last.
         seconds: Wall time of the run; it varies, and is not part of the equality of results.
         validation_seconds: Of them, spent on validating during the run; likewise.
@@ -60,9 +95,9 @@ class TrialResult:
     key: TrialKey
     state: State
     error: str | None = None
-    validation_accuracy: float | None = None
+    validation_score: float | None = None
     validation_loss: float | None = None
-    test_accuracy: float | None = None
+    test_score: float | None = None
     test_loss: float | None = None
     train_eval_gap: float | None = None
     best_step: int | None = None
@@ -70,18 +105,26 @@ class TrialResult:
     validation_seconds: float = field(default=0.0, compare=False)
     curve: tuple[CurvePoint, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain, JSON-ready data."""
-        return asdict(self)
+    def to_dict(self, column: str = "score") -> dict[str, Any]:
+        """Plain, JSON-ready data.
+
+        Args:
+            column: What scores are called in the keys, see ``Metric.column``.
+        """
+        data = asdict(self)
+        return _score_named(column, {**data, "curve": [_score_named(column, point) for point in data["curve"]]})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "TrialResult":
         """Inverse of ``to_dict``."""
-        return cls(**{
-            **data,
-            "key": TrialKey(**data["key"]),
-            "curve": tuple(CurvePoint(**point) for point in data["curve"]),
-        })
+        curve = tuple(CurvePoint(**_score_named("score", point)) for point in data["curve"])
+        return cls(**{**_score_named("score", data), "key": TrialKey(**data["key"]), "curve": curve})
+
+
+def _score_named(column: str, data: dict[str, Any]) -> dict[str, Any]:
+    """The same data with ``validation_score`` and ``test_score`` called after ``column``."""
+    names = {f"{split}_{old}": f"{split}_{column}" for split in ("validation", "test") for old in ("score", "accuracy")}
+    return {names.get(key, key): value for key, value in data.items()}
 
 
 @dataclass(frozen=True)
@@ -119,8 +162,8 @@ class StudyRecord:
         config: The configuration of the study, JSON-ready; has at least ``data``, ``model``, ``methods`` (list), ``batch_sizes``
             (list), ``seeds`` (number of final seeds), ``budget`` (training samples per run), ``reference`` (the method that the
             others are paired with: ``batch`` if in the plan, else the first), ``chance`` and ``chance_loss`` (score and loss of
-            guessing, or None) and ``alternative`` (``two-sided`` | ``greater``); may have ``data_summary``, one line that says
-            what the data is.
+            guessing, or None) and ``alternative`` (``two-sided`` | ``greater``); may have ``metric`` (a ``Metric`` as a
+            dictionary) and ``data_summary``, one line that says what the data is.
         environment: Package versions, device, host processor, git commit if any; name -> text.
         command: The exact command that reproduces the study, credentials redacted.
         trials: All trials that ended.
@@ -139,9 +182,14 @@ class StudyRecord:
     recipes: dict[str, dict[str, str]] = field(default_factory=dict)
     landscape: tuple[dict[str, Any], ...] = ()
 
+    @property
+    def metric(self) -> Metric:
+        """What methods are compared by; accuracy in a record that does not say."""
+        return Metric(**self.config.get("metric", {}))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain, JSON-ready data."""
-        return asdict(self)
+        return {**asdict(self), "trials": [trial.to_dict(self.metric.column) for trial in self.trials]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "StudyRecord":

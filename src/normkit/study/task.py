@@ -18,6 +18,7 @@ from normkit.study.data.dataset import TensorSamples, held_out
 from normkit.study.data.samples import MicroBatch
 from normkit.study.data.sampling import generator
 from normkit.study.errors import StudyError
+from normkit.study.records import Metric
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -158,6 +159,11 @@ class Task:
     # -- what a study asks of it --------------------------------------------------------------------------------------
 
     @property
+    def measure(self) -> Metric:
+        """What methods are compared by."""
+        return Metric(self.metric, self.unit, self.higher_is_better)
+
+    @property
     def chance(self) -> float | None:
         """Score of guessing, where it is known."""
         return None
@@ -168,6 +174,11 @@ class Task:
         return None
 
     @property
+    def note(self) -> str:
+        """What a reader of a figure must know about the data."""
+        return ""
+
+    @property
     def data_label(self) -> str:
         """What a message calls the data."""
         return f"task {self.name!r}"
@@ -176,6 +187,11 @@ class Task:
     def model_label(self) -> str:
         """What a message calls the model."""
         return f"the model of task {self.name!r}"
+
+    @property
+    def model_summary(self) -> str:
+        """The model in a word, for the report."""
+        return type(self.model()).__name__
 
     @property
     def sizes(self) -> str:
@@ -223,17 +239,19 @@ class Task:
         how = {"batch_size": samples, "device": device, "collate": self.collate, "name": "train"}
         return next(evaluation_batches(self.train, **how))
 
-    def evaluation_batches(self, split: str, *, device: torch.device | str, most: int) -> Iterator[Batch]:
+    def evaluation_batches(
+        self, split: str, *, device: torch.device | str, most: int, workers: int = 0
+    ) -> Iterator[Batch]:
         """All samples of a split once, in their order.
 
         Args:
             split: ``validation`` or ``test``.
             device: Where the batches go.
             most: Samples that training has in one forward pass.
+            workers: Processes that fetch samples ahead.
         """
-        size = self._forward_size(256, most)
-        dataset = getattr(self, split)
-        return evaluation_batches(dataset, batch_size=size, device=device, collate=self.collate, name=split)
+        how = {"batch_size": self._forward_size(256, most), "device": device, "collate": self.collate}
+        return evaluation_batches(getattr(self, split), name=split, workers=workers, **how)
 
     def initial_inputs(self, *, seed: int, device: str, most: int, samples: int = 256) -> Iterator[Any]:
         """Inputs of the first training samples, in batches, for methods that start from data.

@@ -83,7 +83,7 @@ def test_a_worker_killed_between_result_and_state_loses_nothing(store):
     from normkit.study.records import TrialResult
 
     claim = store.claim()
-    result = TrialResult(claim.key, "finished", validation_accuracy=0.5, validation_loss=1.0)
+    result = TrialResult(claim.key, "finished", validation_score=0.5, validation_loss=1.0)
     change = store.storage.set_trial_state_values
     store.storage.set_trial_state_values = lambda *_: False  # it does not get that far
     store.record(claim, result)

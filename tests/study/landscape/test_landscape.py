@@ -33,7 +33,7 @@ def test_every_method_is_measured_on_the_cadence(record):
         assert [r["step"] for r in trace.records] == [0, 3]
         assert [step for step, _ in trace.shifts] == [step for step, _ in trace.drifts] == [0, 3]
         assert len(trace.losses) == 6
-        assert 0 <= trace.accuracy <= 1
+        assert 0 <= trace.score <= 1
 
 
 def test_runs_are_deterministic_and_share_data_and_weights(record):
@@ -68,8 +68,8 @@ def test_the_page_stands_alone_and_has_a_figure_for_everything(record, tmp_path)
 def test_a_diverging_run_is_told_and_the_others_go_on():
     found = run_landscape(replace(SMALL, methods=("none", "batch"), lr=1e4))
     assert found.traces[0].diverged
-    assert found.traces[0].accuracy is None
-    assert table(found.traces)[0][1][0] == "diverged"
+    assert found.traces[0].score is None
+    assert table(found.traces, found.metric)[0][1][0] == "diverged"
     assert len(found.traces) == 2
 
 

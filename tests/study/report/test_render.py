@@ -163,12 +163,12 @@ def test_csv_has_one_line_per_trial_with_these_columns(tmp_path):
     path = write_report(study, tmp_path)[3]
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == CSV_COLUMNS
+    assert tuple(rows[0]) == tuple(name.replace("_score", "_accuracy") for name in CSV_COLUMNS)
     assert len(rows) == len(study.trials)
     for row, trial in zip(rows, study.trials, strict=True):
         assert row["method"] == trial.key.method
         assert float(row["lr"]) == pytest.approx(trial.key.lr)
-        assert row["test_accuracy"] == ("" if trial.test_accuracy is None else str(trial.test_accuracy))
+        assert row["test_accuracy"] == ("" if trial.test_score is None else str(trial.test_score))
 
 
 def test_p_column_appears_from_five_seeds_up():

@@ -126,12 +126,12 @@ def test_equal_accuracies_give_p_of_one_and_equal_shifts_none():
 @pytest.mark.parametrize(("state", "field"), [("diverged", "diverged"), ("failed", "failed")])
 def test_lost_runs_are_counted_and_left_out_of_mean_and_pairs(state, field):
     whole = study()
-    lost = [dataclasses.replace(t, state=state, test_accuracy=None) if t.key.seed == 2 else t for t in whole.trials[6:]]
+    lost = [dataclasses.replace(t, state=state, test_score=None) if t.key.seed == 2 else t for t in whole.trials[6:]]
     group = of(summarize(dataclasses.replace(whole, trials=(*whole.trials[:6], *lost))), "group")
     assert getattr(group, field) == 1
     assert group.runs == 6
     kept = [k for k in range(6) if k != 2]
-    assert group.accuracies == tuple(METHOD[k] for k in kept)
+    assert group.scores == tuple(METHOD[k] for k in kept)
     assert group.paired.pairs == 5
     assert group.paired.difference == pytest.approx(np.mean([METHOD[k] - REFERENCE[k] for k in kept]))
 
@@ -161,7 +161,7 @@ def test_final_runs_at_two_learning_rates_are_refused():
 
 
 def test_a_method_for_which_no_learning_rate_worked_has_none():
-    failed = dataclasses.replace(result(method="batch", lr=0.0, state="failed"), test_accuracy=None)
+    failed = dataclasses.replace(result(method="batch", lr=0.0, state="failed"), test_score=None)
     assert of(summarize(record([failed], ["batch"], [64], seeds=1)), "batch").lr is None
 
 

@@ -13,7 +13,7 @@ from normkit.study.report.trackers import Tracker
 def result(seed, **values):
     key = TrialKey("final", "bnp", 8, 0.1, seed)
     curve = (CurvePoint(8, 2.0), CurvePoint(16, 1.0, 0.5))
-    return TrialResult(key, "finished", validation_accuracy=0.5, test_accuracy=0.25, curve=curve, **values)
+    return TrialResult(key, "finished", validation_score=0.5, test_score=0.25, curve=curve, **values)
 
 
 class Client(ModuleType):

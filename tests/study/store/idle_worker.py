@@ -36,7 +36,7 @@ def work(url: str, config: StudyConfig, pause: float, fatal_trial: int | None = 
             os.kill(os.getpid(), signal.SIGKILL)
         with store.heartbeat(claim):
             time.sleep(random.random() * pause)
-            result = TrialResult(claim.key, "finished", validation_accuracy=0.5, validation_loss=1.0, curve=CURVE)
+            result = TrialResult(claim.key, "finished", validation_score=0.5, validation_loss=1.0, curve=CURVE)
             store.record(claim, result)
 
 

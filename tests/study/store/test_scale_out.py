@@ -132,9 +132,9 @@ def test_a_worker_without_a_heartbeat_loses_its_trial_to_another(url, monkeypatc
     assert other.requeue() == {"another-machine:1"}
     taken = other.claim()
     assert taken.slot == claim.slot
-    other.record(taken, TrialResult(taken.key, "finished", validation_accuracy=0.9, validation_loss=1.0))
-    silent.record(claim, TrialResult(claim.key, "finished", validation_accuracy=0.1, validation_loss=1.0))
-    assert [r.validation_accuracy for r in other.results()] == [0.9]
+    other.record(taken, TrialResult(taken.key, "finished", validation_score=0.9, validation_loss=1.0))
+    silent.record(claim, TrialResult(claim.key, "finished", validation_score=0.1, validation_loss=1.0))
+    assert [r.validation_score for r in other.results()] == [0.9]
 
 
 def test_normkit_worker_shares_a_comparison_and_nothing_depends_on_it(url, tmp_path):

@@ -30,7 +30,7 @@ def make(folder, config=CONFIG):
 
 
 def finish(store, claim, accuracy=0.5):
-    store.record(claim, TrialResult(claim.key, "finished", validation_accuracy=accuracy, validation_loss=1.0))
+    store.record(claim, TrialResult(claim.key, "finished", validation_score=accuracy, validation_loss=1.0))
 
 
 def run_scripts(folder, *scripts):
@@ -109,7 +109,7 @@ def test_a_result_that_comes_after_a_takeover_is_not_counted(tmp_path):
     quick = next(c for c in (store.claim(), store.claim()) if c.slot == slow.slot)
     finish(store, quick, 0.9)
     finish(store, slow, 0.1)
-    assert [r.validation_accuracy for r in store.results()] == [0.9]
+    assert [r.validation_score for r in store.results()] == [0.9]
 
 
 def test_a_trial_whose_workers_died_three_times_is_closed_as_failed(tmp_path):

@@ -37,7 +37,7 @@ def test_of_equal_accuracies_the_earliest_is_kept_with_its_running_statistics():
         best.offer(accuracy, step)
         kept = {k: v.clone() for k, v in net.state_dict().items()} if step == 2 else kept
     best.restore()
-    assert (best.accuracy, best.step) == (0.7, 2)
+    assert (best.score, best.step) == (0.7, 2)
     assert all(torch.equal(v, kept[k]) for k, v in net.state_dict().items())
 
 
@@ -67,20 +67,20 @@ def test_what_is_judged_is_the_best_of_the_validated_steps(task, options):
     step = max(loop.outcomes, key=lambda s: (loop.outcomes[s][0][0], -s))
     validation, test = loop.outcomes[step]
     assert result.best_step == step < 15
-    assert (result.validation_accuracy, result.validation_loss) == validation
-    assert (result.test_accuracy, result.test_loss) == test
+    assert (result.validation_score, result.validation_loss) == validation
+    assert (result.test_score, result.test_loss) == test
 
 
 def test_without_the_option_the_last_weights_are_judged_and_no_epoch_is_validated(task):
     result = run_trial(dataclasses.replace(CONFIG, best_weights=False), KEY, task)
     assert result.best_step is None
-    assert result.validation_accuracy == result.curve[-1].validation_accuracy
-    assert [p.examples // 16 for p in result.curve if p.validation_accuracy is not None] == [3, 6, 9, 12, 15]
+    assert result.validation_score == result.curve[-1].validation_score
+    assert [p.examples // 16 for p in result.curve if p.validation_score is not None] == [3, 6, 9, 12, 15]
 
 
 def test_a_run_that_diverges_after_its_best_is_a_diverged_run(task):
     result = run_trial(CONFIG, dataclasses.replace(KEY, method="none", lr=1e6), task)
-    assert (result.state, result.test_accuracy, result.best_step) == ("diverged", None, None)
+    assert (result.state, result.test_score, result.best_step) == ("diverged", None, None)
 
 
 def test_the_time_of_validating_is_part_of_the_time_of_the_run(task):

@@ -55,8 +55,8 @@ def test_a_killed_run_of_every_method_goes_on_to_the_same_result_bit_for_bit(met
     task = load(config)
     whole = run_trial(config, key(method), task)
     assert whole.state == "finished"
-    validated = [(p.validation_accuracy, -p.examples) for p in whole.curve if p.validation_accuracy is not None]
-    assert (whole.validation_accuracy, -min(200, 16 * whole.best_step)) == max(validated)
+    validated = [(p.validation_score, -p.examples) for p in whole.curve if p.validation_score is not None]
+    assert (whole.validation_score, -min(200, 16 * whole.best_step)) == max(validated)
     for points in (1, 6):
         with pytest.raises(Killed):
             run_trial(config, key(method), task, folder=tmp_path, on_point=killed_after(points))
@@ -121,7 +121,7 @@ def test_time_spent_before_a_kill_counts(task, tmp_path, always_checkpoint):
 
 def test_a_pruned_run_says_so_and_is_not_tested(task):
     result = run_trial(CONFIG, key(), task, on_point=lambda point: point.examples >= 100)
-    assert (result.state, result.test_accuracy) == ("pruned", None)
+    assert (result.state, result.test_score) == ("pruned", None)
     assert 100 <= result.curve[-1].examples < 200
 
 
@@ -161,7 +161,7 @@ def test_weight_averages_are_what_is_judged(task):
     *_, last = loop.points()
     with loop.evaluated():
         averaged = evaluate(model, task, "validation", config)
-    assert averaged[0] == last.validation_accuracy
+    assert averaged[0] == last.validation_score
     assert averaged != evaluate(model, task, "validation", config)
     assert run_trial(config, key(), task).validation_loss == averaged[1]
 

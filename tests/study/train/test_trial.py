@@ -53,10 +53,10 @@ def test_only_final_runs_touch_the_test_split(task, monkeypatch):
         lambda model, task, split, *rest: judged.append(split) or evaluate_once(model, task, split, *rest),
     )
     search = run_trial(CONFIG, key(phase="search"), task)
-    assert (search.state, search.test_accuracy) == ("finished", None)
+    assert (search.state, search.test_score) == ("finished", None)
     assert "test" not in judged
     final = run_trial(CONFIG, key(), task)
-    assert final.test_accuracy is not None
+    assert final.test_score is not None
     assert judged.count("test") == 1
 
 
@@ -67,7 +67,7 @@ def test_a_run_sees_exactly_its_budget(task):
 
 def test_a_diverged_run_is_recorded_as_diverged(task):
     result = run_trial(CONFIG, key("none", lr=1e6), task)
-    assert (result.state, result.test_accuracy) == ("diverged", None)
+    assert (result.state, result.test_score) == ("diverged", None)
     assert "not finite" in result.error
 
 

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from normkit.study.records import ACCURACY, Metric
+
 NOISE_ALONE = "none+noise"  # not a recipe: the noise of noisy-batch on a net without normalization
 
 
@@ -16,7 +18,7 @@ class Trace:
         records: The Monitor's records of the measured steps, without those of single channels.
         shifts: (step, layer -> relative difference and cosine) of the covariate shift.
         drifts: (step, layer -> changes of mean and variance by this one step, and since the first measurement).
-        accuracy: Test accuracy, where there is one.
+        score: Test score, where there is one.
         diverged: Whether the loss became non-finite; the run ended there.
     """
 
@@ -25,8 +27,13 @@ class Trace:
     records: tuple[dict[str, Any], ...]
     shifts: tuple[tuple[int, dict[str, tuple[float, float]]], ...]
     drifts: tuple[tuple[int, dict[str, tuple[float, float, float, float]]], ...]
-    accuracy: float | None = None
+    score: float | None = None
     diverged: bool = False
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Trace":
+        """The trace that was kept as plain data; the score was once called accuracy."""
+        return cls(**{"score" if name == "accuracy" else name: value for name, value in data.items()})
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class LandscapeRecord:
         environment: Versions, device and so on.
         notes: What a reader must know.
         findings: What was expected and what was found, when the paper's protocol was followed.
+        metric: What the scores are.
     """
 
     title: str
@@ -50,6 +58,7 @@ class LandscapeRecord:
     environment: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     findings: tuple[Any, ...] = ()
+    metric: Metric = ACCURACY
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -23,12 +23,11 @@ from normkit.inspection.probe import Objective
 from normkit.instruments import Monitor, activations, covariate_shift, snapshot
 from normkit.methods.noisy_norm import MomentNoise
 from normkit.study.check import build, check_task
-from normkit.study.classification import classification
-from normkit.study.config import LandscapeConfig, StudyConfig, Training
-from normkit.study.data.load import load_data
+from normkit.study.config import OF_NAMED_DATA, LandscapeConfig, StudyConfig, Training
 from normkit.study.environment import check_device, environment
 from normkit.study.errors import StudyError
 from normkit.study.landscape.records import NOISE_ALONE, LandscapeRecord, Trace
+from normkit.study.load import load_unsplit
 from normkit.study.methods import parse_method
 from normkit.study.models.layers import glorot_initialize
 from normkit.study.records import TrialResult
@@ -146,9 +145,9 @@ def train_and_measure(
                 now = activations(model, shared.objective, batch, at=places)
                 change, total = now.drift(seen), now.drift(first)
                 drifts.append((step, {path: (*change[path], *total[path]) for path in change}))
-    accuracy = None if diverged else shared.score(model)
+    score = None if diverged else shared.score(model)
     records = tuple({key: r[key] for key in KEPT} for r in monitor.history if "landscape" in r)
-    return Trace(method, _thinned(losses), records, tuple(shifts), tuple(drifts), accuracy, diverged)
+    return Trace(method, _thinned(losses), records, tuple(shifts), tuple(drifts), score, diverged)
 
 
 def _some(paths: Sequence[str]) -> list[str]:
@@ -199,12 +198,8 @@ def run_landscape(config: LandscapeConfig, *, command: str = "") -> LandscapeRec
         StudyError: Bad input.
     """
     _check(config)
-    try:
-        task = classification(load_data(config.data, limit=config.limit), config.model)
-    except ValueError as error:
-        raise StudyError(f"--data: {error}") from error
-    model = build(task, config.device)
-    check_task(task, model, config.device)
+    task = load_unsplit(config)
+    check_task(task, build(task, config.device), config.device)
     shared = experiment(config, task)
     traces, failed = [], []
     for method in config.methods:
@@ -216,9 +211,12 @@ def run_landscape(config: LandscapeConfig, *, command: str = "") -> LandscapeRec
             logger.warning(failed[-1])
     if not traces:
         raise StudyError(f"--methods: none could run; {failed[0]}")
-    title = f"{config.model} on {Path(config.data).name}: the landscape of {', '.join(config.methods)}"
-    notes = (*filter(None, [task.data.note]), *failed)
-    return LandscapeRecord(title, asdict(config), tuple(traces), command, environment(config.device), notes)
+    title = f"{task.model_summary} on {Path(task.name).name}: the landscape of {', '.join(config.methods)}"
+    notes = (*filter(None, [task.note]), *failed)
+    options = {name: value for name, value in asdict(config).items() if not config.task or name not in OF_NAMED_DATA}
+    return LandscapeRecord(
+        title, options, tuple(traces), command, environment(config.device), notes, metric=task.measure
+    )
 
 
 STUDY_STEPS, STUDY_MEASUREMENTS = 200, 10

@@ -8,6 +8,7 @@ from typing import Any
 from normkit._errors import nearest
 from normkit.study.compare import compare
 from normkit.study.config import StudyConfig
+from normkit.study.environment import command_line
 from normkit.study.errors import StudyError
 from normkit.study.files import write_file
 from normkit.study.papers.how_bn_helps import DEEP_LINEAR_STEPS, VGG_STEPS
@@ -112,7 +113,7 @@ def reproduce(
         if config.model not in {row.config.model for row in PRESETS[name].comparisons}:
             less.append(f"--model {config.model}")
         folder = out / "".join(c if c.isalnum() or c == "-" else "-" for c in row.label)
-        record, _ = compare(config, folder, workers=workers, quiet=quiet, arguments=arguments)
+        record, _ = compare(config, folder, workers=workers, quiet=quiet, command=command_line(arguments))
         results.append((row, config, record, less))
     text = page(name, preset, results, scale)
     write_file(out / "reproduce.md", text)

@@ -1,4 +1,4 @@
-"""The three figures of a report: accuracy against batch size, training curves, accuracy against learning rate."""
+"""The three figures of a report: score against batch size, training curves, score against learning rate."""
 
 import math
 from collections.abc import Sequence
@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 from markupsafe import Markup
 
-from normkit.study.records import StudyRecord, TrialResult
+from normkit.study.records import Metric, StudyRecord, TrialResult
 from normkit.study.report.chart import Series, line_chart
-from normkit.study.report.format import format_percent
+from normkit.study.report.format import format_score, in_unit
 from normkit.study.report.scales import Axis, log_ticks, nice_ticks
 from normkit.study.report.statistics import Summary, finite, plan_axes
 
 WIDE, NARROW, PANEL = (1000, 420), (370, 340), (360, 260)
-_LOSS_HEADROOM = 1.5  # losses above 1.5 times that of guessing are cut off, or one bad start hides everything else
+_LOSS_HEADROOM = (
+    1.5  # losses above 1.5 times that of guessing (or of the first point) are cut off: they would hide the rest
+)
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,14 @@ def series_index(record: StudyRecord) -> dict[str, int]:
 
 
 def by_batch_size(record: StudyRecord, summaries: Sequence[Summary]) -> list[Markup]:
-    """Test accuracy against batch size, one line per method, for wide and for narrow screens.
+    """Test score against batch size, one line per method, for wide and for narrow screens.
 
     Empty before final runs of two batch sizes have ended: the tables show a single one better.
     """
-    summaries = [s for s in summaries if s.accuracies or s.diverged]
+    summaries = [s for s in summaries if s.scores or s.diverged]
     if len({s.batch_size for s in summaries}) < 2:
         return []
-    series, texts = [], []
+    series, texts, metric = [], [], record.metric
     for method, index in series_index(record).items():
         mine = sorted((s for s in summaries if s.method == method), key=lambda s: -s.batch_size)
         if not mine:
@@ -50,19 +52,20 @@ def by_batch_size(record: StudyRecord, summaries: Sequence[Summary]) -> list[Mar
                 method,
                 index,
                 points=tuple((s.batch_size, s.mean) for s in mine if s.mean is not None),
-                dots=tuple((s.batch_size, accuracy) for s in mine for accuracy in s.accuracies),
+                dots=tuple((s.batch_size, score) for s in mine for score in s.scores),
                 crosses=tuple(s.batch_size for s in mine if s.diverged),
             )
         )
-        words = [f"{format_percent(s.mean) if s.mean is not None else 'no accuracy'} at {s.batch_size}" for s in mine]
+        means = [format_score(metric, s.mean) if s.mean is not None else f"no {metric.name}" for s in mine]
+        words = [f"{mean} at {s.batch_size}" for mean, s in zip(means, mine, strict=True)]
         texts.append(f"{method}: {', '.join(words)}")
     sizes = sorted({s.batch_size for s in summaries}, reverse=True)
     x = Axis("batch size (log scale, small to the right)", sizes[0], sizes[-1], tuple(sizes), scale=math.log2)
-    y = _accuracy_axis("test accuracy, %", [value for s in series for _, value in (*s.points, *s.dots)])
+    y = _score_axis("test", metric, [value for s in series for _, value in (*s.points, *s.dots)])
     chance = record.config["chance"]
     if chance is not None and y.low < chance < y.high:
         y = replace(y, mark=(chance, "chance"))
-    alt = f"Test accuracy against batch size. {'. '.join(texts)}."
+    alt = f"Test {metric.name} against batch size. {'. '.join(texts)}."
     return [line_chart(series, x, y, size=size, alt=alt, css=css) for size, css in ((WIDE, "wide"), (NARROW, "narrow"))]
 
 
@@ -74,12 +77,12 @@ def training_curves(record: StudyRecord) -> list[Panel]:
     by_size = {size: lines for size in plan_axes(record)[1] if (lines := _loss_lines(record, size))}
     if not by_size:
         return []
-    chance_loss = record.config["chance_loss"] or 1.0
     everything = [line for lines in by_size.values() for line in lines]
-    losses = [loss for line in everything for _, low, high in line.band for loss in (low, high)] or [chance_loss]
-    shown_top = max([_LOSS_HEADROOM * chance_loss, *(line.points[-1][1] for line in everything if line.points)])
+    losses = [loss for line in everything for _, low, high in line.band for loss in (low, high)] or [0.0, 1.0]
+    start = record.config["chance_loss"] or max((line.points[0][1] for line in everything if line.points), default=1.0)
+    shown_top = max([_LOSS_HEADROOM * start, *(line.points[-1][1] for line in everything if line.points)])
     ticks = nice_ticks(min(0.0, *losses), min(max(losses), shown_top), 4)
-    y = Axis("training loss, nats", ticks[0], ticks[-1], ticks)
+    y = Axis("training loss, nats" if record.config["chance_loss"] else "training loss", ticks[0], ticks[-1], ticks)
     end = max([record.config["budget"], *(at for line in everything for at, _ in line.points)])
     shown = tuple(tick for tick in nice_ticks(0, end, 4) if tick <= end)
     x = Axis("training examples seen", 0, end, shown, "{:,.0f}".format)
@@ -105,15 +108,15 @@ def _loss_lines(record: StudyRecord, size: int) -> list[Series]:
 
 
 def by_learning_rate(record: StudyRecord, summaries: Sequence[Summary]) -> list[Panel]:
-    """Validation accuracy of the search runs against learning rate, per batch size; the chosen rate is ringed."""
-    chosen = {(s.method, s.batch_size): s.lr for s in summaries}
+    """Validation score of the search runs against learning rate, per batch size; the chosen rate is ringed."""
+    chosen, metric = {(s.method, s.batch_size): s.lr for s in summaries}, record.metric
     panels = []
     for size in plan_axes(record)[1]:
         series = []
         for method, index in series_index(record).items():
             trials = _of(record, "search", method, size)
             rates = sorted({trial.key.lr for trial in trials})
-            scores = [(lr, finite(t.validation_accuracy for t in trials if t.key.lr == lr)) for lr in rates]
+            scores = [(lr, finite(t.validation_score for t in trials if t.key.lr == lr)) for lr in rates]
             points = tuple((lr, float(np.mean(values))) for lr, values in scores if values)
             crosses = tuple(lr for lr in rates if any(t.key.lr == lr and t.state == "diverged" for t in trials))
             if points or crosses:
@@ -124,10 +127,10 @@ def by_learning_rate(record: StudyRecord, summaries: Sequence[Summary]) -> list[
         x = Axis(
             "learning rate (log scale)", min(rates), max(rates), log_ticks(min(rates), max(rates)), scale=math.log10
         )
-        y = _accuracy_axis("validation accuracy, %", [value for s in series for _, value in s.points])
-        tops = [(s.label, *max(s.points, key=lambda point: point[1])) for s in series if s.points]
-        texts = [f"{method} is best at {lr:g} with {format_percent(accuracy)}" for method, lr, accuracy in tops]
-        alt = f"Validation accuracy against learning rate at batch size {size}. {', '.join(texts)}."
+        y = _score_axis("validation", metric, [value for s in series for _, value in s.points])
+        tops = [(s.label, *max(s.points, key=lambda point: metric.signed(point[1]))) for s in series if s.points]
+        texts = [f"{method} is best at {lr:g} with {format_score(metric, score)}" for method, lr, score in tops]
+        alt = f"Validation {metric.name} against learning rate at batch size {size}. {', '.join(texts)}."
         panels.append(Panel(f"Batch size {size}", line_chart(series, x, y, size=PANEL, alt=alt)))
     return panels
 
@@ -145,7 +148,11 @@ def _band(trials: Sequence[TrialResult]) -> list[tuple[float, float, float, floa
     return [(at, float(np.mean(values)), min(values), max(values)) for at, values in rows if values]
 
 
-def _accuracy_axis(title: str, values: Sequence[float]) -> Axis:
+def _score_axis(split: str, metric: Metric, values: Sequence[float]) -> Axis:
     ticks = nice_ticks(min(values, default=0.0), max(values, default=1.0))
+    better = "" if metric.higher_is_better else " (lower is better)"
+    title = f"{split} {metric.name}{in_unit(metric.unit)}{better}"
+    if metric.unit != "%":
+        return Axis(title, ticks[0], ticks[-1], ticks)
     ticks = tuple(tick for tick in ticks if tick <= 1.0 + 1e-9)
     return Axis(title, ticks[0], max(ticks[-1], *values, ticks[0] + 0.01), ticks, lambda value: f"{100 * value:g}")

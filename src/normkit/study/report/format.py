@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from normkit.study.records import Metric
+
 
 def format_percent(fraction: float) -> str:
     """A fraction as people write it.
@@ -10,6 +12,71 @@ def format_percent(fraction: float) -> str:
     '91.2 %'
     """
     return f"{100 * fraction:.1f} %"
+
+
+def format_score(metric: Metric, score: float) -> str:
+    """A score with its unit.
+
+    Args:
+        metric: What it measures.
+        score: The score.
+
+    >>> format_score(Metric(), 0.9123), format_score(Metric("RMSE", "mm"), 3.14159), format_score(Metric("Dice", ""), 0.8)
+    ('91.2 %', '3.142 mm', '0.8')
+    """
+    return format_percent(score) if metric.unit == "%" else f"{format_number(metric, score)} {metric.unit}".rstrip()
+
+
+def format_number(metric: Metric, score: float) -> str:
+    """A score without its unit.
+
+    Args:
+        metric: What it measures.
+        score: The score.
+
+    >>> format_number(Metric(), 0.9123), format_number(Metric("RMSE", "mm"), 1234.5678)
+    ('91.2', '1235')
+    """
+    return f"{100 * score:.1f}" if metric.unit == "%" else f"{score:.4g}".replace("-", "−")
+
+
+def format_difference(metric: Metric, difference: float) -> str:
+    """A difference of scores with its sign, in percentage points where the unit is percent.
+
+    Args:
+        metric: What they measure.
+        difference: The difference.
+
+    >>> format_difference(Metric(), -0.0123), format_difference(Metric("RMSE", "mm"), 0.012345)
+    ('−1.2', '+0.0123')
+    """
+    if metric.unit == "%":
+        return format_points(difference)
+    return f"{difference:+.3g}".replace("-", "−") if difference else "0"
+
+
+def difference_unit(metric: Metric) -> str:
+    """Unit of a difference of scores.
+
+    Args:
+        metric: What they measure.
+
+    >>> difference_unit(Metric()), difference_unit(Metric("RMSE", "mm"))
+    ('points', 'mm')
+    """
+    return "points" if metric.unit == "%" else metric.unit
+
+
+def in_unit(unit: str) -> str:
+    """The unit behind a comma, for the title of an axis or a column; nothing without a unit.
+
+    Args:
+        unit: The unit.
+
+    >>> in_unit("mm"), in_unit("")
+    (', mm', '')
+    """
+    return f", {unit}" if unit else ""
 
 
 def enumerate_words(items: Sequence[object]) -> str:

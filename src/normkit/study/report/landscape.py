@@ -10,8 +10,10 @@ from typing import Any
 from normkit.instruments.result import plain
 from normkit.study.files import write_file
 from normkit.study.landscape.records import LandscapeRecord, Trace
+from normkit.study.records import Metric
 from normkit.study.report.chart import Series, line_chart
 from normkit.study.report.figures import PANEL, Panel
+from normkit.study.report.format import format_score
 from normkit.study.report.page import render_template
 from normkit.study.report.scales import Axis, log_ticks, nice_ticks
 
@@ -26,7 +28,11 @@ def write_landscape(record: LandscapeRecord, folder: Path) -> list[Path]:
     Returns:
         The files, in the order above.
     """
-    values: dict[str, Any] = {"record": record, "rows": table(record.traces), "columns": COLUMNS}
+    values: dict[str, Any] = {
+        "record": record,
+        "rows": table(record.traces, record.metric),
+        "columns": columns(record.metric),
+    }
     values["sections"] = sections(record.traces)
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
@@ -39,9 +45,7 @@ def write_landscape(record: LandscapeRecord, folder: Path) -> list[Path]:
     return [folder / name for name in texts]
 
 
-COLUMNS = (
-    "training loss at the end",
-    "test accuracy",
+COLUMNS = (  # behind the training loss and the score at the end
     "width of the loss band",
     "largest gradient change",
     "beta",
@@ -54,14 +58,19 @@ COLUMNS = (
 )
 
 
-def table(traces: Iterable[Trace]) -> list[tuple[str, list[str]]]:
-    """Per method: name and the cells of ``COLUMNS``, medians over the measured steps (and layers)."""
+def columns(metric: Metric) -> list[str]:
+    """Heads of the table's columns."""
+    return ["training loss at the end", f"test {metric.name}", *COLUMNS]
+
+
+def table(traces: Iterable[Trace], metric: Metric) -> list[tuple[str, list[str]]]:
+    """Per method: name and the cells of ``columns``, medians over the measured steps (and layers)."""
     rows = []
     for trace in traces:
         facts = figures_of(trace)
         cells = [
             "diverged" if trace.diverged else f"{trace.losses[-1][1]:.3g}",
-            "" if trace.accuracy is None else f"{100 * trace.accuracy:.1f} %",
+            "" if trace.score is None else format_score(metric, trace.score),
         ]
         rows.append((trace.method, cells + ["" if v is None else f"{v:.3g}" for v in facts.values()]))
     return rows

@@ -31,6 +31,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "pluralize": pluralize,
+        "capitalized": lambda text: text[:1].upper() + text[1:],
         "enumerate": enumerate_words,
         "points": format_points,
         "p_value": format_p,

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from normkit.study.plan import Slot
-from normkit.study.records import TrialKey, TrialResult
-from normkit.study.report.format import format_duration, format_percent
+from normkit.study.records import ACCURACY, Metric, TrialKey, TrialResult
+from normkit.study.report.format import format_duration, format_score
 
 _RUNNING_SHOWN = 4
 
@@ -26,14 +26,20 @@ class Display:
     Args:
         console: Where to write; default standard output.
         quiet: Show nothing.
+        metric: What the scores are.
         clock: Seconds since some start.
     """
 
     def __init__(
-        self, console: Console | None = None, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console | None = None,
+        *,
+        quiet: bool = False,
+        metric: Metric = ACCURACY,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.console = console or Console()
-        self.quiet = quiet
+        self.quiet, self.metric = quiet, metric
         self.clock = clock
         self.planned: Sequence[Slot] = ()
         self._live: Live | None = None
@@ -84,7 +90,9 @@ class Display:
         elif self._live is None:
             done = len(self._results) - len(new)
             for place, result in enumerate(new, done + 1):
-                self.write(f"[{place}/{len(self.planned)}] {describe(result.key)}: {outcome(result)}{self._ending()}")
+                self.write(
+                    f"[{place}/{len(self.planned)}] {describe(result.key)}: {outcome(result, self.metric)}{self._ending()}"
+                )
 
     def seconds_left(self) -> float | None:
         """Estimated seconds to the end; None before a trial has ended.
@@ -128,7 +136,7 @@ class Display:
             mine = [result for result in self._results.values() if result.key.method == method]
             total = sum(slot.method == method for slot in self.planned)
             bar = ProgressBar(total=total, completed=len(mine), width=30)
-            table.add_row(Text(method, style="bold"), bar, f"{len(mine)}/{total}", Text(best(mine)))
+            table.add_row(Text(method, style="bold"), bar, f"{len(mine)}/{total}", Text(best(mine, self.metric)))
         return Group(table, Text(self._status(), style="dim"))
 
     def _status(self) -> str:
@@ -158,20 +166,20 @@ def describe(key: TrialKey | Slot) -> str:
     )
 
 
-def outcome(result: TrialResult) -> str:
+def outcome(result: TrialResult, metric: Metric = ACCURACY) -> str:
     """Describe in a few words how a trial ended."""
     if result.state != "finished":
         return f"{result.state}{f' ({result.error})' if result.error else ''}"
-    split = "validation" if result.test_accuracy is None else "test"
-    accuracy = result.validation_accuracy if result.test_accuracy is None else result.test_accuracy
-    reached = f"{format_percent(accuracy)} on {split}" if accuracy is not None else "finished"
+    split = "validation" if result.test_score is None else "test"
+    score = result.validation_score if result.test_score is None else result.test_score
+    reached = f"{format_score(metric, score)} on {split}" if score is not None else "finished"
     return f"{reached} in {format_duration(result.seconds)}"
 
 
-def best(results: Sequence[TrialResult]) -> str:
-    """The best validation accuracy among the results and where it was reached; empty without one."""
-    scored = [(r.validation_accuracy, r.key) for r in results if r.validation_accuracy is not None]
+def best(results: Sequence[TrialResult], metric: Metric = ACCURACY) -> str:
+    """The best validation score among the results and where it was reached; empty without one."""
+    scored = [(r.validation_score, r.key) for r in results if r.validation_score is not None]
     if not scored:
         return ""
-    accuracy, key = max(scored, key=lambda pair: pair[0])
-    return f"{format_percent(accuracy)} at batch size {key.batch_size}, lr {key.lr:.3g}"
+    score, key = max(scored, key=lambda pair: metric.signed(pair[0]))
+    return f"{format_score(metric, score)} at batch size {key.batch_size}, lr {key.lr:.3g}"

@@ -21,8 +21,8 @@ from normkit.study.report.tables import failed_runs, grid_edges, selection_note,
 from normkit.study.report.verdict import reach_verdict
 
 CSV_COLUMNS = (
-    *("phase", "method", "batch_size", "lr", "seed", "state", "validation_accuracy", "validation_loss"),
-    *("test_accuracy", "test_loss", "train_eval_gap", "best_step", "seconds", "validation_seconds", "error"),
+    *("phase", "method", "batch_size", "lr", "seed", "state", "validation_score", "validation_loss"),
+    *("test_score", "test_loss", "train_eval_gap", "best_step", "seconds", "validation_seconds", "error"),
 )
 
 
@@ -58,7 +58,7 @@ def render_html(record: StudyRecord, summaries: Sequence[Summary]) -> str:
         by_batch_size=by_batch_size(record, summaries),
         curves=training_curves(record),
         by_learning_rate=by_learning_rate(record, summaries),
-        landscape=landscape_sections([Trace(**trace) for trace in record.landscape]),
+        landscape=landscape_sections([Trace.from_dict(trace) for trace in record.landscape]),
     )
 
 
@@ -80,11 +80,12 @@ def read_results(path: Path) -> StudyRecord:
 
 
 def trials_csv(record: StudyRecord) -> str:
-    """One line per trial, columns as in ``CSV_COLUMNS``."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    """One line per trial, columns as in ``CSV_COLUMNS``, scores called after the metric."""
+    text, column = io.StringIO(), record.metric.column
+    columns = [name.replace("_score", f"_{column}") for name in CSV_COLUMNS]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**asdict(trial), **asdict(trial.key)} for trial in record.trials)
+    writer.writerows({**trial.to_dict(column), **asdict(trial.key)} for trial in record.trials)
     return text.getvalue()
 
 

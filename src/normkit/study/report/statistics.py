@@ -1,6 +1,6 @@
-"""Statistics of a study: accuracy per method and batch size, differences paired by seed, and their noise.
+"""Statistics of a study: score per method and batch size, differences paired by seed, and their noise.
 
-Only final runs enter, and of them only those that finished. Runs that diverged or failed have no accuracy: they are
+Only final runs enter, and of them only those that finished. Runs that diverged or failed have no score: they are
 counted beside the mean, and the seed is left out of the pairing for that method. No number is made up for them.
 """
 
@@ -27,7 +27,8 @@ class Paired:
     """Difference of a method to the reference over the seeds that both finished.
 
     Attributes:
-        difference: Mean of (method - reference) over the pairs, as a fraction (0.01 is one percentage point).
+        difference: Mean of (method - reference) over the pairs, in the unit of the score (of a fraction, 0.01 is one
+            percentage point); what is better depends on the metric.
         low: Lower end of the 95 % t interval of that mean; None with a single pair, or where all differ by the same amount.
         high: Upper end, likewise.
         pairs: Number of seeds that both finished.
@@ -52,17 +53,17 @@ class Summary:
         method: Method name.
         batch_size: Batch size.
         lr: Learning rate of the final runs; None before there is one.
-        accuracies: Test accuracy of each finished run, ordered by seed, as fractions in [0, 1].
+        scores: Test score of each finished run, ordered by seed.
         diverged: Number of final runs whose loss became non-finite.
         failed: Number of final runs that ended with an error.
-        gap: Mean train/eval gap of the finished runs in nats; None where not measured.
+        gap: Mean train/eval gap of the finished runs; None where not measured.
         paired: Difference to the reference; None for the reference itself and where no seed is shared.
     """
 
     method: str
     batch_size: int
     lr: float | None
-    accuracies: tuple[float, ...]
+    scores: tuple[float, ...]
     diverged: int
     failed: int
     gap: float | None
@@ -71,17 +72,17 @@ class Summary:
     @property
     def runs(self) -> int:
         """Final runs that ended, however they ended."""
-        return len(self.accuracies) + self.diverged + self.failed
+        return len(self.scores) + self.diverged + self.failed
 
     @property
     def mean(self) -> float | None:
-        """Mean test accuracy of the finished runs."""
-        return float(np.mean(self.accuracies)) if self.accuracies else None
+        """Mean test score of the finished runs."""
+        return float(np.mean(self.scores)) if self.scores else None
 
     @property
     def sd(self) -> float | None:
-        """Sample standard deviation of the test accuracy (n - 1); None with fewer than two runs."""
-        return float(np.std(self.accuracies, ddof=1)) if len(self.accuracies) > 1 else None
+        """Sample standard deviation of the test score (n - 1); None with fewer than two runs."""
+        return float(np.std(self.scores, ddof=1)) if len(self.scores) > 1 else None
 
 
 def t_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
@@ -176,7 +177,7 @@ def _compare(trials: dict[str, list[TrialResult]], batch_size: int, record: Stud
     """Summaries at one batch size; the Holm family is the methods compared here."""
     reference = record.config["reference"]
     alternative = cast("Alternative", record.config.get("alternative", "two-sided"))
-    scores = {method: _accuracy_by_seed(results) for method, results in trials.items()}
+    scores = {method: _score_by_seed(results) for method, results in trials.items()}
     pairs: dict[str, tuple[list[float], list[float]]] = {}
     for method in trials:
         seeds = sorted(scores[method].keys() & scores.get(reference, {}).keys())
@@ -184,7 +185,11 @@ def _compare(trials: dict[str, list[TrialResult]], batch_size: int, record: Stud
             pairs[method] = [scores[method][s] for s in seeds], [scores[reference][s] for s in seeds]
 
     tests = {
-        method: paired_p_value(*pair, alternative)
+        method: paired_p_value(
+            [record.metric.signed(score) for score in pair[0]],
+            [record.metric.signed(score) for score in pair[1]],
+            alternative,
+        )
         for method, pair in pairs.items()
         if len(pair[0]) >= PAIRS_FOR_A_CLAIM and not unfinished(record)
     }
@@ -207,7 +212,7 @@ def _compare(trials: dict[str, list[TrialResult]], batch_size: int, record: Stud
                 method,
                 batch_size,
                 lr=_only_lr(results),
-                accuracies=tuple(scores[method][seed] for seed in sorted(scores[method])),
+                scores=tuple(scores[method][seed] for seed in sorted(scores[method])),
                 diverged=states["diverged"],
                 failed=states["failed"],
                 gap=float(np.mean(gaps)) if gaps else None,
@@ -217,8 +222,8 @@ def _compare(trials: dict[str, list[TrialResult]], batch_size: int, record: Stud
     return summaries
 
 
-def _accuracy_by_seed(trials: Iterable[TrialResult]) -> dict[int, float]:
-    return {t.key.seed: t.test_accuracy for t in trials if t.state == "finished" and t.test_accuracy is not None}
+def _score_by_seed(trials: Iterable[TrialResult]) -> dict[int, float]:
+    return {t.key.seed: t.test_score for t in trials if t.state == "finished" and t.test_score is not None}
 
 
 def _only_lr(trials: Sequence[TrialResult]) -> float | None:

@@ -8,10 +8,20 @@ from statistics import median
 
 from markupsafe import Markup
 
-from normkit.study.records import Cost, StudyRecord
+from normkit.study.records import Cost, Metric, StudyRecord
 from normkit.study.report.chart import interval, swatch
 from normkit.study.report.figures import series_index
-from normkit.study.report.format import format_bytes, format_p, format_percent, format_points, format_seconds, quoted
+from normkit.study.report.format import (
+    difference_unit,
+    format_bytes,
+    format_difference,
+    format_number,
+    format_p,
+    format_score,
+    format_seconds,
+    in_unit,
+    quoted,
+)
 from normkit.study.report.statistics import Paired, Summary, plan_axes
 
 NOTHING = "–"
@@ -104,8 +114,8 @@ def selection_note(record: StudyRecord) -> str:
     if not record.config.get("best_weights"):
         return ""
     text = (
-        "Each run is tested at its best checkpoint by validation accuracy, checked after every epoch and at some points of "
-        "its curve"
+        f"Each run is tested at its best checkpoint by validation {record.metric.name}, checked after every epoch and at some "
+        "points of its curve"
     )
     ran = [trial for trial in record.trials if trial.best_step is not None and trial.key.phase == "final"]
     if not ran:
@@ -125,12 +135,13 @@ def _table(record: StudyRecord, batch_size: int, here: Sequence[Summary]) -> Tab
     paired = [s.paired for s in here if s.paired]
     reach = max((abs(end) for pair in paired for end in (pair.low, pair.high, pair.difference) if end), default=0.0)
     on_gpu = str(record.config.get("device")).startswith("cuda")
+    metric = record.metric
     columns = {
-        ("test accuracy", "mean ± sd"): [_accuracy(s) for s in here],
-        (f"difference to {reference}", "points [95 % interval]"): [
+        (f"test {metric.name}", _score_heading(metric)): [_score(s, metric) for s in here],
+        (f"difference to {reference}", f"{difference_unit(metric)} [95 % interval]".lstrip()): [
             Cell("reference" if len(here) > 1 else NOTHING)
             if s.method == reference
-            else _difference(s.paired, index[s.method], reach)
+            else _difference(s.paired, index[s.method], reach, metric)
             for s in here
         ],
         ("p", "Holm"): [_p(s.paired) for s in here],
@@ -139,7 +150,7 @@ def _table(record: StudyRecord, batch_size: int, here: Sequence[Summary]) -> Tab
         ("memory", "peak" if on_gpu else "for backward"): [
             _memory(costs.get(s.method), s.method == reference) for s in here
         ],
-        ("train/eval gap", "nats"): [
+        ("train/eval gap", "nats" if record.config["chance_loss"] else "of the loss"): [
             Cell(f"{s.gap:+.3f}".replace("-", "−") if s.gap is not None else NOTHING) for s in here
         ],
     }
@@ -151,25 +162,36 @@ def _table(record: StudyRecord, batch_size: int, here: Sequence[Summary]) -> Tab
     return Table(batch_size, tuple(kept), tuple(rows))
 
 
-def _accuracy(summary: Summary) -> Cell:
+def _score_heading(metric: Metric) -> str:
+    unit = "" if metric.unit == "%" else in_unit(metric.unit)
+    return f"mean ± sd{unit}{'' if metric.higher_is_better else ' (lower is better)'}"
+
+
+def _score(summary: Summary, metric: Metric) -> Cell:
     lost = [
         f"{word} {n} of {summary.runs}" for word, n in (("diverged", summary.diverged), ("failed", summary.failed)) if n
     ]
     if not summary.runs:
         return Cell(NOTHING, "not run yet")
-    text = format_percent(summary.mean) if summary.mean is not None else NOTHING
-    return Cell(text, f"± {100 * summary.sd:.1f}" if summary.sd is not None else "", ", ".join(lost))
+    show = format_score if metric.unit == "%" else format_number
+    text = show(metric, summary.mean) if summary.mean is not None else NOTHING
+    spread = f"± {_deviation(summary.sd, metric)}" if summary.sd is not None else ""
+    return Cell(text, spread, ", ".join(lost))
 
 
-def _difference(paired: Paired | None, index: int, reach: float) -> Cell:
+def _deviation(sd: float, metric: Metric) -> str:
+    return format_number(metric, sd) if metric.unit == "%" else f"{sd:.2g}"
+
+
+def _difference(paired: Paired | None, index: int, reach: float, metric: Metric) -> Cell:
     if paired is None:
         return Cell(NOTHING)
     if paired.low is None or paired.high is None:
-        return Cell(format_points(paired.difference), "(one pair)" if paired.pairs == 1 else "(every pair)")
+        return Cell(format_difference(metric, paired.difference), "(one pair)" if paired.pairs == 1 else "(every pair)")
     ends = (paired.low, paired.difference, paired.high)
     return Cell(
-        format_points(paired.difference),
-        f"[{format_points(paired.low)}, {format_points(paired.high)}]",
+        format_difference(metric, paired.difference),
+        f"[{format_difference(metric, paired.low)}, {format_difference(metric, paired.high)}]",
         figure=interval(ends, index, reach),
     )
 

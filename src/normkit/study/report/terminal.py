@@ -14,7 +14,7 @@ from normkit.study.report.statistics import summarize
 from normkit.study.report.tables import Cell, Table, tables
 from normkit.study.report.verdict import reach_verdict
 
-_ALWAYS = 2  # accuracy and difference are shown on the narrowest terminal
+_ALWAYS = 2  # score and difference are shown on the narrowest terminal
 _NO_LIMIT = 1000
 
 

@@ -4,7 +4,7 @@ None of them is required; a tracker that fails in the middle of a study ends its
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -76,12 +76,13 @@ class Tracker:
         name: One of ``TRACKERS``.
         folder: Output folder of the study.
         project: Name of the study.
+        column: What scores are called, see ``normkit.study.records.Metric.column``.
 
     Raises:
         StudyError: There is no such tracker, or its client is not installed.
     """
 
-    def __init__(self, name: str, folder: Path, project: str) -> None:
+    def __init__(self, name: str, folder: Path, project: str, column: str = "accuracy") -> None:
         if name not in TRACKERS:
             raise StudyError(f"--track: unknown tracker {name!r}; {nearest(name, TRACKERS)}")
         module, package, adapter = TRACKERS[name]
@@ -90,6 +91,7 @@ class Tracker:
         except ImportError as error:
             raise StudyError(f"--track {name}: {error}; pip install {package}") from error
         self.name = name
+        self._column = column
         self._send: Send | None = adapter(client, folder, project)
         self._file = folder / f"tracked-{name}.txt"
         self._sent = set(self._file.read_text(encoding="utf-8").splitlines()) if self._file.exists() else set()
@@ -102,7 +104,7 @@ class Tracker:
             if run in self._sent or self._send is None:
                 continue
             try:
-                self._send(run, {**asdict(key), "state": result.state}, *_values(result))
+                self._send(run, {**asdict(key), "state": result.state}, *_values(result, self._column))
             except Exception as error:  # the tracker's server may be away: that must not end the study
                 logger.warning("--track %s stopped: %s: %s", self.name, type(error).__name__, error)
                 self._send = None
@@ -112,19 +114,14 @@ class Tracker:
                 file.write(run + "\n")
 
 
-def _values(result: TrialResult) -> tuple[list[tuple[int, dict[str, float]]], dict[str, float]]:
+def _values(result: TrialResult, column: str) -> tuple[list[tuple[int, dict[str, float]]], dict[str, float]]:
     """The curve and the figures at the end, without what is missing."""
-    curve = [
-        (p.examples, _known(train_loss=p.train_loss, validation_accuracy=p.validation_accuracy)) for p in result.curve
-    ]
-    return curve, _known(
-        validation_accuracy=result.validation_accuracy,
-        validation_loss=result.validation_loss,
-        test_accuracy=result.test_accuracy,
-        test_loss=result.test_loss,
-        seconds=result.seconds,
-    )
+    known = result.to_dict(column)
+    names = ("train_loss", f"validation_{column}")
+    curve = [(point["examples"], _known(point, names)) for point in known["curve"]]
+    ends = (f"validation_{column}", "validation_loss", f"test_{column}", "test_loss", "seconds")
+    return curve, _known(known, ends)
 
 
-def _known(**values: float | None) -> dict[str, float]:
-    return {name: value for name, value in values.items() if value is not None}
+def _known(values: dict[str, Any], names: Sequence[str]) -> dict[str, float]:
+    return {name: values[name] for name in names if values[name] is not None}

@@ -23,6 +23,7 @@ from normkit.study.task import Task, length
 from normkit.study.train.checkpoint import alike
 
 LOOKED_AT = 32  # examples of each split
+MOST_VALUES = 10_000  # of an output; of a larger one the mean is kept
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -79,7 +80,8 @@ def _untrained_output(task: Task, model: nn.Module, device: str) -> list[float]:
         found = tensors(run_batch(model.eval(), task.first_of(batch)))
     except Exception:
         found = [task.loss(model.train(), batch)]
-    return [value for tensor in found for value in tensor.double().flatten().tolist()]
+    parts = [tensor.double().flatten() for tensor in found]
+    return [value for part in parts for value in (part if len(part) <= MOST_VALUES else part.mean()[None]).tolist()]
 
 
 def _read(kept: Any) -> dict[str, dict[str, Any]]:

@@ -147,7 +147,7 @@ class Store:
     def _end(self, trial_id: int, result: TrialResult) -> None:
         """Change the state of a trial whose result is kept."""
         finished = result.state == "finished"
-        values = [result.validation_accuracy or 0.0] if finished else None
+        values = [result.validation_score or 0.0] if finished else None
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self.storage.set_trial_state_values(trial_id, TrialState.COMPLETE if finished else TrialState.FAIL, values)
 
@@ -248,15 +248,15 @@ class Store:
 
     @patient
     def below_median(self, claim: Claim, point: CurvePoint) -> bool:
-        """Keep a point of a search run, and say whether the run is below the median of its peers there.
+        """Keep a point of a search run, and say whether the run is worse than the median of its peers there.
 
         Peers are the other search runs of the same method and batch size: methods never prune one another, and final
         runs are never pruned. No run is pruned in the first third of its budget, or by fewer than two peers.
         """
-        if claim.slot.phase != "search" or point.validation_accuracy is None:
+        if claim.slot.phase != "search" or point.validation_score is None:
             return False
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-            self.storage.set_trial_intermediate_value(claim.trial_id, point.examples, point.validation_accuracy)
+            self.storage.set_trial_intermediate_value(claim.trial_id, point.examples, point.validation_score)
         if 3 * point.examples < self.config.budget:
             return False
         self._rows.refresh()
@@ -266,7 +266,8 @@ class Store:
             if row.slot.phase == "search" and row.slot.cell == claim.slot.cell and row.slot != claim.slot
             if point.examples in (values := self.storage.get_trial(row.trial_id).intermediate_values)
         ]
-        return len(peers) >= MIN_PEERS and point.validation_accuracy < median(peers)
+        sign = 1 if self.config.higher_is_better else -1
+        return len(peers) >= MIN_PEERS and sign * point.validation_score < sign * median(peers)
 
     # -- what there is ------------------------------------------------------------------------------------------------
 

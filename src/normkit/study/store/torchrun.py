@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
-from normkit.study.load import load
 from normkit.study.plan import slots
 from normkit.study.records import CurvePoint, TrialKey
 from normkit.study.store.fingerprint import fingerprint
@@ -77,14 +76,14 @@ def lead(address: StoreAddress, config: StudyConfig, task: Task, on_progress: Pr
         on_progress(store.results(), [])
 
 
-def follow(config: StudyConfig, checkpoints: Path | None) -> None:
+def follow(config: StudyConfig, task: Task, checkpoints: Path | None) -> None:
     """The other ranks' part: train what rank 0 says until it says that nothing is left.
 
     Args:
         config: The study.
+        task: Its task.
         checkpoints: Folder of checkpoints, as on rank 0, which alone reads and writes them.
     """
-    task = load(config)
     with _process_group(config):
         while isinstance(key := from_first(None), TrialKey):
             watching = (lambda _: bool(from_first(None))) if config.prune else None

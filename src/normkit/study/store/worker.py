@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -87,12 +87,20 @@ def poll_interval(seconds: float) -> float:
     return min(max(50 * seconds, SHORTEST_POLL), LONGEST_POLL)
 
 
-def work(store: Store, config: StudyConfig, task: Task, checkpoints: Path | None = None) -> None:
+def work(
+    store: Store,
+    config: StudyConfig,
+    task: Task,
+    checkpoints: Path | None = None,
+    on_progress: Progress | None = None,
+) -> None:
     """Claim, train and record until every slot of the plan has ended."""
     planned = len(slots(config))
     found = None
     while True:
         claim = store.claim()
+        if on_progress is not None:
+            on_progress(store.results(), store.running())
         if claim is not None:
             with store.heartbeat(claim):
                 found = found or fingerprint(task, config.device)  # a model that ends the process does so in its trial
@@ -104,6 +112,41 @@ def work(store: Store, config: StudyConfig, task: Task, checkpoints: Path | None
         else:  # what is left runs elsewhere, or waits for a search that does
             time.sleep(SHORTEST_POLL)
             store.requeue()
+
+
+@contextlib.contextmanager
+def one_thread() -> Generator[None, None, None]:
+    """One torch thread within the block, so that results do not depend on the number of cores.
+
+    Yields:
+        Nothing.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_here(address: StoreAddress, config: StudyConfig, task: Task, on_progress: Progress) -> None:
+    """Run a study to its end in this process, one trial after the other.
+
+    Args:
+        address: Where its trials are kept.
+        config: The study.
+        task: Its task.
+        on_progress: Called with results and running slots.
+    """
+    store = address.store()
+    store.open(config)
+    store.requeue()
+    try:
+        with one_thread():
+            work(store, config, task, address.checkpoints, on_progress)
+    finally:  # a notebook that stops a study goes on living: its trial must not wait for its end
+        with contextlib.suppress(Exception):
+            store.requeue_once({owner(): None})
 
 
 @dataclass
@@ -152,7 +195,7 @@ def run_workers(
 
     def start() -> _Worker:
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_worker_main, args=(address, config, sender), daemon=True)
+        process = context.Process(target=_worker_main, args=(address, config, sender), daemon=not config.data_workers)
         process.start()
         sender.close()
         return _Worker(process, owner(process.pid), receiver)

@@ -25,7 +25,7 @@ from normkit.study.train.schedules import lr_factor
 from normkit.study.train.weights import BestWeights, WeightAverage
 
 LOSS_POINTS = 24  # points of the training curve
-ACCURACY_POINTS = 8  # of them with validation accuracy
+SCORE_POINTS = 8  # of them with a validation score
 CHECKPOINT_SECONDS = 60.0
 
 
@@ -150,7 +150,8 @@ def evaluate(model: nn.Module, task: Task, split: str, config: StudyConfig) -> t
     device = next(model.parameters()).device
     try:
         with precision(config, device):
-            return task.evaluate(model, task.evaluation_batches(split, device=device, most=config.most_at_once))
+            how = {"device": device, "most": config.most_at_once, "workers": config.data_workers}
+            return task.evaluate(model, task.evaluation_batches(split, **how))
     finally:
         model.train(was_training)
 
@@ -182,14 +183,14 @@ class Loop:
         seen: Examples seen so far.
         seconds: Wall time spent so far, earlier sessions of an interrupted run included.
         validation_seconds: Of them, spent on validating.
-        best: The weights with the best validation accuracy so far, where the study judges them.
+        best: The weights with the best validation score so far, where the study judges them.
     """
 
     def __init__(self, config: StudyConfig, key: TrialKey, task: Task, model: nn.Module, optimizer: Optimizer) -> None:
         self.config, self.key, self.task, self.model, self.optimizer = config, key, task, model, optimizer
         self.network = prepare(config, model, task.training_loss)
         self.average = WeightAverage(model, config.ema) if config.ema else None
-        self.best = BestWeights(model) if config.best_weights else None
+        self.best = BestWeights(model, config.higher_is_better) if config.best_weights else None
         self.steps = math.ceil(config.budget / key.batch_size)
         self.schedule = LambdaLR(optimizer, lambda step: lr_factor(config.schedule, step, self.steps, config.warm_up))
         self.curve: list[CurvePoint] = []
@@ -220,9 +221,10 @@ class Loop:
             start=self.seen,
             share=(rank, world),
             micro_batch=config.micro_batch,
+            workers=config.data_workers,
         )
         loss_every = max(1, self.steps // LOSS_POINTS)
-        accuracy_every = loss_every * max(1, LOSS_POINTS // ACCURACY_POINTS)
+        score_every = loss_every * max(1, LOSS_POINTS // SCORE_POINTS)
         self.network.train()
         started = saved = time.perf_counter()
         earlier = self.seconds
@@ -235,13 +237,13 @@ class Loop:
                 self.average.update()
             self._count, self.seen = self._count + 1, self.seen + examples
             at_point = step % loss_every == 0 or step == self.steps
-            accuracy = None
-            if step % accuracy_every == 0 or step == self.steps or self._ended_epoch(examples):
-                accuracy = self._validate(step)
+            score = None
+            if step % score_every == 0 or step == self.steps or self._ended_epoch(examples):
+                score = self._validate(step)
             now = time.perf_counter()
             self.seconds = earlier + now - started
             if at_point:
-                yield self._point(accuracy)
+                yield self._point(score)
             if checkpoint is not None and (world == 1 or at_point) and from_first(now - saved >= CHECKPOINT_SECONDS):
                 checkpoint.save(self.state_dict())
                 saved = time.perf_counter()
@@ -259,7 +261,7 @@ class Loop:
         self.validation_seconds += time.perf_counter() - started
         return score
 
-    def _point(self, accuracy: float | None) -> CurvePoint:
+    def _point(self, score: float | None) -> CurvePoint:
         if ranks()[1] > 1:
             dist.all_reduce(self._total)
             self._total /= ranks()[1]
@@ -267,7 +269,7 @@ class Loop:
         self._total, self._count = torch.zeros_like(self._total), 0
         if not math.isfinite(mean):
             raise Diverged(f"the training loss was not finite after {self.seen} examples")
-        self.curve.append(CurvePoint(self.seen, mean, accuracy))
+        self.curve.append(CurvePoint(self.seen, mean, score))
         return self.curve[-1]
 
     @contextmanager

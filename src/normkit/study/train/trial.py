@@ -162,9 +162,9 @@ def evaluate_trial(config: StudyConfig, key: TrialKey, task: Task, loop: Loop) -
     if loss is not None and not math.isfinite(loss):
         raise Diverged("the validation loss is not finite")
     return {
-        "validation_accuracy": score,
+        "validation_score": score,
         "validation_loss": loss,
-        "test_accuracy": test_score,
+        "test_score": test_score,
         "test_loss": test_loss,
         "train_eval_gap": _gap(config, key, task, model),
         "best_step": loop.best.step if loop.best is not None else None,

@@ -1,4 +1,4 @@
-"""Which weights of a run are evaluated: their exponential moving average, or the best by validation accuracy."""
+"""Which weights of a run are evaluated: their exponential moving average, or the best by validation score."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -61,27 +61,29 @@ class WeightAverage:
 
 
 class BestWeights:
-    """Keeps one copy of a model's state: the one with the highest validation accuracy so far, the earliest of equals.
+    """Keeps one copy of a model's state: the one with the best validation score so far, the earliest of equals.
 
     Args:
         model: The model that is trained; its whole state dict is kept, running statistics included.
+        higher_is_better: Whether a higher score is a better one.
 
     Attributes:
-        accuracy: Validation accuracy of the state that is kept, or None before the first one.
+        score: Validation score of the state that is kept, or None before the first one.
         step: The optimizer step after which it was taken, 0 before the first one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.accuracy: float | None = None
+    def __init__(self, model: nn.Module, higher_is_better: bool = True) -> None:
+        self.score: float | None = None
+        self._sign = 1 if higher_is_better else -1
         self.step = 0
         self._model = model
         self._state: dict[str, Any] = {}
 
-    def offer(self, accuracy: float, step: int) -> None:
-        """Keep the model's present state if its accuracy is higher than that of the one kept."""
-        if self.accuracy is not None and accuracy <= self.accuracy:
+    def offer(self, score: float, step: int) -> None:
+        """Keep the model's present state if its score is better than that of the one kept."""
+        if self.score is not None and self._sign * score <= self._sign * self.score:
             return
-        self.accuracy, self.step = accuracy, step
+        self.score, self.step = score, step
         self._state = {}  # let go of the old copy before there is a new one
         self._state = deepcopy(self._model.state_dict())
 
@@ -91,8 +93,8 @@ class BestWeights:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        return {"accuracy": self.accuracy, "step": self.step, "state": self._state}
+        return {"score": self.score, "step": self.step, "state": self._state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from ``state_dict``."""
-        self.accuracy, self.step, self._state = state["accuracy"], state["step"], state["state"]
+        self.score, self.step, self._state = state["score"], state["step"], state["state"]
