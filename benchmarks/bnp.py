@@ -38,7 +38,13 @@ def trainer(name: str, args: argparse.Namespace, model_name: str, batch: int) ->
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     bnp = None
     if name not in {"none", "batch"}:
-        bnp = BNP(model, max_change=0.05 if name == "bnp" else None)
+        published = name == "bnp-paper"
+        bnp = BNP(
+            model,
+            statistics="channels" if published else "patches",
+            pooled=not published,
+            max_change=0.05 if name == "bnp" else None,
+        )
         if name != "observing":
             bnp.attach(optimizer)
     forward = torch.compile(model) if args.compile else model

@@ -148,9 +148,9 @@ def weighted_sums(x: Tensor, weights: Tensor, dtype: torch.dtype | None = None) 
             total, square = rows.sum(0), rows.square().sum(0)
     else:
         total, square = rows.sum(0, dtype=dtype), torch.linalg.vector_norm(rows, dim=0, dtype=dtype).square_()
-    maps = torch.stack((total, square))
-    maps = maps.view(2, -1, x.shape[1]).transpose(1, 2) if channels_last else maps.view(2, x.shape[1], -1)
-    total, square = maps @ weights.flatten()
+    channels, flat = x.shape[1], weights.flatten()
+    maps = (m.view(-1, channels).t() if channels_last else m.view(channels, -1) for m in (total, square))
+    total, square = (m @ flat for m in maps)
     return total, square
 
 

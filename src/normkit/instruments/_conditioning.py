@@ -110,7 +110,7 @@ def conditioning(
         batches: Batches; together they should give ten rows per feature.
         layers: Paths of linear or convolution layers, default all of them.
         preconditioners: For paths of layers, mean and guarded variance per input feature or channel, by which the gradients are
-            preconditioned: ``normkit.BNP(...).preconditioners()`` after a step.
+            preconditioned: for BNP ``normkit.handle(optimizer).preconditioners()`` after a step.
 
     Returns:
         The measurement.

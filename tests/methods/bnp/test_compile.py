@@ -106,3 +106,28 @@ def test_a_model_moved_between_observing_and_attaching_compiles_in_one_graph():
         compiled(x).square().sum().backward()
         optimizer.step()
         assert all(entry["steps"] == step for entry in bnp.state_dict().values())
+
+
+def test_taps_are_counted_in_compiled_graphs_as_in_eager_mode_at_any_length_and_under_masks():
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv1d(2, 3, 3, stride=2, padding=2, padding_mode="reflect"),
+        nn.Conv1d(3, 4, 1),
+        nn.ConvTranspose1d(4, 2, 3, stride=2, padding=1),
+        nn.Conv1d(2, 2, 3, padding="same", dilation=2),
+    ).double()
+    network = copy.deepcopy(plain)
+    forwards = {plain: plain, network: torch.compile(network, backend="aot_eager", fullgraph=True)}
+    bnps = {module: BNP(module) for module in forwards}
+    for length in (9, 11, 14):
+        x = 1 + torch.randn(3, 2, length, dtype=torch.float64)
+        mask = torch.arange(length) < torch.tensor([length, length - 2, length - 3])[:, None]
+        for module, bnp in bnps.items():
+            module.zero_grad()
+            with bnp.masked(mask):
+                forwards[module](x).square().mean().backward()
+            bnp.precondition_()
+            bnp.discard()
+    for path, entry in bnps[plain].state_dict().items():
+        for name, value in entry.items():
+            assert torch.allclose(bnps[network].state_dict()[path][name], value, rtol=1e-12, atol=1e-14)

@@ -251,16 +251,17 @@ class Observed(InputCounter[Sums]):
         """Share of the taps that meet each position of the input, one number where it is the same for all."""
         spatial = len(layer.kernel_size)
         sizes, outputs = x.shape[-spatial:], output.shape[-spatial:]
-        sides = list(zip(sizes, outputs, range(spatial), strict=True))
         if torch.compiler.is_compiling():
             if sizes == outputs and all(k == 1 for k in layer.kernel_size):
                 return 1.0
-            return _outer([tap_shares(layer, *side, x.device) for side in sides])
+            return _outer([
+                tap_shares(layer, *sides, x.device) for sides in zip(sizes, outputs, range(spatial), strict=True)
+            ])
         key = layer, sizes, outputs, dtype, x.device, type(x)
         if key not in self._shares:
             if len(self._shares) >= _SHAPES:
                 self._shares.clear()
-            shares = _outer([tap_shares(layer, *side) for side in sides])
+            shares = _outer([tap_shares(layer, *sides) for sides in zip(sizes, outputs, range(spatial), strict=True)])
             first = shares.flatten()[0].item()
             if (shares == first).all():
                 self._shares[key] = first
