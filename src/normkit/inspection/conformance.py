@@ -141,7 +141,7 @@ def _same(actual: Any, expected: Tensor) -> bool:
 
 
 def _probe(layer: nn.Module) -> Any:
-    """A copy that may be tried out, or None of a layer that cannot be copied, as it keeps tensors of a graph."""
+    """A copy that may be tried out, or None of a layer that cannot be copied."""
     try:
         probe = copy.deepcopy(layer).to_empty(device="cpu").float()
     except RuntimeError:

@@ -11,6 +11,7 @@ that fills ``.grad``:
 """
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ PATIENCE = 8
 """Backward passes without a step after which a counter warns."""
 
 _pauses = 0  # of the whole process, not of a thread: checkpointed forwards are recomputed on autograd's own threads
+
+
+_logger = logging.getLogger("normkit")
 
 
 def disable_dynamo(function: _Function) -> _Function:
@@ -56,8 +60,23 @@ def no_counting() -> Iterator[None]:
 
 
 def is_counting() -> bool:
-    """Return whether forward passes count at present; a layer spares itself the statistics when they do not."""
+    """Return whether forward passes count at present; a layer spares itself the statistics when they do not.
+
+    Inside transforms of torch.func nothing counts: what a forward sees there lives no longer than the transform.
+    """
+    if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportAttributeAccessIssue]
+        _say_not_counted()
+        return False
     return _pauses == 0
+
+
+@disable_dynamo
+@functools.lru_cache(maxsize=1)
+def _say_not_counted() -> None:
+    _logger.warning(
+        "a forward pass inside a torch.func transform (grad, vmap, ...) counts no rows: running statistics stay as they are, "
+        "and a step takes its gradients as they are"
+    )
 
 
 def _nearest_leaf(output: Tensor) -> Node:

@@ -6,7 +6,6 @@ behind it inside one block are found however wild the outer loop is. With an exa
 instead, see ``normkit.inspection.record``.
 """
 
-import copy
 import inspect
 import warnings
 from collections import OrderedDict
@@ -19,6 +18,7 @@ from torch import fx, nn
 
 from normkit.inspection.markers import Leaf
 from normkit.inspection.norms import PRODUCERS, aligned, is_frozen_norm, is_norm
+from normkit.inspection.references import copy_detached
 
 _RECTIFIERS = {"relu", "relu6", "threshold"}
 _METADATA = {"shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_cuda", "stride", "is_floating_point"}
@@ -251,7 +251,7 @@ def _scratch_copy(module: nn.Module) -> nn.Module:
         for name, value in vars(part).items():
             if name.endswith("_hooks"):
                 memo[id(value)] = OrderedDict()
-    return copy.deepcopy(module, memo)
+    return copy_detached(module, memo)
 
 
 def _append(steps: list[Step], root: nn.Module, graph: fx.Graph, paths: dict[nn.Module, str]) -> None:

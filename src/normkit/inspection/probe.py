@@ -65,10 +65,19 @@ class Probe:
         model: Any module whose parameters are initialised.
         objective: ``loss = objective(model, batch)``, a scalar.
         batch: Whatever the objective understands.
+
+    Raises:
+        ValueError: The model is or holds a scripted module.
     """
 
     def __init__(self, model: nn.Module, objective: Objective, batch: Any) -> None:
         self.model = unwrap(model)
+        for path, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise ValueError(
+                    f"{path or 'the model'} is a scripted module, whose tensors cannot be exchanged for copies; measure the "
+                    "model before scripting it"
+                )
         self.objective, self.batch = objective, batch
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         distributed = isinstance(model, DistributedDataParallel)

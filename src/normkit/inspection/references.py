@@ -4,6 +4,7 @@ Beside its registered children a model reaches layers through plain attributes, 
 namespaces and other objects, modules that are not registered, partials, bound methods, closures and weak references.
 """
 
+import copy
 import types
 import weakref
 from collections import deque
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_ATOMS = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.BuiltinFunctionType, Tensor)
+_ATOMS = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.BuiltinFunctionType)
 
 
 def exchange(root: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -34,6 +35,21 @@ def reached(root: nn.Module, others: Iterable[nn.Module]) -> set[nn.Module]:
     walk = _Walk({module: module for module in others}, write=False)
     walk.run(root)
     return set(walk.found)
+
+
+def copy_detached(root: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy in which tensors of a graph, which torch does not copy, are detached.
+
+    Old ``weight_norm``, ``spectral_norm`` and pruning leave such tensors on their layers, and so do models that keep what they
+    computed last.
+
+    Args:
+        root: Any module.
+        memo: As in ``copy.deepcopy``: copies by the ids of the originals.
+    """
+    walk = _Walk({}, write=False)
+    walk.run(root)
+    return copy.deepcopy(root, {**{id(t): t.detach().clone() for t in walk.computed}, **(memo or {})})
 
 
 def snapshot(root: nn.Module) -> Callable[[], None]:
@@ -90,6 +106,7 @@ class _Walk:
         self.pending: list[Any] = []
         self.found: list[nn.Module] = []
         self.stuck: set[nn.Module] = set()
+        self.computed: list[Tensor] = []  # by operations that are differentiated
 
     def run(self, root: nn.Module) -> nn.Module:
         """Visit all that ``root`` reaches; what stands in its own place."""
@@ -108,6 +125,10 @@ class _Walk:
 
     def visit(self, value: Any) -> Any:
         """What stands in the place of ``value``; a mutable value itself, which is written to later."""
+        if isinstance(value, Tensor):
+            if value.grad_fn is not None:
+                self.computed.append(value)
+            return value
         if isinstance(value, _ATOMS) or id(value) in self.seen:
             return value
         if isinstance(value, nn.Module) and value in self.replaced:

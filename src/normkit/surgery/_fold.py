@@ -4,7 +4,6 @@ In eval mode batch normalization is ``s x + t`` per channel. Behind a layer ``W 
 before one it is ``(W s) x + (W t + b)``: the same function with one layer less.
 """
 
-import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +21,7 @@ from normkit.inspection.markers import is_attachment
 from normkit.inspection.norms import PRODUCERS, NormTraits, is_frozen_norm, is_norm, is_placeholder
 from normkit.inspection.reads import attributes_read, tensors_read
 from normkit.inspection.record import record, tensors_in
-from normkit.inspection.references import exchange, reached, unwritable
+from normkit.inspection.references import copy_detached, exchange, reached, unwritable
 from normkit.methods.revisited.revisit import FeatureScale
 from normkit.surgery.affine import affine_of, fold_before, fold_behind
 
@@ -179,7 +178,7 @@ def _bare_copy(model: nn.Module) -> nn.Module:
         for table, hooks in saved:
             for key in [key for key, hook in hooks.items() if is_attachment(hook)]:
                 del table[key]
-        bare = copy.deepcopy(model)
+        bare = copy_detached(model)
     finally:
         for table, hooks in saved:
             table.clear()

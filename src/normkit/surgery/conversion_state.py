@@ -4,8 +4,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from normkit.inspection.markers import attachment
@@ -115,5 +114,6 @@ def load_other_form(layer: nn.Module, state: dict[str, Any], prefix: str, *_: An
 @attachment
 def default_bias(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A state dict from before a normalization was removed has no bias for the layer before it: it is 0."""
-    if prefix + "weight" in state and layer.bias is not None:
-        state.setdefault(prefix + "bias", torch.zeros_like(layer.bias))  # pyright: ignore[reportArgumentType]
+    weight: Tensor | None = state.get(prefix + "weight")
+    if weight is not None and isinstance(layer.bias, Tensor):  # which may be on the meta device; the state is not
+        state.setdefault(prefix + "bias", weight.new_zeros(layer.bias.shape))
