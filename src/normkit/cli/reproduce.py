@@ -28,6 +28,8 @@ class Reproduce:
     """Fraction of the paper's training budget, in (0, 1]; the report says what was scaled down."""
     data: Annotated[str | None, arg(metavar="DATA")] = None
     """Use this data instead, for example a local copy of the preset's."""
+    train_split: Annotated[str | None, arg(metavar="SPLIT")] = None
+    """Train on this split instead, or on several joined by +, where your copy of the data has other ones."""
     model: Annotated[str | None, arg(metavar="MODEL")] = None
     """Only this network of the preset, or in place of its only one, for example resnet20."""
     methods: Annotated[tuple[str, ...], arg(metavar="METHOD,...")] = ()
@@ -57,7 +59,7 @@ class Reproduce:
         out = self.out or Path("runs") / self._name
         changes: dict[str, Any] = {
             name: value
-            for name in ("data", "methods", "seeds", "limit", "device")
+            for name in ("data", "train_split", "methods", "seeds", "limit", "device")
             if (value := getattr(self, name)) not in (None, ())
         }
         try:

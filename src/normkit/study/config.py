@@ -228,6 +228,7 @@ class HowBNHelps:
         data: CIFAR-10, a Hugging Face name or a local folder; for the VGG.
         scale: Fraction of the paper's number of steps (15,000 and 10,000).
         width: full, or small for a VGG a quarter as wide.
+        lr: Learning rate of the VGG; the paper's are 0.1 and, as recalled, 0.5.
         seed: Seed of weights and data.
         device: cpu, or a CUDA device.
     """
@@ -236,6 +237,7 @@ class HowBNHelps:
     data: str = "cifar10"
     scale: float = 0.01
     width: Literal["full", "small"] = "small"
+    lr: float = 0.1
     seed: int = 0
     device: str = "cpu"
 

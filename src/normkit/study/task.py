@@ -253,7 +253,7 @@ class Task:
         how = {"batch_size": self._forward_size(256, most), "device": device, "collate": self.collate}
         return evaluation_batches(getattr(self, split), name=split, workers=workers, **how)
 
-    def initial_inputs(self, *, seed: int, device: str, most: int, samples: int = 256) -> Iterator[Any]:
+    def initial_inputs(self, *, seed: int, device: str, most: int, samples: int) -> Iterator[Any]:
         """Inputs of the first training samples, in batches, for methods that start from data.
 
         Args:

@@ -10,7 +10,7 @@ from normkit.methods.catalog import METHODS
 from normkit.methods.revisited.revisit import revision_of
 from normkit.study.models import build_model
 
-NAMES = [name for name in normkit.recipes() if name.startswith("revisited") or name == "zero-gamma"]
+NAMES = [name for name in normkit.recipes() if name.startswith("revisited") or name in {"zero-gamma", "batch+input"}]
 
 
 def resnet():
@@ -63,6 +63,15 @@ def test_input_recipe_takes_the_channels_from_batches_or_from_the_first_layer():
     assert torch.allclose(model.input_norm.weight, torch.tensor(0.058))
     with pytest.raises(ValueError, match="no linear or convolutional layer"):
         normkit.apply("revisited+input", nn.Sequential(nn.BatchNorm1d(3)), lr=0.1)
+
+
+def test_the_input_is_normalized_alone_before_plain_batch_normalization():
+    model, optimizer = normkit.apply("batch+input", resnet(), lr=0.1, weight_decay=1e-4)
+    assert torch.allclose(model.input_norm.weight, torch.tensor(0.58))
+    assert revision_of(model) is None
+    plain = resnet().state_dict()
+    assert all(torch.equal(plain[key], value) for key, value in model.model.state_dict().items())
+    assert [g["name"] for g in optimizer.param_groups if g["weight_decay"]] == ["weights"]
 
 
 def test_zero_gamma_recipe_changes_the_last_scales_and_nothing_else():

@@ -1,11 +1,15 @@
 """Presets: what they are, what is scaled down, and that a run puts our figures beside the paper's."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 import normkit
 from normkit.cli.main import main
 from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
+from normkit.study.methods import parse_method
 from normkit.study.models import build_model
 from normkit.study.papers.presets import PRESETS
 from normkit.study.papers.reproduce import find, preset_list, reproduce
@@ -15,6 +19,7 @@ from normkit.study.report.format import format_p
 from normkit.study.report.render import read_results
 from normkit.study.report.statistics import summarize
 
+ROOT = Path(__file__).parents[3]
 SHAPES = {"digits": (1, 8, 8), "spiral": (2,)}
 ROWS = [pytest.param(row, id=f"{name}: {row.label}") for name, preset in PRESETS.items() for row in preset.comparisons]
 
@@ -23,7 +28,8 @@ ROWS = [pytest.param(row, id=f"{name}: {row.label}") for name, preset in PRESETS
 def test_every_preset_is_a_study_that_can_be_run(row):
     validate(row.config)
     validate(scaled(row.config, 0.001)[0])
-    assert set(row.published) <= {*row.config.methods, *row.rates} <= set(normkit.recipes())
+    assert set(row.published) <= {*row.config.methods, *row.rates}
+    assert {parse_method(method)[0] for method in (*row.config.methods, *row.rates)} <= set(normkit.recipes())
 
 
 @pytest.mark.parametrize(
@@ -74,12 +80,12 @@ def test_the_full_scale_changes_nothing():
 def test_scaling_down_keeps_the_protocol_and_says_what_is_less():
     config = PRESETS["batchless-cifar10"].comparisons[0].config
     small, less = scaled(config, 0.001)
-    assert small.budget == 3000
+    assert small.budget == 2400
     assert small.batch_sizes == (1, 2, 4, 8, 16, 32, 64, 128)
     assert (small.methods, small.optimizer, small.schedule, small.model) == (
         *(config.methods, config.optimizer, config.schedule, config.model),
     )
-    assert less["budget"] == "3,000 of 3,000,000 training examples a run"
+    assert less["budget"] == "2,400 of 2,400,000 training examples a run"
     assert less["batch_sizes"].startswith("batch sizes 1, 2, 4")
 
 
@@ -136,7 +142,8 @@ def test_the_revisited_preset_is_the_papers_protocol():
     assert (config.optimizer, config.momentum, config.weight_decay) == ("sgd", 0.9, 1e-4)
     assert (config.schedule, config.warm_up, config.flip, config.crop) == ("cosine", 0.0, True, 0)
     assert config.best_weights
-    assert config.lr == {"batch": 0.1, "revisited": 0.1}
+    assert config.reference == "revisited-decay"  # their baseline has their groups: norms and biases are not decayed
+    assert config.lr == {"revisited-decay": 0.1, "revisited": 0.1}
     assert preset.runs == 30
 
 
@@ -152,7 +159,77 @@ def test_the_riemannian_presets_have_the_papers_rates_and_drops(name, rates):
         assert row.config.lr == rates
         assert row.config.methods == tuple(rates)
         assert row.config.schedule == ("two-step" if name.endswith("svhn") else "step")
-        assert (row.config.weight_decay, row.config.optimizer, row.config.crop) == (5e-4, "nesterov", 4)
+        assert (row.config.weight_decay, row.config.optimizer) == (5e-4, "nesterov")
+
+
+def test_svhn_trains_on_all_its_images_as_they_are():
+    (row,) = find("riemannian-svhn", model="vgg13").comparisons
+    config = row.config
+    assert (config.train_split, config.scaling, config.crop, config.flip) == ("train+extra", "unit", 0, False)
+    assert config.budget == 160 * 604_388
+    assert config.model == "vgg13-dense"
+    (cifar,) = find("riemannian-cifar10", model="vgg13").comparisons
+    assert (cifar.config.train_split, cifar.config.scaling, cifar.config.crop) == ("train", "standardized", 4)
+
+
+def test_the_batchless_preset_is_the_authors_protocol():
+    (row,) = PRESETS["batchless-cifar10"].at_paper_rates().comparisons
+    config = row.config
+    arms = [parse_method(method)[1].get("scale") for method in config.methods]
+    assert arms == [None, None, "log", "abs", "inv"]
+    assert set(config.lr.values()) == {1e-3}
+    assert (config.optimizer, config.scaling, config.best_weights, config.validation) == (
+        "adam",
+        "symmetric",
+        True,
+        0.2,
+    )
+    assert config.budget == 60 * 40_000
+    assert {parse_method(method)[1].get("samples") for method in config.methods[2:]} == {1000}
+
+
+def test_batch_normalization_of_the_batchless_network_is_refused_at_batch_size_one():
+    """So that the report has no figure there, as the paper has none."""
+    model = build_model("batchless-cnn", input_shape=(3, 8, 8), classes=3)
+    model, _ = normkit.apply("batch+input", model, lr=0.1)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        model.train()(torch.rand(1, 3, 8, 8))
+
+
+def test_the_sweeps_reach_the_values_on_either_side_of_the_papers():
+    rows = PRESETS["revisited-sweep"].comparisons
+    scales, divisors = ([parse_method(m)[1] for m in row.config.methods if ":" in m] for row in rows)
+    assert [min(values) for values in ([s["scale"] for s in scales], [d["scale_lr_divisor"] for d in divisors])] == [
+        0.01,
+        1,
+    ]
+    assert [max(values) for values in ([s["scale"] for s in scales], [d["scale_lr_divisor"] for d in divisors])] == [
+        1,
+        1000,
+    ]
+    assert {row.config.reference for row in rows} == {"revisited-decay"}
+
+
+def test_input_normalization_is_tried_alone_and_against_every_other_scaling():
+    rows = PRESETS["revisited-input"].comparisons
+    assert [row.config.scaling for row in rows] == ["standardized", "symmetric", "unit"]
+    assert "batch+input" in rows[0].config.methods
+
+
+def test_the_two_rates_of_the_landscape_paper_are_presets_and_an_option():
+    from normkit.study.config import HowBNHelps
+    from normkit.study.papers import how_bn_helps
+
+    assert [row.config.lr for row in PRESETS["how-bn-helps-rates"].comparisons] == [0.1, 0.5]
+    with pytest.raises(StudyError, match=r"--lr 0\.5: is that of the VGG"):
+        how_bn_helps.reproduce(HowBNHelps(model="dln", lr=0.5))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_page_of_presets_says_of_each_what_departs_from_the_paper(name):
+    page = " ".join((ROOT / "docs/presets.md").read_text(encoding="utf-8").split())
+    assert f"## `{name}`" in page
+    assert PRESETS[name].note in page
 
 
 def test_the_fair_arm_decays_the_same_weights_for_every_method():
@@ -190,7 +267,13 @@ def test_rates_that_are_not_known_are_not_invented():
 @pytest.mark.slow
 def test_at_the_papers_rates_nothing_is_searched_and_the_page_has_the_test(tmp_path, monkeypatch):
     monkeypatch.setattr("normkit.study.papers.scaling.SMALLEST_BUDGET", 64)
-    changes = {"data": "digits", "batch_sizes": (16,), "methods": ("batch", "revisited"), "seeds": 5, "flip": False}
+    changes = {
+        "data": "digits",
+        "batch_sizes": (16,),
+        "methods": ("revisited-decay", "revisited"),
+        "seeds": 5,
+        "flip": False,
+    }
     text = reproduce(
         "revisited-pieces",
         scale=0.00001,

@@ -247,6 +247,16 @@ METHOD = Method(
             ablation=True,
         ),
         Recipe(
+            "batch+input",
+            "Ablation of revisited: batch normalization, the inputs normalized online; norms and biases not decayed",
+            _PAPER,
+            0.1,
+            prepare=Part(with_input_norm),
+            typed=True,
+            group=_GROUP,
+            ablation=True,
+        ),
+        Recipe(
             "revisited+sgd-g",
             "Revisited BatchNorm and SGD-G together",
             _PAPER,

@@ -60,6 +60,10 @@ def reproduce(config: HowBNHelps, *, command: str = "") -> LandscapeRecord:
     """
     if not 0 < config.scale <= 1:
         raise StudyError(f"--scale {config.scale}: give a share of the paper's steps in (0, 1]")
+    if config.model == "dln" and config.lr != HowBNHelps.lr:
+        raise StudyError(
+            f"--lr {config.lr:g}: is that of the VGG; the deep linear network trains at {DEEP_LINEAR['lr']:g}"
+        )
     check_device(config.device)
     record = (_vgg if config.model == "vgg" else _deep_linear)(config, command)
     paper = VGG_STEPS if config.model == "vgg" else DEEP_LINEAR_STEPS
@@ -81,7 +85,7 @@ def _vgg(config: HowBNHelps, command: str) -> LandscapeRecord:
         batch_size=128,
         steps=steps,
         every=max(1, steps // MEASUREMENTS),
-        lr=0.1,
+        lr=config.lr,
         initialization="glorot",
         seed=config.seed,
         device=config.device,

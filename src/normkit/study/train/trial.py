@@ -28,6 +28,7 @@ from normkit.study.train.loop import Diverged, Loop, evaluate_once, from_first, 
 
 logger = logging.getLogger(__name__)
 
+INITIAL_SAMPLES = 256  # for methods that start from data and are not told how many
 GAP_EXAMPLES = 1024  # for the train/eval gap
 
 
@@ -39,7 +40,12 @@ def build_trial(config: StudyConfig, key: TrialKey, task: Task) -> tuple[nn.Modu
         method,
         task.model().to(config.device),
         lr=key.lr,
-        batches=task.initial_inputs(seed=key.seed, device=config.device, most=config.most_at_once),
+        batches=task.initial_inputs(
+            seed=key.seed,
+            device=config.device,
+            most=config.most_at_once,
+            samples=options.get("samples", INITIAL_SAMPLES),
+        ),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         optimizer=config.optimizer,
