@@ -4,7 +4,7 @@ Trains `cnn4` on CIFAR-10 images with the recipes `bnp` and `group+bnp`: SGD, mo
 the same examples from the same initial weights. Each result is a JSON line, written when its run is done; runs that are in the
 file already are skipped, so the command resumes. Runs at the middle rate come first.
 
-    python benchmarks/bnp_statistics.py --data PATH/TO/cifar10 [--examples 20000] [--seeds 3] [--store runs/NAME.jsonl]
+    python benchmarks/bnp_statistics.py --data PATH/TO/cifar10 [--methods bnp] [--batches 8] [--examples 20000] [--seeds 3]
     python benchmarks/bnp_statistics.py --table [--store runs/NAME.jsonl]
 """
 
@@ -67,9 +67,9 @@ def train(data: Data, spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def plan(seeds: int, examples: int) -> Iterator[dict[str, Any]]:
+def plan(methods: list[str], batches: list[int], seeds: int, examples: int) -> Iterator[dict[str, Any]]:
     """All runs, those at the middle rates first, the two forms one after the other."""
-    for place, seed, method, batch, form in itertools.product(range(3), range(seeds), METHODS, RATES, FORMS):
+    for place, seed, method, batch, form in itertools.product(range(3), range(seeds), methods, batches, FORMS):
         yield {
             "method": method,
             "batch": batch,
@@ -105,13 +105,16 @@ def main() -> None:
     """Parse, run what is missing, store, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="name or folder of the data set")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--batches", nargs="+", type=int, choices=RATES, default=list(RATES))
     parser.add_argument("--examples", type=int, default=20_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--store", type=Path, default=Path("runs/bnp_statistics.jsonl"))
     parser.add_argument("--table", action="store_true", help="print what is in the store, and run nothing")
     args = parser.parse_args()
     done = [json.loads(line) for line in args.store.read_text().splitlines()] if args.store.exists() else []
-    missing = [spec for spec in plan(args.seeds, args.examples) if not any(spec.items() <= r.items() for r in done)]
+    wanted = plan(args.methods, args.batches, args.seeds, args.examples)
+    missing = [spec for spec in wanted if not any(spec.items() <= r.items() for r in done)]
     if missing and not args.table:
         torch.set_num_threads(1)
         data = load_data(args.data, limit=args.examples)

@@ -126,3 +126,18 @@ def test_unknown_layers_and_empty_batches_are_refused():
         conditioning(nn.Sequential(nn.Linear(2, 2)), total, [torch.ones(2, 2)], layers=["7"])
     with pytest.raises(ValueError, match="no batch"):
         conditioning(nn.Linear(2, 2), total, [])
+
+
+def test_statistics_of_patches_condition_a_padded_convolution_on_a_small_map_better_than_those_of_channels():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3, padding=1).double()
+    x = torch.randn(400, 3, 4, 4, dtype=torch.float64).relu() + 1
+    kappa = {}
+    for statistics in ("patches", "channels"):
+        bnp = BNP(conv, statistics=statistics)
+        conv(x).square().mean().backward()
+        bnp.precondition_()
+        kappa[statistics] = conditioning(conv, total, [x], preconditioners=bnp.preconditioners()).layers[0]
+        bnp.remove()
+    assert 2 * kappa["patches"].preconditioned < kappa["channels"].preconditioned
+    assert kappa["patches"].preconditioned < kappa["patches"].raw
