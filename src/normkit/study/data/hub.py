@@ -1,7 +1,5 @@
 """Image sources: the hub or a local folder, through Hugging Face datasets, with their splits and columns."""
 
-import contextlib
-import hashlib
 import os
 import socket
 import sys
@@ -51,7 +49,7 @@ def load_source(name: str) -> Any:
     try:
         if local.is_dir():
             check_tree(name, local)
-            return datasets.load_dataset(str(_plain_path(local.resolve())))
+            return datasets.load_dataset(str(local.resolve()))
         repository, _, configuration = name.partition("@")
         with _quick_offline():
             return datasets.load_dataset(repository, configuration or None)
@@ -65,15 +63,24 @@ _IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".w
 
 
 def check_tree(name: str, folder: Path) -> None:
-    """Refuse what would be read otherwise than it looks: links to folders, and images below the folder of their class.
+    """Refuse what would be read otherwise than it looks.
+
+    Those are links to folders, images below the folder of their class, and a path whose characters stand for others or are no
+    UTF-8: ``datasets`` takes it for a pattern.
 
     Args:
         name: What the user called the data.
         folder: A folder with images as SPLIT/CLASS/FILE, or with anything else.
 
     Raises:
-        DataError: There is such a link, or such an image.
+        DataError: There is such a link, image or path.
     """
+    path = str(folder.resolve())
+    odd = (
+        sorted(set("[]?*") & set(path)) or ["a byte that is no UTF-8"][: path != path.encode(errors="replace").decode()]
+    )
+    if odd:
+        raise DataError(f"data {name!r}: its path has {odd[0]}, so it would be read as a pattern; rename the folder")
     for here, folders, files in os.walk(folder):
         depth = len(Path(here).relative_to(folder).parts)
         for child in folders:
@@ -86,18 +93,6 @@ def check_tree(name: str, folder: Path) -> None:
             raise DataError(
                 f"data {name!r}: {here} holds images deeper than SPLIT/CLASS/, so their class is not clear; move them up"
             )
-
-
-def _plain_path(folder: Path) -> Path:
-    """The folder, through a link of a plain name where its own has characters that stand for others, or is no UTF-8."""
-    text = str(folder)
-    if not set("[]?*{}") & set(text) and text.isprintable() and max(text) < "\udc80":
-        return folder
-    link = cache_folder() / "links" / hashlib.blake2b(os.fsencode(text), digest_size=12).hexdigest()
-    link.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        link.symlink_to(folder, target_is_directory=True)
-    return link
 
 
 def _load_failed(name: str, error: Exception, local: bool) -> str:

@@ -168,8 +168,8 @@ def _split(part: Any, where: str) -> Split:
         return Split(inputs.contiguous(), labels.long())
     except (RuntimeError, MemoryError) as error:
         raise DataError(
-            f"{where}: inputs {tuple(inputs.shape)} do not fit into memory ({str(error).splitlines()[0]}); give fewer, or "
-            "images as a folder, which are read from the disk"
+            f"{where}: inputs {tuple(inputs.shape)} do not fit into memory; give fewer, or images as a folder, which are read "
+            "from the disk"
         ) from error
 
 

@@ -66,6 +66,7 @@ class Rows:
         self._study_id: int | None = None
         self._states: dict[int, str] = {}
         self._foreign: set[int] = set()
+        self._ended_up_to = -1  # no trial up to this one can change any more
         self._rows: dict[int, Row] = {}
         self._by_slot: dict[Slot, dict[int, Row]] = {}
         self._chosen: dict[Slot, Row] = {}  # in the plan's order
@@ -91,19 +92,23 @@ class Rows:
     def refresh(self) -> None:
         """Read what has changed."""
         with self.storage.engine.connect() as connection:
-            query = select(_TRIALS.c.trial_id, type_coerce(_TRIALS.c.state, String)).where(
-                _TRIALS.c.study_id == self.study_id
-            )
-            states = dict(connection.execute(query).all())
+            open_trials = and_(_TRIALS.c.study_id == self.study_id, _TRIALS.c.trial_id > self._ended_up_to)
+            query = select(_TRIALS.c.trial_id, type_coerce(_TRIALS.c.state, String)).where(open_trials)
+            states = dict(connection.execute(query.order_by(_TRIALS.c.trial_id)).all())
             # a running trial may have got its result since
             known = self._states.keys() - self._foreign
-            changed = sorted(
-                i for i, state in states.items() if self._states.get(i) != state or (state == "RUNNING" and i in known)
-            )
+            changed = [i for i, s in states.items() if self._states.get(i) != s or (s == "RUNNING" and i in known)]
             attributes = self._attributes(connection, changed)
-        self._states = states
+        self._states |= states
         for trial_id in changed:
             self._put(trial_id, TrialState[states[trial_id]], attributes.get(trial_id, {}))
+        for (
+            trial_id,
+            state,
+        ) in states.items():  # a plan is worked on in its order: most of what has ended is never read again
+            if not TrialState[state].is_finished():
+                break
+            self._ended_up_to = trial_id
 
     def _attributes(self, connection: Connection, trial_ids: Sequence[int]) -> dict[int, dict[str, str]]:
         found: dict[int, dict[str, str]] = {}
