@@ -48,6 +48,7 @@ class Doctor:
         "normkit doctor --model resnet20 --data PATH/TO/cifar10 --checkpoint net.pt",
     )
 
+    quiet: ClassVar[bool] = True  # what apply logs is no part of the diagnosis
     config: OmitArgPrefixes[DoctorConfig] = field(default_factory=DoctorConfig)
     json: bool = False
     """Print JSON."""
