@@ -68,9 +68,7 @@ def test_a_trial_with_a_damaged_result_is_named_and_run_again(store, result, cap
 )
 def test_a_report_is_made_without_what_is_damaged_beside_the_trials(folder, store, name, value, caplog):
     claim = store.claim()
-    store.record(
-        claim, TrialResult(claim.key, "finished", validation_accuracy=0.5, validation_loss=1.0, test_accuracy=0.5)
-    )
+    store.record(claim, TrialResult(claim.key, "finished", validation_score=0.5, validation_loss=1.0, test_score=0.5))
     store.set_attr(name, value)
     assert len(report(folder, store).trials) == len(read_results(folder.path / "results.json").trials) == 1
     assert any(f"its {name!r} is damaged" in message for message in caplog.messages)
