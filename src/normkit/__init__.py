@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0.dev0"
 
+_OF_STUDIES = {"Task": "normkit.study.task", "compare": "normkit.study.result"}  # which need the extra `study`
+
 
 def __getattr__(name: str) -> Any:
     """Import the public names with the first use of one, and the instruments with theirs.
@@ -18,6 +20,8 @@ def __getattr__(name: str) -> Any:
     Raises:
         AttributeError: There is no such name.
     """
+    if name in _OF_STUDIES:
+        return getattr(import_module(_OF_STUDIES[name]), name)
     if name in ("instruments", "doctor"):
         loaded = import_module("normkit.instruments")
         return loaded if name == "instruments" else loaded.doctor

@@ -30,6 +30,7 @@ def run_doctor(config: DoctorConfig) -> Diagnosis:
         if count < 1:
             raise StudyError(f"{flag} {count}: give at least 1")
     check_device(config.device)
+    saved = read_weights(config.checkpoint) if config.checkpoint is not None else None
     task = load_unsplit(config)
     model = build(task, config.device)
     check_task(task, model, config.device)
@@ -43,21 +44,19 @@ def run_doctor(config: DoctorConfig) -> Diagnosis:
         weight_decay=config.weight_decay,
         batches=map(task.first_of, samples),
     )
-    if config.checkpoint is not None:
-        load_weights(model, config.checkpoint)
-
+    if saved is not None and config.checkpoint is not None:
+        load_weights(model, saved, config.checkpoint)
     return normkit.doctor(model, task.loss, samples, optimizer=optimizer, accumulate=config.accumulate)
 
 
-def load_weights(model: nn.Module, file: Path) -> None:
-    """Load a state dict, bare or under ``model`` or ``state_dict`` in a dictionary.
+def read_weights(file: Path) -> dict[str, Any]:
+    """Read a state dict, bare or under ``model`` or ``state_dict`` in a dictionary.
 
     Args:
-        model: The model, changed in place.
         file: What ``torch.save`` wrote.
 
     Raises:
-        StudyError: The file cannot be read, or does not fit the model.
+        StudyError: The file cannot be read, or holds something else.
     """
     try:
         saved: Any = torch.load(file, map_location="cpu", weights_only=True)
@@ -71,6 +70,20 @@ def load_weights(model: nn.Module, file: Path) -> None:
             saved = saved[key]
     if not isinstance(saved, dict):
         raise StudyError(f"--checkpoint {file}: holds a {type(saved).__name__}; give a state dict")
+    return saved
+
+
+def load_weights(model: nn.Module, saved: dict[str, Any], file: Path) -> None:
+    """Load a state dict.
+
+    Args:
+        model: The model, changed in place.
+        saved: The state dict.
+        file: Where it is from.
+
+    Raises:
+        StudyError: It does not fit the model.
+    """
     try:
         model.load_state_dict(saved)
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -1,7 +1,9 @@
 """The task of a study: from ``--task``, or from ``--data`` and ``--model``; and the import path of a task in memory."""
 
+import multiprocessing
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,9 @@ def with_validation(task: Task, config: StudyConfig) -> Task:
         raise StudyError(f"--validation {config.validation:g}: {error}") from error
 
 
+_importing: ContextVar[bool] = ContextVar("importing", default=False)  # whether a task's file is being executed
+
+
 def load_task(spec: str) -> Task:
     """The task that ``FILE.py:name`` or ``package.module:name`` names: a ``Task``, or a function that returns one.
 
@@ -63,11 +68,19 @@ def load_task(spec: str) -> Task:
             f"--task {spec}: give FILE.py:name or package.module:name, a normkit.Task or a function that returns one"
         )
     seed_all(0)  # a task that draws its samples gives every process the same
+    token = _importing.set(True)
     try:
         found = load_factory(spec, "--task", lambda value: isinstance(value, Task) or callable(value))
         return as_task(found, f"--task {spec}")
     except FactoryError as error:
         raise StudyError(str(error)) from error
+    finally:
+        _importing.reset(token)
+
+
+def being_imported() -> bool:
+    """Return whether a task's file is being executed, or a script by one of its own worker processes."""
+    return _importing.get() or bool(getattr(multiprocessing.current_process(), "_inheriting", False))
 
 
 def as_task(value: Task | Callable[[], Any] | Any, where: str) -> Task:
