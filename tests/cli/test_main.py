@@ -228,6 +228,16 @@ def test_the_version_is_told(capsys):
     assert capsys.readouterr().out.startswith("normkit ")
 
 
+def test_a_dry_run_shows_the_plan_and_leaves_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("compare", *QUICK, "--dry-run") == 0
+    out, errors = capsys.readouterr()
+    assert "8 trials: 4 to search learning rates, 4 final" in out
+    assert "about " in out
+    assert errors == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_debug_shows_the_traceback(capsys, tmp_path):
     assert run("compare", "--methods", "bach", "--out", tmp_path / "x", "--debug") == 2
     assert "Traceback" in capsys.readouterr().err

@@ -99,10 +99,16 @@ class _Terminal(logging.Handler):
         print(self.format(record), file=sys.stderr)
 
 
+def _no_per_trial(record: logging.LogRecord) -> bool:
+    """Whether a record is shown: what ``apply`` and ``convert`` did to a model would be told for every trial."""
+    return record.levelno > logging.INFO or record.name != "normkit"
+
+
 @contextmanager
 def _log_to_terminal(level: int) -> Generator[None, None, None]:
     """Print what the package logs from ``level`` on, within the block."""
     logger, handler = logging.getLogger("normkit"), _Terminal()
+    handler.addFilter(_no_per_trial)
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(level)

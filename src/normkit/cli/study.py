@@ -20,7 +20,7 @@ class Compare:
 
     examples: ClassVar = (
         "normkit compare",
-        "normkit compare --methods batch,group,bnp --batch-sizes 64,8,1",
+        "normkit compare --methods batch,group,bnp --batch-sizes 64,8,1 --dry-run",
         "normkit compare --data PATH/TO/cifar10 --model resnet20 --flip --crop 4",
         "normkit compare --data mine.py:data --model mine.py:model",
     )
@@ -38,6 +38,8 @@ class Compare:
     """Trials side by side; 0: one per core, one on a GPU."""
     thorough: bool = False
     """Run the full comparison: ten methods, five batch sizes, five seeds, 20,000 samples a run; takes hours."""
+    dry_run: bool = False
+    """Print what would run, how many trials, about how long and where to, and stop."""
     retry_failed: bool = False
     """Run trials that were closed as failed again, for example once their cause is removed."""
     quiet: bool = False
@@ -45,12 +47,15 @@ class Compare:
 
     def run(self, arguments: list[str]) -> int:
         """Run the study."""
-        from normkit.study.compare import assist, compare
+        from normkit.study.compare import assist, compare, preview
         from normkit.study.environment import command_line
         from normkit.study.store.torchrun import launched_rank
 
         if launched_rank():  # rank 0 does what a single process does, the others help it train
             assist(self.study, self.out)
+            return 0
+        if self.dry_run:
+            print(preview(self.study, self.out, workers=self.workers))
             return 0
         try:
             record, folder = compare(

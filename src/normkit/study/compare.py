@@ -21,7 +21,7 @@ from normkit.study.load import load
 from normkit.study.methods import parse_method
 from normkit.study.plan import Slot, slots
 from normkit.study.records import Cost, StudyRecord, TrialResult
-from normkit.study.report.progress import Display
+from normkit.study.report.progress import Display, expected_seconds, plan_text, time_text
 from normkit.study.report.trackers import Tracker
 from normkit.study.store.fingerprint import check_fingerprint
 from normkit.study.store.store import Store
@@ -38,6 +38,23 @@ def assist(config: StudyConfig, out: Path | None = None) -> None:
     task = load(config)
     config = config.judged_by(task.higher_is_better)
     follow(config, task, (out or Path("runs") / study_name(config)) / CHECKPOINTS)
+
+
+def preview(config: StudyConfig, out: Path | None = None, *, workers: int = 0) -> str:
+    """Say what ``compare`` would run, how many trials, about how long and where to; nothing is written.
+
+    Args:
+        config: What to compare.
+        out: Output folder; default ``runs/`` and the study's name.
+        workers: Trials side by side; 0 for one per core, one on a GPU.
+    """
+    check_workers(workers)
+    task = check(config)
+    config = config.judged_by(task.higher_is_better)
+    with one_thread():
+        expected = expected_seconds(config, measure_costs(config, task))
+    plan = plan_text(config, task.summary, task.model_summary, out or Path("runs") / study_name(config))
+    return f"{plan}\n{time_text(config, expected, workers or default_workers(config))}"
 
 
 def compare(
@@ -91,10 +108,17 @@ def compare(
             "environment", together(store.get_attr("environment", texts), environment(config.device) | rank_count())
         )
     store.set_attr("data", facts(task))
-    count = workers or (1 if config.device.startswith("cuda") else available_cores())
+    count = workers or default_workers(config)
+    alone = launched_rank() is None  # ranks measure at the end, when the others are gone
     try:
         with Display(quiet=quiet, metric=task.measure) as shown:
-            shown.plan(slots(config))
+            shown.write(plan_text(config, task.summary, task.model_summary, path))
+            if alone and store.get_attr("costs", _costs) is None:
+                _measure(store, config, task)
+            expected = expected_seconds(config, store.get_attr("costs", _costs) or ())
+            side_by_side = 1 if here else count
+            shown.plan(slots(config), expected, side_by_side)
+            shown.write(time_text(config, expected, side_by_side))
             trackers = [Tracker(name, path, folder.name, task.measure.column) for name in track]
 
             def on_progress(results: list[TrialResult], running: list[Slot]) -> None:
@@ -104,14 +128,12 @@ def compare(
 
             if here:
                 run_here(address, config, task, on_progress)
-            elif launched_rank() is None:
+            elif alone:
                 run_workers(address, config, count, on_progress)
             else:
                 lead(address, config, task, on_progress)
             if store.get_attr("costs", _costs) is None:
-                logger.info("measuring time and memory per step")
-                with one_thread():
-                    store.set_attr("costs", [vars(cost) for cost in measure_costs(config, task)])
+                _measure(store, config, task)
             if landscape and store.get_attr("landscape", _traces) is None:
                 logger.info("measuring the landscape of every method")
                 traces = study_traces(config, task, store.results())
@@ -120,6 +142,12 @@ def compare(
         report(folder, store)  # of what there is
         raise
     return report(folder, store), folder.path
+
+
+def _measure(store: Store, config: StudyConfig, task: Task) -> None:
+    logger.info("measuring time and memory per step")
+    with one_thread():
+        store.set_attr("costs", [vars(cost) for cost in measure_costs(config, task)])
 
 
 def report(folder: StudyFolder, store: Store) -> StudyRecord:
@@ -172,6 +200,11 @@ def check_workers(count: int) -> None:
     """
     if count < 0:
         raise StudyError(f"--workers {count}: give at least 1, or 0 for one per core")
+
+
+def default_workers(config: StudyConfig) -> int:
+    """Trials that run side by side where the user does not say: one per core, one on a GPU."""
+    return 1 if config.device.startswith("cuda") else available_cores()
 
 
 def available_cores() -> int:

@@ -1,12 +1,16 @@
 import dataclasses
 import io
+import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from normkit.study.plan import Slot
+from normkit.study.config import StudyConfig
+from normkit.study.plan import Slot, slots
+from normkit.study.records import Cost
 from normkit.study.report.format import format_duration
-from normkit.study.report.progress import Display, best, outcome
+from normkit.study.report.progress import Display, best, expected_seconds, outcome, plan_text, time_text
 from normkit.study.report.terminal import render_terminal
 from tests.study.report.fake_study import realistic, record, result
 
@@ -58,7 +62,7 @@ def test_terminal_shows_a_bar_per_method_the_best_so_far_and_what_runs():
     assert "batch" in text
     assert "21/21" in text
     assert "9/21" in text
-    assert "at batch size" in text
+    assert "% at batch " in text
     assert "20 s so far" in text
     assert "and 2 more" in text
 
@@ -149,3 +153,64 @@ def test_terminal_report_of_an_empty_study_says_so():
     out.print(render_terminal(record([], planned=9)))
     assert "No final run has ended yet" in out.file.getvalue()
     assert "0 of 9 trials" in out.file.getvalue()
+
+
+def test_the_plan_says_what_runs_how_many_trials_and_where_to():
+    config = StudyConfig(methods=("batch", "none"), batch_sizes=(64, 8), seeds=2, budget=640, lr_points=3)
+    text = plan_text(config, "digits: 1078 training", "digits-cnn", Path("runs/digits"))
+    assert "methods: batch, none" in text
+    assert "digits-cnn on digits: 1078 training" in text
+    assert f"{len(slots(config))} trials: 12 to search learning rates, 8 final" in text
+    assert str(Path("runs/digits/report.html")) in text
+    costs = [Cost("batch", 64, step_seconds=0.1), Cost("batch", 8, step_seconds=0.01), Cost("none", 8, error="no")]
+    expected = expected_seconds(config, costs)
+    assert expected == {("batch", 64): pytest.approx(1.0), ("batch", 8): pytest.approx(0.8)}
+    assert time_text(config, expected, 2) == "about 4.5 s with 2 trials side by side"
+    assert time_text(config, expected, 1).endswith("with 1 trial side by side")
+
+
+def test_time_left_is_known_from_the_start_where_steps_were_measured():
+    planned = [slot(result(size=size, seed=seed)) for size in (64, 1) for seed in range(4)]
+    display = Display(console(terminal=False), clock=Clock(), quiet=True)
+    display.plan(planned, {("batch", 64): 1.0, ("batch", 1): 10.0}, workers=2)
+    assert display.seconds_left() == pytest.approx(4 * (1.0 + 10.0) / 2)
+    display.update([], [])
+    display.update([result(size=64, seed=0)], [])  # it took 1.25 times as long as its steps
+    assert display.seconds_left() == pytest.approx((3 * 1.25 + 4 * 12.5) / 2)
+
+
+def test_the_time_left_that_is_shown_does_not_rise():
+    trials = [result(seed=seed, accuracy=0.9) for seed in range(9)]
+    trials[1:] = [dataclasses.replace(trial, seconds=9.0) for trial in trials[1:]]  # the first was quick
+    out, clock = console(terminal=False), Clock()
+    with Display(out, clock=clock) as display:
+        display.plan([slot(t) for t in trials])
+        display.update([], [])
+        for done in range(1, len(trials)):
+            clock.now += trials[done - 1].seconds
+            display.update(trials[:done], [])
+    left = [float(found) for found in re.findall(r"([\d.]+) s left", out.file.getvalue())]
+    assert len(left) == 8
+    assert left == sorted(left, reverse=True)
+
+
+def test_the_live_display_is_whole_at_80_columns():
+    study = realistic(methods=("batch", "batchless-projected", "normalizer-free"), sizes=(64, 8, 1))
+    out = console(terminal=True, width=80)
+    with Display(out, clock=Clock()) as display:
+        display.plan([slot(t) for t in study.trials])
+        display.update([], [])
+        display.update(study.trials[:-1], [slot(study.trials[-1])])
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.file.getvalue())
+    assert "…" not in text
+    for method, done in (("batch", "21/21"), ("batchless-projected", "21/21"), ("normalizer-free", "20/21")):
+        assert re.search(rf"{method} .* {done}  [\d.]+ % at batch \d+, lr [\d.]+", text)
+
+
+def test_the_terminal_report_has_time_and_memory_at_80_columns():
+    out = console(terminal=False, width=80)
+    out.print(render_terminal(realistic(seeds=5)))
+    text = out.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("time") == text.count("memory") == 3
+    assert text.count("× 1.62") >= 6

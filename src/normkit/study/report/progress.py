@@ -1,9 +1,10 @@
-"""The display of a running study: a bar per method on a terminal, a line per trial elsewhere, nothing when quiet."""
+"""What a study shows while it runs: the plan, then a bar per method on a terminal, a line per trial elsewhere."""
 
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from types import TracebackType
 
@@ -13,11 +14,61 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from normkit.study.plan import Slot
-from normkit.study.records import ACCURACY, Metric, TrialKey, TrialResult
-from normkit.study.report.format import format_duration, format_score
+from normkit.study.config import StudyConfig
+from normkit.study.plan import Slot, slots
+from normkit.study.records import ACCURACY, Cost, Metric, TrialKey, TrialResult
+from normkit.study.report.format import enumerate_words, format_duration, format_score, pluralize
 
 _RUNNING_SHOWN = 4
+_BAR = range(8, 31)  # widths of a bar
+_GAP = 2  # between columns
+
+
+def expected_seconds(config: StudyConfig, costs: Sequence[Cost]) -> dict[tuple[str, int], float]:
+    """Seconds that a trial of each method and batch size takes, from the measured time of a step.
+
+    Args:
+        config: The study.
+        costs: What its methods cost; those that could not be measured are left out.
+    """
+    return {
+        (cost.method, cost.batch_size): cost.step_seconds * math.ceil(config.budget / cost.batch_size)
+        for cost in costs
+        if cost.step_seconds is not None
+    }
+
+
+def plan_text(config: StudyConfig, task: str, model: str, folder: Path) -> str:
+    """Say what a study will run, how many trials, and where its report will be.
+
+    Args:
+        config: The study.
+        task: The data in one line.
+        model: The model, in a word.
+        folder: The output folder.
+    """
+    planned = slots(config)
+    finals = sum(slot.phase == "final" for slot in planned)
+    sizes = enumerate_words(config.batch_sizes)
+    return "\n".join([
+        f"methods: {', '.join(config.methods)}",
+        f"{model} on {task}",
+        f"batch size{'s' if len(config.batch_sizes) > 1 else ''} {sizes}, {config.budget:,} training samples a trial",
+        f"{pluralize(len(planned), 'trial')}: {len(planned) - finals} to search learning rates, {finals} final",
+        f"report: {folder / 'report.html'}",
+    ])
+
+
+def time_text(config: StudyConfig, expected: Mapping[tuple[str, int], float], workers: int) -> str:
+    """Say about how long a study will take.
+
+    Args:
+        config: The study.
+        expected: What ``expected_seconds`` returned.
+        workers: Trials that run side by side.
+    """
+    took = sum(expected.get(slot.cell, 0.0) for slot in slots(config)) / workers
+    return f"about {format_duration(took)} with {pluralize(workers, 'trial')} side by side"
 
 
 class Display:
@@ -48,10 +99,21 @@ class Display:
         self._running: Sequence[Slot] = ()
         self._start = clock()
         self._updated = False
+        self._expected: Mapping[tuple[str, int], float] = {}
+        self._workers = 1
+        self._least_left = math.inf
 
-    def plan(self, planned: Sequence[Slot]) -> None:
-        """Say which trials the study has."""
-        self.planned = planned
+    def plan(
+        self, planned: Sequence[Slot], expected: Mapping[tuple[str, int], float] | None = None, workers: int = 1
+    ) -> None:
+        """Say which trials the study has.
+
+        Args:
+            planned: The trials.
+            expected: Seconds that one takes, by method and batch size, as far as known.
+            workers: Trials that run side by side.
+        """
+        self.planned, self._expected, self._workers = planned, expected or {}, workers
 
     def __enter__(self) -> "Display":
         self._start = self.clock()
@@ -95,11 +157,12 @@ class Display:
                 )
 
     def seconds_left(self) -> float | None:
-        """Estimated seconds to the end; None before a trial has ended.
+        """Estimated seconds to the end; None while nothing is known.
 
-        A trial is expected to take as long as those of its method and batch size did, else as those of its batch size.
-        Before there is one, the nearest batch size stands in, scaled with the square root of the number of steps: more
-        steps take longer, but larger ones do too. As many trials as so far are expected to run side by side.
+        A trial is expected to take as long as those of its method and batch size did. Before one has ended, its measured
+        steps say how long it takes, scaled as the trials that have ended were. Where there are none, trials of the nearest
+        batch size stand in, scaled with the square root of the number of steps: more steps take longer, but larger ones do
+        too. As many trials as so far are expected to run side by side.
         """
         by_cell: dict[tuple[str, int], list[float]] = defaultdict(list)
         by_size: dict[int, list[float]] = defaultdict(list)
@@ -111,38 +174,65 @@ class Display:
             by_cell[key.method, key.batch_size].append(result.seconds)
             by_size[key.batch_size].append(result.seconds)
         here = sum(result.seconds for key, result in self._results.items() if key not in self._before)
-        if not by_size:
-            return None
+        pairs = [(fmean(took), self._expected[cell]) for cell, took in by_cell.items() if cell in self._expected]
+        slower = sum(took for took, _ in pairs) / max(sum(steps for _, steps in pairs), 1e-9) if pairs else 1.0
         elapsed = self.clock() - self._start
         work = 0.0
-        for (method, size), count in waiting.items():
-            near = min(by_size, key=lambda known: abs(math.log(known / size)))
-            seconds = fmean(by_cell.get((method, size)) or by_size[near]) * math.sqrt(near / size)
+        for cell, count in waiting.items():
+            if cell in by_cell:
+                seconds = fmean(by_cell[cell])
+            elif cell in self._expected:
+                seconds = self._expected[cell] * slower
+            elif by_size:
+                size = cell[1]
+                near = min(by_size, key=lambda known: abs(math.log(known / size)))
+                seconds = fmean(by_size[near]) * math.sqrt(near / size)
+            else:
+                return None
             work += max(0, count) * seconds
-        return work / max(1.0, here / elapsed if elapsed > 0 else 1.0)
+        return work / max(self._workers, here / elapsed if elapsed > 0 else 1.0)
+
+    def _shown_left(self) -> float | None:
+        """The estimate as it is shown: it waits for a slower one rather than rise."""
+        left = self.seconds_left()
+        if left is None:
+            return None
+        self._least_left = min(self._least_left, left)
+        return self._least_left
 
     def _ending(self) -> str:
-        left = self.seconds_left()
+        left = self._shown_left()
         return f", {format_duration(left)} left" if left else ""
 
     def _table(self) -> RenderableType:
-        table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True)
-        table.add_column(width=30)
-        table.add_column(justify="right", no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis")
-        table.add_row("", "", "", Text("best so far, on validation", style="dim"))
+        rows: list[tuple[str, int, int, str]] = []
         for method in dict.fromkeys(slot.method for slot in self.planned):
             mine = [result for result in self._results.values() if result.key.method == method]
             total = sum(slot.method == method for slot in self.planned)
-            bar = ProgressBar(total=total, completed=len(mine), width=30)
-            table.add_row(Text(method, style="bold"), bar, f"{len(mine)}/{total}", Text(best(mine, self.metric)))
+            rows.append((method, len(mine), total, best(mine, self.metric)))
+        heading = "best so far, on validation" if any(row[3] for row in rows) else ""
+        others = [
+            max((len(method) for method, *_ in rows), default=0),
+            max((len(f"{done}/{total}") for _, done, total, _ in rows), default=0),
+            max((len(text) for *_, text in rows), default=0),
+        ]
+        room = self.console.width - sum(others) - 4 * _GAP
+        width = min(max(room, _BAR.start), _BAR.stop - 1)
+        table = Table.grid(padding=(0, _GAP))
+        for justify in ("left", "left", "right", "left"):
+            table.add_column(justify=justify, no_wrap=True)
+        if heading:
+            table.add_row("", "", "", Text(heading, style="dim"))
+        for method, done, total, text in rows:
+            bar = ProgressBar(total=total, completed=done, width=width)
+            table.add_row(Text(method, style="bold"), bar, f"{done}/{total}", Text(text))
         return Group(table, Text(self._status(), style="dim"))
 
     def _status(self) -> str:
-        left = self.seconds_left()
-        parts = [f"{format_duration(self.clock() - self._start)} so far"]
-        if self._results and left:
+        left = self._shown_left()
+        parts = [f"{len(self._results)} of {pluralize(len(self.planned), 'trial')}"]
+        parts.append(f"{format_duration(self.clock() - self._start)} so far")
+        if left:
             parts.append(f"about {format_duration(left)} left")
         lost = sum(result.state in {"diverged", "failed"} for result in self._results.values())
         if lost:
@@ -182,4 +272,4 @@ def best(results: Sequence[TrialResult], metric: Metric = ACCURACY) -> str:
     if not scored:
         return ""
     score, key = max(scored, key=lambda pair: metric.signed(pair[0]))
-    return f"{format_score(metric, score)} at batch size {key.batch_size}, lr {key.lr:.3g}"
+    return f"{format_score(metric, score)} at batch {key.batch_size}, lr {key.lr:.3g}"

@@ -1,7 +1,7 @@
 """The report of a study on a terminal: the tables, and below them the verdict, where the eye is at the end."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -14,7 +14,7 @@ from normkit.study.report.statistics import summarize
 from normkit.study.report.tables import Cell, Table, tables
 from normkit.study.report.verdict import reach_verdict
 
-_ALWAYS = 2  # score and difference are shown on the narrowest terminal
+_LEFT_OUT = ("train/eval gap", "learning rate", "p", "memory", "time")  # in this order, where there is no room
 _NO_LIMIT = 1000
 
 
@@ -32,25 +32,32 @@ def render_terminal(record: StudyRecord) -> RenderableType:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A table with as many of its columns, from the left, as fit."""
+    """A table with as many of its columns as fit, above all score, difference, time and memory."""
 
     table: Table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         wide = options.update(max_width=_NO_LIMIT)
-        kept = len(self.table.columns)
-        while kept > _ALWAYS and Measurement.get(console, wide, self._with(kept)).maximum > options.max_width:
-            kept -= 1
         yield Text(f"batch size {self.table.batch_size}", style="bold")
-        yield self._with(kept)
+        table = self._set(frozenset(), quartiles=True)
+        for count in range(len(_LEFT_OUT) + 1):
+            if Measurement.get(console, wide, table).maximum <= options.max_width:
+                break
+            table = self._set(frozenset(_LEFT_OUT[:count]), quartiles=False)
+        yield table
 
-    def _with(self, columns: int) -> RichTable:
-        shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    def _set(self, left_out: frozenset[str], *, quartiles: bool) -> RichTable:
+        kept = [k for k, (title, _) in enumerate(self.table.columns) if title not in left_out]
+        shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
         shown.add_column("method", overflow="ellipsis")
-        for title, _ in self.table.columns[:columns]:
-            shown.add_column(Text(title), justify="right", no_wrap=True)
+        for k in kept:
+            shown.add_column(Text(self.table.columns[k][0]), justify="right", no_wrap=True)
         for row in self.table.rows:
-            shown.add_row(Text(row.method, style="bold" if row.reference else ""), *map(_cell, row.cells[:columns]))
+            cells = [
+                cell if quartiles or self.table.columns[k][0] != "time" else replace(cell, note="")
+                for k, cell in enumerate(row.cells)
+            ]
+            shown.add_row(Text(row.method, style="bold" if row.reference else ""), *(_cell(cells[k]) for k in kept))
         return shown
 
 
