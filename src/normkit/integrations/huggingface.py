@@ -1,10 +1,14 @@
-"""Callbacks for Hugging Face's ``Trainer``: BNP, batchless normalization and the Monitor.
+"""For Hugging Face's ``Trainer``: a task of what it was made of; callbacks for BNP, batchless normalization and the Monitor.
 
 The Trainer clips before it calls anyone, so the BNP callback takes clipping over: it preconditions first and then clips to
 the same ``max_grad_norm``. fp16 is refused, because its gradients are still scaled at that point; bf16 works.
 """
 
-from collections.abc import Callable
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +20,17 @@ from normkit.instruments import Monitor
 from normkit.methods.batchless.training import RATE, attach
 from normkit.methods.bnp.bnp import BNP
 from normkit.optim.step_hooks import StepHandle
+from normkit.study.data.structure import to_device
+from normkit.study.task import Task
 
 try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_pt_utils import nested_concat, nested_numpify
 except ImportError as missing:
     raise ImportError(f"{missing}; these callbacks need an extra: pip install 'normkit[transformers]'") from missing
 
 STATISTICS = "bnp.pt"
+logger = logging.getLogger(__name__)
 
 
 def _unwrapped(optimizer: Any) -> Optimizer:
@@ -179,3 +187,99 @@ class MonitorCallback(TrainerCallback):
 
 def _own_loss(model: nn.Module, inputs: Any) -> Tensor:
     return model(**inputs).loss
+
+
+# -- a task of what a Trainer was made of --------------------------------------------------------------------------------
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    return model(**batch)["loss"]
+
+
+@dataclass(frozen=True)
+class _Score:
+    """One entry of what ``compute_metrics`` makes of the predictions for a split."""
+
+    compute: Callable[[EvalPrediction], Mapping[str, float]]
+    labels: tuple[str, ...]
+    metric: str
+
+    def __call__(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
+        found: Any = None
+        for batch in batches:
+            outputs = {key: value for key, value in model(**batch).items() if key != "loss"}
+            logits, labels = (self._one(part) for part in (outputs, {name: batch[name] for name in self.labels}))
+            part = to_device((logits, labels), "cpu")
+            found = part if found is None else nested_concat(found, part, padding_index=-100)
+        metrics = self.compute(EvalPrediction(*nested_numpify(found)))
+        if self.metric not in metrics:
+            raise ValueError(f"compute_metrics gives {', '.join(metrics)}, not {self.metric!r}; give task(metric=...)")
+        return float(metrics[self.metric])
+
+    @staticmethod
+    def _one(values: Mapping[str, Any]) -> Any:
+        return next(iter(values.values())) if len(values) == 1 else tuple(values.values())
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """The Trainer's collator on the columns that the model takes."""
+
+    collator: Callable[[list[Any]], Any]
+    columns: frozenset[str]
+
+    def __call__(self, samples: list[Any]) -> dict[str, Any]:
+        return dict(self.collator([{k: v for k, v in sample.items() if k in self.columns} for sample in samples]))
+
+
+def task(
+    trainer: Trainer,
+    test: Any,
+    metric: str,
+    *,
+    unit: str = "",
+    higher_is_better: bool = True,
+    name: str | None = None,
+) -> Task:
+    """A task of a Trainer's model, datasets, collator and ``compute_metrics``; its own optimizer and schedule are not used.
+
+    With ``Trainer(model_init=...)`` each seed draws its own weights; otherwise every trial starts from a copy of the Trainer's
+    model as it is now.
+
+    Args:
+        trainer: The Trainer; its ``eval_dataset`` validates.
+        test: Dataset for the final runs.
+        metric: The entry of ``compute_metrics`` that methods are compared by.
+        unit: Unit of the score; with ``%`` it is a fraction that is shown in percent.
+        higher_is_better: Whether a higher score is a better one.
+        name: What a report calls the task; default the class of the model.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: The Trainer has no ``compute_metrics``, or no training data.
+    """
+    if trainer.compute_metrics is None or trainer.train_dataset is None:
+        raise ValueError(
+            "huggingface.task: the Trainer needs train_dataset and compute_metrics, which give loss and score"
+        )
+    logger.info("the Trainer's optimizer is not used: a study compares methods with their own")
+    model: Any = trainer.model
+    columns = frozenset((*inspect.signature(model.forward).parameters, *trainer.label_names, "label", "label_ids"))
+    start = deepcopy(model).cpu()
+    labels = tuple(trainer.label_names)
+    return Task(
+        name or type(model).__name__,
+        model=trainer.model_init or (lambda: deepcopy(start)),
+        train=trainer.train_dataset,
+        test=test,
+        loss=_loss,
+        score=_Score(trainer.compute_metrics, labels, metric),
+        validation=trainer.eval_dataset,
+        metric=metric,
+        unit=unit,
+        higher_is_better=higher_is_better,
+        collate=_Collate(trainer.data_collator, columns),
+        inputs=lambda batch: {key: value for key, value in batch.items() if key not in labels},
+    )

@@ -1,11 +1,16 @@
-"""Callbacks for Lightning: BNP, batchless normalization and the Monitor in a ``Trainer`` that is otherwise as it was.
+"""For Lightning: a task of a module and its data, and callbacks in a ``Trainer`` that is otherwise as it was.
 
 Lightning runs forward and backward inside the optimizer's closure, then ``on_before_optimizer_step``, then clips. So BNP
 preconditions before clipping, as it should, and its statistics travel in the optimizer's part of a checkpoint.
 """
 
-from typing import Any
+import logging
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from normkit.inspection.probe import Objective
@@ -13,12 +18,17 @@ from normkit.instruments import Monitor
 from normkit.methods.batchless.training import RATE, attach
 from normkit.methods.bnp.bnp import BNP
 from normkit.optim.step_hooks import StepHandle
+from normkit.study.data.structure import tensors
+from normkit.study.task import Task
 
 try:
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.callbacks import Callback
 except ImportError as missing:
     raise ImportError(f"{missing}; these callbacks need an extra: pip install 'normkit[lightning]'") from missing
+
+
+logger = logging.getLogger(__name__)
 
 
 def only_optimizer(trainer: Trainer, what: str) -> Optimizer:
@@ -149,3 +159,145 @@ class MonitorCallback(Callback):
     def _close(self) -> None:
         if self.monitor is not None:
             self.monitor.close()
+
+
+# -- a task of a module and its data -------------------------------------------------------------------------------------
+
+
+class _Log:
+    """Stands for the logger of a module that no Trainer drives: averages what one epoch logs under a name.
+
+    Args:
+        name: What to look for.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.names = name, set[str]()
+        self._total, self._weight, self._metric = 0.0, 0.0, None
+        self.samples = 1
+
+    def log(self, name: str, value: Any, *_: Any, batch_size: int | None = None, **__: Any) -> None:
+        """What ``LightningModule.log`` is called with."""
+        self.names.add(name)
+        if name != self.name:
+            return
+        if hasattr(value, "compute"):  # a metric of torchmetrics, which keeps the whole epoch
+            self._metric = value
+            return
+        weight = batch_size or self.samples
+        self._total, self._weight = self._total + weight * float(value), self._weight + weight
+
+    def log_dict(self, values: Any, *args: Any, **options: Any) -> None:
+        """What ``LightningModule.log_dict`` is called with."""
+        for name, value in values.items():
+            self.log(name, value, *args, **options)
+
+    def value(self) -> float:
+        """The epoch's value.
+
+        Raises:
+            ValueError: Nothing was logged under the name.
+        """
+        if self._metric is not None:
+            value = float(self._metric.compute())
+            self._metric.reset()
+            return value
+        if not self._weight:
+            logged = ", ".join(sorted(self.names)) or "nothing"
+            raise ValueError(f"validation_step did not log {self.name!r} (it logged {logged}); give task(monitor=...)")
+        return self._total / self._weight
+
+
+@contextmanager
+def _logging_to(module: LightningModule, log: _Log) -> Generator[None, None, None]:
+    module.__dict__.update(log=log.log, log_dict=log.log_dict)
+    try:
+        yield
+    finally:
+        del module.__dict__["log"], module.__dict__["log_dict"]
+
+
+def _training_loss(module: Any, batch: Any) -> Tensor:
+    with _logging_to(module, _Log("")):
+        step = module.training_step(batch, 0)
+    return step["loss"] if isinstance(step, Mapping) else step
+
+
+@dataclass(frozen=True)
+class _Validation:
+    """The score of a split: what ``validation_step`` logs as ``monitor``, over the epoch."""
+
+    monitor: str
+
+    def __call__(self, module: Any, batches: Iterable[Any]) -> float:
+        log = _Log(self.monitor)
+        with _logging_to(module, log):
+            module.on_validation_epoch_start()
+            for index, batch in enumerate(batches):
+                log.samples = next((len(leaf) for leaf in tensors(batch) if leaf.dim()), 1)
+                module.validation_step(batch, index)
+            log.samples = 1
+            module.on_validation_epoch_end()
+        return log.value()
+
+
+def task(
+    module: Callable[[], LightningModule],
+    datamodule: LightningDataModule,
+    monitor: str,
+    *,
+    mode: Literal["max", "min"] = "max",
+    unit: str = "",
+    name: str | None = None,
+) -> Task:
+    """A task of a module and its data: ``training_step`` is the loss, what ``validation_step`` logs as ``monitor`` the score.
+
+    The optimizers and schedules of ``configure_optimizers`` are not used: a study compares methods with their own.
+
+    Args:
+        module: The class, or a function that builds a module.
+        datamodule: Its data; the datasets and the ``collate_fn`` of its loaders are used. The test split is scored by
+            ``validation_step`` as well.
+        monitor: Name of the score.
+        mode: Whether a higher (``max``) or a lower (``min``) score is better.
+        unit: Unit of the score; with ``%`` it is a fraction that is shown in percent.
+        name: What a report calls the task; default the name of the module.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: The module is no function, or optimizes by hand; the data has no map-style dataset.
+    """
+    if isinstance(module, LightningModule):
+        kind = type(module).__name__
+        raise ValueError(
+            f"lightning.task: module is a {kind} that exists already; give the class, or lambda: {kind}(...)"
+        )
+    if not module().automatic_optimization:
+        raise ValueError("lightning.task: the module optimizes by hand, which a study cannot; give a Task of its loss")
+    logger.info("the optimizer of configure_optimizers is not used: a study compares methods with their own")
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    datamodule.setup("test")
+    loaders = [_loader(datamodule, split) for split in ("train", "val", "test")]
+    return Task(
+        name or getattr(module, "__name__", "module"),
+        model=module,
+        train=loaders[0].dataset,
+        test=loaders[2].dataset,
+        loss=_training_loss,
+        score=_Validation(monitor),
+        validation=loaders[1].dataset,
+        metric=monitor.removeprefix("val_"),
+        unit=unit,
+        higher_is_better=mode == "max",
+        collate=loaders[0].collate_fn,
+    )
+
+
+def _loader(datamodule: LightningDataModule, split: str) -> Any:
+    loader: Any = getattr(datamodule, f"{split}_dataloader")()
+    if not hasattr(getattr(loader, "dataset", None), "__getitem__"):
+        raise ValueError(f"lightning.task: {split}_dataloader gives no loader of one map-style dataset; give a Task")
+    return loader
