@@ -51,7 +51,7 @@ EFFECTS = {
 def test_apply_logs_one_line_that_says_what_the_method_reaches(name, caplog):
     with caplog.at_level(logging.INFO, "normkit"):
         model, optimizer = normkit.apply(name, network(), lr=0.1)
-    (line,) = caplog.messages
+    (line,) = (record.message for record in caplog.records if record.levelno == logging.INFO)
     described = normkit.describe(model, optimizer)
     assert line == f"{name}: {described.summary}"
     assert [str(e) for e in described.effects if e.verb != "trained"] == EFFECTS[name]

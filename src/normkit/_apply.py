@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from normkit._errors import nearest
+from normkit.inspection.norms import is_batchnorm
 from normkit.inspection.references import snapshot
 from normkit.methods.bnp.bnp import BNP
 from normkit.methods.catalog import RECIPES
@@ -135,6 +136,27 @@ def _report(name: str, effects: Iterable[Effect], *, chosen: bool) -> None:
             warnings.warn(f"{name} does little here: {effect}; {'; '.join(shown[:3])}{more}", stacklevel=3)
 
 
+def _say_what_is_lost(name: str, model: nn.Module) -> None:
+    """Log a warning where batch normalization that has been trained is about to be removed."""
+    trained = [
+        path or "the model"
+        for path, layer in model.named_modules()
+        if is_batchnorm(layer)
+        and isinstance(mean := getattr(layer, "running_mean", None), Tensor)
+        and not (is_lazy(mean) or mean.is_meta)
+        and bool(mean.any())
+    ]
+    if trained:
+        _logger.warning(
+            "%s: %d batch normalizations with trained statistics are removed, and with them what the model computes (%s, ...); "
+            "normkit.apply(%r, normkit.fold(model).train(), ...) starts from the same function",
+            name,
+            len(trained),
+            trained[0],
+            name,
+        )
+
+
 def _check_optimizer(recipe: Recipe, optimizer: Any) -> None:
     """Refuse what makes no optimizer for the recipe.
 
@@ -161,6 +183,8 @@ def _check_optimizer(recipe: Recipe, optimizer: Any) -> None:
 def _carry_out(recipe: Recipe, model: nn.Module, request: Request, where: Where) -> tuple[nn.Module, Optimizer]:
     given = request.options
     if recipe.convert is not None:
+        if recipe.convert.does == "none":
+            _say_what_is_lost(recipe.name, model)
         model = convert(model, recipe.convert.does, where=where, **recipe.convert.settings(given))
     if recipe.prepare is not None:
         model = recipe.prepare.does(model, request.batches, **recipe.prepare.settings(given))

@@ -135,6 +135,8 @@ def features_of(norm: nn.Module) -> int:
         return norm.num_channels
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
         return math.prod(norm.normalized_shape)
+    if is_frozen_norm(norm):
+        return norm._buffers["weight"].numel()  # pyright: ignore[reportOptionalMemberAccess]
     return int(vars(norm)["num_features"])
 
 

@@ -90,7 +90,7 @@ def _to_removed(source: nn.Module, _: Dims) -> nn.Module:
     return new
 
 
-_UNUSED = "running statistics are kept but neither used nor updated"
+_UNUSED = "running statistics are set aside until revert and not saved"
 _GROUP = "Baselines"
 
 METHOD = Method(

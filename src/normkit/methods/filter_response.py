@@ -225,7 +225,7 @@ METHOD = Method(
     targets={
         "filter-response": layer_target(
             (FilterResponseNorm1d, FilterResponseNorm2d, FilterResponseNorm3d),
-            "the mean is not removed; running statistics are kept but neither used nor updated",
+            "the mean is not removed; running statistics are set aside until revert and not saved",
         )
     },
 )

@@ -21,6 +21,7 @@ from normkit.inspection.norms import (
     NormTraits,
     features_of,
     is_batchnorm,
+    is_frozen_norm,
     running_statistics,
     running_tensors,
     statistics_of,
@@ -304,7 +305,10 @@ def spatial_dims(path: str, norm: nn.Module, producer: nn.Module | None, model: 
 
 
 def to_batchnorm(source: nn.Module, dims: Dims) -> nn.Module:
-    """``source`` if it is a batch normalization, else one with its parameters and the statistics that it has."""
+    """``source`` if it is a batch normalization, else one with its parameters and the statistics that it has.
+
+    One whose four tensors are buffers, as detectors have it, becomes one with parameters.
+    """
     if is_batchnorm(source):
         return source
     like = next((t for t in (*source.parameters(), *source.buffers())), torch.empty(0))
@@ -315,6 +319,10 @@ def to_batchnorm(source: nn.Module, dims: Dims) -> nn.Module:
     new = cls(features_of(source), affine=False, device=like.device, dtype=like.dtype, **options)
     new._buffers.update({name: t for name, t in running_tensors(source).items() if name in new._buffers})
     share_affine(source, new)
+    if is_frozen_norm(source):
+        new.affine = True
+        for name in ("weight", "bias"):
+            setattr(new, name, nn.Parameter(source.get_buffer(name).clone()))
     return new.train(source.training)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -22,14 +22,23 @@ from torch.optim import Optimizer
 from normkit._errors import closest
 from normkit.inspection.conformance import computes_as_its_type, has_torch_forward
 from normkit.inspection.graph import producers
-from normkit.inspection.norms import PRODUCERS, Producer, is_norm, outputs, statistics_of
+from normkit.inspection.norms import PRODUCERS, Producer, is_frozen_norm, is_norm, outputs, statistics_of
 from normkit.inspection.reads import attributes_read
 from normkit.inspection.references import exchange, unwritable
 from normkit.methods.baselines import Removed
 from normkit.methods.catalog import TARGETS
-from normkit.methods.method import spatial_dims
+from normkit.methods.method import spatial_dims, to_batchnorm
 from normkit.optim.param_groups import check_optimizer, regroup
-from normkit.surgery.conversion_state import Origin, default_bias, load_other_form, origin_of, restored, transfer_hooks
+from normkit.surgery.affine import Affine, affine_of
+from normkit.surgery.conversion_state import (
+    Origin,
+    default_bias,
+    load_other_form,
+    origin_of,
+    reference,
+    restored,
+    transfer_hooks,
+)
 
 _logger = logging.getLogger("normkit")
 
@@ -131,7 +140,7 @@ def revert(model: nn.Module, *, where: Where = None, optimizer: Optimizer | None
     _check(model, optimizer)
     changed = _select(model, where, _is_changed).values()
     converted = [(layer, origin) for layer in changed if (origin := origin_of(layer))]
-    swaps = [_Swap(layer, o.module, restored(layer, o)) for layer, o in converted]
+    swaps = [_Swap(layer, o.module, restored(layer, o, reference(layer, model))) for layer, o in converted]
     return _carry_out(model, swaps, optimizer, [layer for layer in changed if origin_of(layer) is None])
 
 
@@ -165,7 +174,7 @@ def _check(model: nn.Module, optimizer: Optimizer | None) -> None:
 
 def _is_replaceable(layer: nn.Module) -> bool:
     """Whether ``layer`` is a normalization layer or stands in for one."""
-    return is_norm(layer) or origin_of(layer) is not None
+    return is_norm(layer) or is_frozen_norm(layer) or origin_of(layer) is not None
 
 
 def _is_changed(layer: nn.Module) -> bool:
@@ -210,10 +219,12 @@ def _plan(
         return None
     if origin is None and target.is_native(layer) and not settings:
         return None
-    was = None if origin is None else restored(layer, origin)
+    was = None if origin is None else restored(layer, origin, reference(layer, model))
     if origin is not None and target.is_native(origin.module) and not settings:
         return _Swap(layer, origin.module, was)
-    source = layer if was is None else was
+    base = source = layer if was is None else was
+    if is_frozen_norm(base) and isinstance(affine_of(base), Affine):
+        source = to_batchnorm(base, lambda: spatial_dims(path, base, producer, model))
     if any(is_lazy(tensor) for tensor in (*source.parameters(), *source.buffers())):
         raise ValueError(
             f"{path}: {type(source).__name__} does not know its features yet; run one batch through the model first"
@@ -231,7 +242,7 @@ def _plan(
             to,
         )
         return None
-    if not computes_as_its_type(source):
+    if is_frozen_norm(source) or not computes_as_its_type(source):
         raise ValueError(
             f"{path}: {type(source).__name__} computes something else than torch's layer that it derives from (an activation "
             "after it, other dimensions, more arguments), which would be lost; leave it out with `where`, or make that a "
@@ -252,9 +263,10 @@ def _plan(
             f"{path}: the {type(changed).__name__} before it does not know its features yet; run one batch through the "
             "model first"
         )
-    transfer_hooks(source, new)
+    transfer_hooks(base, new)
+    like = reference(base, model)
     module = layer if origin is None else origin.module
-    vars(new)["normkit_origin"] = Origin(module, to, settings, biased, frozen)
+    vars(new)["normkit_origin"] = Origin(module, to, settings, biased, frozen, None if like is None else like.dtype)
     new.register_load_state_dict_pre_hook(load_other_form)
     return _Swap(layer, new, was)
 
@@ -275,7 +287,7 @@ def _carry_out(
     for layer in undone:
         vars(layer).pop("normkit_undo")(layer)
     for swap in swaps:
-        _swap_biases(swap)
+        _swap_biases(swap, reference(swap.old, model))
     model = exchange(model, {swap.old: swap.new for swap in swaps})
     if optimizer is not None:
         regroup(optimizer, before, dict(model.named_parameters()))
@@ -285,7 +297,9 @@ def _carry_out(
 def _leave_others(layers: dict[str, nn.Module], to: str) -> None:
     """Take layer normalization out of ``layers`` where there is batch normalization; and all other kinds if it is removed."""
     sources = {path: layer if (origin := origin_of(layer)) is None else origin.module for path, layer in layers.items()}
-    if all(statistics_of(source) == "instance" for source in sources.values()):
+    if not any(
+        statistics_of(source) not in ("instance", "none") or is_frozen_norm(source) for source in sources.values()
+    ):
         return
     kinds = _TORCH_INSTANCE if to == "none" else (nn.LayerNorm, nn.RMSNorm)
     others = [path for path, source in sources.items() if isinstance(source, kinds)]
@@ -323,12 +337,11 @@ def _writable(model: nn.Module, swaps: list[_Swap]) -> list[_Swap]:
     return [swap for swap in swaps if swap.old not in stuck]
 
 
-def _swap_biases(swap: _Swap) -> None:
+def _swap_biases(swap: _Swap, like: Tensor | None) -> None:
     """Bring the replaced layer up to date, and take and give the biases of the layers before."""
     origin, future = origin_of(swap.old), origin_of(swap.new)
     if origin is not None and swap.restored is not None:
         vars(origin.module).update(vars(swap.restored))
-        like = next(iter((*swap.old.parameters(), *swap.old.buffers())), None)
         if like is not None:
             origin.module.to(device=like.device)
         if origin.biased is not None:

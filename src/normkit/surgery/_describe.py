@@ -87,7 +87,7 @@ def describe(model: nn.Module, optimizer: Optimizer | None = None) -> Descriptio
     Examples:
         >>> from normkit.surgery._convert import convert
         >>> print(*describe(convert(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)), "group")))
-        1: GroupNorm(4) in place of BatchNorm1d; running statistics are kept but neither used nor updated
+        1: GroupNorm(4) in place of BatchNorm1d; running statistics are set aside until revert and not saved
         >>> from torch.optim import SGD
         >>> frozen = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4))
         >>> print(describe(frozen, SGD(frozen[1].parameters(), lr=0.1)))

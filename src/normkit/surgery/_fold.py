@@ -22,8 +22,9 @@ from normkit.inspection.norms import PRODUCERS, NormTraits, is_frozen_norm, is_n
 from normkit.inspection.reads import attributes_read, tensors_read
 from normkit.inspection.record import record, tensors_in
 from normkit.inspection.references import copy_detached, exchange, reached, unwritable
+from normkit.methods.method import spatial_dims, to_batchnorm
 from normkit.methods.revisited.revisit import FeatureScale
-from normkit.surgery.affine import affine_of, fold_before, fold_behind
+from normkit.surgery.affine import Affine, affine_of, fold_before, fold_behind
 
 
 def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch) -> nn.Module:
@@ -33,7 +34,8 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
     are folded into the linear, convolutional or transposed layer whose output they alone take, or else into the linear
     or unpadded convolutional layer that alone takes theirs; ``torch.nn.Identity`` stands in their place. Before a
     zero-padded convolution an input normalization becomes padding with the mean, so that the border is exact too. What
-    stays is named in a warning, with the reason. Hooks of this package are not in the copy.
+    stays is named in a warning, with the reason; where torch's batch normalization computes the same, it stands there. Hooks
+    of this package are not in the copy.
 
     Args:
         model: Any module; not changed. Of one wrapped in DistributedDataParallel, the module inside is folded.
@@ -77,6 +79,10 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
             del reasons[path]
             swaps[modules[path]] = outcome
             modules[path], progress = outcome, True
+    for path in [path for path in reasons if modules[path] not in fixed]:
+        plain = _torch_layer(path, modules[path], folded)
+        if plain is not None:
+            swaps[modules[path]] = modules[path] = plain
     folded = exchange(folded, swaps)
     if reasons:
         warnings.warn(f"fold: {len(reasons)} layers stay. {_grouped(reasons, modules)}", stacklevel=2)
@@ -164,6 +170,24 @@ def _plain(layer: Any) -> Any:
         for name, tensor in tensors.items():
             layer.register_parameter(name, nn.Parameter(tensor))
     return layer
+
+
+def _torch_layer(path: str, norm: nn.Module, model: nn.Module) -> nn.Module | None:
+    """The batch normalization of torch that computes what a layer of this package does in eval mode, if there is one."""
+    affine = affine_of(norm)
+    if not isinstance(norm, NormTraits) or isinstance(affine, str) or is_placeholder(norm) or _has_hooks(norm):
+        return None
+    if affine.channel_dim != 1:
+        return None
+    try:
+        plain = to_batchnorm(norm, lambda: spatial_dims(path, norm, None, model))
+    except ValueError:  # the dimensions of its input cannot be told
+        return None
+    same = affine_of(plain)
+    equal = isinstance(same, Affine) and all(
+        torch.allclose(a, b, rtol=1e-6) for a, b in ((same.scale, affine.scale), (same.shift, affine.shift))
+    )
+    return plain if equal else None
 
 
 def _has_hooks(module: nn.Module) -> bool:

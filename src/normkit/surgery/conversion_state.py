@@ -4,13 +4,14 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from normkit.inspection.markers import attachment
-from normkit.inspection.norms import Producer, is_placeholder, running_tensors, statistics_of
+from normkit.inspection.norms import Producer, is_frozen_norm, is_placeholder, running_tensors
 from normkit.methods.catalog import TARGETS
-from normkit.methods.method import spatial_dims
+from normkit.methods.method import spatial_dims, to_batchnorm
 from normkit.methods.revisited.revisit import revision_of, tag
 
 _HOOKS = (
@@ -35,6 +36,7 @@ class Origin:
         settings: Settings of the layer that stands in for it.
         biased: The layer before it that got a bias in exchange, if one did.
         frozen: The layer before it whose bias is not trained any more, if one's was.
+        dtype: Of the layer, or else of the model, at the conversion.
     """
 
     module: nn.Module
@@ -42,6 +44,7 @@ class Origin:
     settings: dict[str, Any] = field(default_factory=dict)
     biased: Producer | None = None
     frozen: Producer | None = None
+    dtype: torch.dtype | None = None
     _bias_hook: RemovableHandle | None = None
 
 
@@ -51,24 +54,37 @@ def origin_of(module: nn.Module) -> Origin | None:
 
 
 def transfer_hooks(source: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` what ``source`` has beside its function: hooks, training flag, buffers (so the keys stay), marks."""
+    """Give ``new`` what ``source`` has beside its function: hooks, training flag, marks."""
     tag(new, revision_of(source))
     for name in _HOOKS:
         vars(new)[name] = vars(source)[name]
     new.train(source.training)
-    if statistics_of(new) == "instance":
-        for name, buffer in source._buffers.items():
-            new.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
 
 
-def restored(layer: nn.Module, origin: Origin) -> nn.Module:
-    """A copy of the layer that ``layer`` replaced, holding the tensors it would have now."""
+def reference(layer: nn.Module, model: nn.Module) -> Tensor | None:
+    """A parameter that tells where ``layer`` is and of which dtype: its own, or else one of the model."""
+    return next((p for p in (*layer.parameters(recurse=False), *model.parameters()) if p.is_floating_point()), None)
+
+
+def restored(layer: nn.Module, origin: Origin, like: Tensor | None) -> nn.Module:
+    """A copy of the layer that ``layer`` replaced, holding the tensors it would have now.
+
+    Args:
+        layer: The layer.
+        origin: What it was converted from.
+        like: See :func:`reference`.
+    """
     module = _twin(origin.module)
     parameters, buffers = module._parameters, module._buffers
     if not is_placeholder(layer):
         parameters.update({name: p for name, p in layer._parameters.items() if name in ("weight", "bias")})
     now = {**layer._buffers, **running_tensors(layer)}
+    if is_frozen_norm(origin.module):  # its scale and shift are buffers
+        now |= {name: p.detach() for name in ("weight", "bias") if (p := parameters.pop(name, None)) is not None}
     buffers.update({name: now[name] for name, buffer in buffers.items() if buffer is not None and name in now})
+    if like is not None and origin.dtype not in (None, like.dtype):  # what was set aside stayed behind
+        behind = {n: b for n, b in buffers.items() if b is not None and n not in now and b.dtype == origin.dtype}
+        buffers.update({name: buffer.to(like.dtype) for name, buffer in behind.items()})
     biased: Any = layer if origin.biased is None else origin.biased
     bias = biased.bias if is_placeholder(layer) else None
     mean = buffers.get("running_mean")
@@ -79,6 +95,8 @@ def restored(layer: nn.Module, origin: Origin) -> nn.Module:
 
 def _rebuilt(source: nn.Module, layer: nn.Module, origin: Origin) -> nn.Module:
     """What the conversion that made ``layer`` makes of ``source``."""
+    if is_frozen_norm(source):
+        source = to_batchnorm(source, lambda: 2)  # only its tensors count
     new = TARGETS[origin.to].build(source, lambda: spatial_dims("", layer, None, layer), **origin.settings)
     transfer_hooks(source, new)
     return new
@@ -106,6 +124,8 @@ def load_other_form(layer: nn.Module, state: dict[str, Any], prefix: str, *_: An
         for name in old:
             del state[prefix + name]
         fresh = _rebuilt(twin, layer, origin).state_dict()
+        aside = {name: buffer.detach().clone() for name, buffer in twin._buffers.items() if buffer is not None}
+        origin.module._buffers.update(aside)
         state.update({prefix + name: fresh[name] for name in own})
     elif given and given < set(own):
         state.update({prefix + name: own[name] for name in dict(layer.named_buffers()).keys() & own.keys() - given})

@@ -6,6 +6,7 @@ Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729.
 # pyright: reportPrivateImportUsage=false
 # (torch's optimizers are written with the same _foreach functions)
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -32,6 +33,8 @@ from normkit.moments import Moments, reduce_together
 from normkit.optim.effect import Effect
 from normkit.optim.param_groups import check_optimizer
 from normkit.optim.step_hooks import StepHandle, attach_to_step, check_attachable, effective_lr
+
+_logger = logging.getLogger("normkit")
 
 LARGEST_VARIANCE_RATIO = 1.5  # mean square of n from which the gradients of a step shrink, for projected layers
 
@@ -320,9 +323,15 @@ def _first_tensor(batch: Any) -> Tensor | None:
 
 
 def start_from_data(model: nn.Module, batches: Iterable[Any] | None, *, samples: int = 512) -> nn.Module:
-    """:func:`initialize` a converted model if there are batches and layers to initialize."""
-    if batches is not None and batchless_layers(model):
+    """:func:`initialize` a converted model if there are batches and layers to initialize; say so where none have been seen."""
+    layers = batchless_layers(model)
+    if batches is not None and layers:
         initialize(model, batches, samples=samples)
+    elif any(not (layer.running_mean.is_meta or layer.running_mean.any()) for layer in layers):
+        _logger.warning(
+            "batchless: mu and sigma start at 0 and 1, which is far from what layers see, and training starts slowly; give "
+            "batches=, a few hundred samples of training data"
+        )
     return model
 
 
