@@ -125,3 +125,34 @@ def test_layer_normalization_stays_in_a_hybrid_unless_asked_for(to):
     assert (type(model[4]) is nn.GroupNorm) == (to in ("none", "group"))
     if to != "group":
         assert type(normkit.convert(net(), to, where=["3"])[3]) is not nn.LayerNorm
+
+
+def over_positions(*layers):
+    torch.manual_seed(0)
+    model = nn.Sequential(*layers).double()
+    x = torch.randn(16, 3, *(6,) * (2 if isinstance(layers[0], nn.Conv2d) else 1), dtype=torch.float64) + 1
+    for _ in range(20):
+        model(x)
+    return model, x
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: (nn.Conv1d(3, 4, 3), nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 4)),  # as many positions as channels
+        lambda: (nn.Conv1d(3, 4, 3), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4)),
+        lambda: (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm2d(4)),
+        lambda: (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Linear(4, 4)),
+    ],
+)
+def test_a_linear_layer_over_positions_has_nothing_to_do_with_channels(layers):
+    model, x = over_positions(*layers())
+    before = model(x).detach()
+    assert not normkit.scale_invariance(model)["2.weight" if isinstance(model[2], nn.Linear) else "3.weight"].invariant
+    normkit.param_groups(model, lr=0.1, manifold_lr=0.1)
+    torch.testing.assert_close(model(x), before)
+    with pytest.warns(
+        UserWarning, match="the Linear (before|behind) it works on the last dimension, which is not that"
+    ):
+        folded = normkit.fold(model.eval())
+    torch.testing.assert_close(folded(x), model(x))

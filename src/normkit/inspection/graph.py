@@ -15,12 +15,26 @@ from functools import cached_property
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from normkit.inspection.markers import Leaf
-from normkit.inspection.norms import PRODUCERS, aligned, is_frozen_norm, is_norm
+from normkit.inspection.norms import PRODUCERS, aligned, feature_dim, is_frozen_norm, is_norm, takes_maps
 from normkit.inspection.references import copy_detached
 
 _RECTIFIERS = {"relu", "relu6", "threshold"}
+_SAME_DIMENSIONS = {
+    *_RECTIFIERS,
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "gelu",
+    "silu",
+    "tanh",
+    "sigmoid",
+    "dropout",
+    "contiguous",
+}
 _METADATA = {"shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_cuda", "stride", "is_floating_point"}
 
 
@@ -140,7 +154,32 @@ def producers(model: nn.Module, flow: Dataflow | None = None) -> dict[str, str]:
         norm: source
         for norm, source in pairs.items()
         if source and isinstance(layer := modules[source], PRODUCERS) and aligned(layer, modules[norm])
+        if feature_dim(modules[norm]) == -1 or not works_on_positions(flow, modules, source)
     }
+
+
+def works_on_positions(flow: Dataflow, modules: dict[str, nn.Module], path: str) -> bool:
+    """Whether ``path`` is a linear layer known to take maps ``(N, C, ...)``: its features are no channels then."""
+    return isinstance(modules[path], nn.Linear) and any(_is_map(flow, modules, call) for call in flow.calls(path))
+
+
+def _is_map(flow: Dataflow, modules: dict[str, nn.Module], index: int) -> bool:
+    """Whether the output of a step is known to have positions beside channels, as that of a convolution has."""
+    while True:
+        step = flow.steps[index]
+        module = modules.get(step.path or "") if step.name == "module" else None
+        if isinstance(module, _ConvNd) or (module is not None and takes_maps(module)):
+            return True
+        kept = step.name in _SAME_DIMENSIONS if module is None else _keeps_dimensions(module)
+        if not kept or not step.inputs:
+            return False
+        index = step.inputs[0]
+
+
+def _keeps_dimensions(module: nn.Module) -> bool:
+    kinds = ("activation", "dropout", "pooling", "padding", "upsampling")
+    own = type(module).__module__ in [f"torch.nn.modules.{kind}" for kind in kinds] and not any(module.children())
+    return own or is_norm(module) or isinstance(module, nn.Linear | nn.Identity)
 
 
 def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

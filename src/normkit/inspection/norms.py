@@ -150,9 +150,15 @@ def outputs(layer: nn.Linear | _ConvNd) -> int:
     return layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
 
 
+def takes_maps(norm: nn.Module) -> bool:
+    """Whether the channels of ``norm`` are never the last dimension of its input."""
+    several = isinstance(norm, NormTraits) and bool(norm.dimensions) and 2 not in norm.dimensions
+    return feature_dim(norm) != -1 and (several or isinstance(norm, _SPATIAL))
+
+
 def aligned(layer: nn.Linear | _ConvNd, norm: nn.Module) -> bool:
     """Whether the channels of the normalization, as far as it tells them, can be the outputs of the layer."""
-    if isinstance(layer, nn.Linear) and feature_dim(norm) != -1 and isinstance(norm, _SPATIAL):
+    if isinstance(layer, nn.Linear) and takes_maps(norm):
         return False  # maps have their channels in dimension 1, a linear layer its outputs in the last
     return getattr(norm, "num_features", getattr(norm, "num_channels", 0)) in (0, outputs(layer))
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from normkit.inspection.conformance import scales_with_its_filters
-from normkit.inspection.graph import Dataflow, dataflow
-from normkit.inspection.norms import PRODUCERS, aligned, is_norm, outputs, removes_mean, scale_obstacle
+from normkit.inspection.graph import Dataflow, dataflow, works_on_positions
+from normkit.inspection.norms import PRODUCERS, aligned, feature_dim, is_norm, outputs, removes_mean, scale_obstacle
 from normkit.inspection.probe import Objective, Probe
 from normkit.inspection.reads import tensors_read
 
@@ -147,7 +147,8 @@ def _verdict(
         norms += found
     norms = list(dict.fromkeys(norms))
     for norm in norms:
-        if not aligned(layer, modules[norm]):
+        across = feature_dim(modules[norm]) != -1 and works_on_positions(flow, modules, path)
+        if across or not aligned(layer, modules[norm]):
             return _no(f"{norm}: normalizes other channels than the {outputs(layer)} outputs")
     return Invariance(True, False, f"feeds {', '.join(norms)} only", tuple(norms))
 

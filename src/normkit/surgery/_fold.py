@@ -5,7 +5,7 @@ before one it is ``(W s) x + (W t + b)``: the same function with one layer less.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from torch.nn.utils import parametrize
 
 from normkit.inspection.conformance import has_torch_forward
 from normkit.inspection.forward import Forward, evaluating, run_batch
-from normkit.inspection.graph import Dataflow, dataflow, sole_consumer, source_of
+from normkit.inspection.graph import Dataflow, dataflow, sole_consumer, source_of, works_on_positions
 from normkit.inspection.markers import is_attachment
-from normkit.inspection.norms import PRODUCERS, NormTraits, is_frozen_norm, is_norm, is_placeholder
+from normkit.inspection.norms import PRODUCERS, NormTraits, is_frozen_norm, is_norm, is_placeholder, takes_maps
 from normkit.inspection.reads import attributes_read, tensors_read
 from normkit.inspection.record import record, tensors_in
 from normkit.inspection.references import copy_detached, exchange, reached, unwritable
@@ -72,7 +72,14 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
             source, consumer = source_of(flow, modules, path), sole_consumer(flow, modules, path)
             if consumer is not None and source_of(flow, modules, consumer) != path:
                 consumer = None
-            outcome = _try(modules[path], modules.get(source or ""), modules.get(consumer or ""), fixed)
+            around = {side: near for side, near in (("before", source), ("behind", consumer)) if near is not None}
+            across = [near for near in around.values() if works_on_positions(flow, modules, near)]
+            outcome = _try(
+                modules[path],
+                {side: modules[near] for side, near in around.items()},
+                fixed,
+                [modules[near] for near in across],
+            )
             if isinstance(outcome, str):
                 reasons[path] = outcome
                 continue
@@ -122,9 +129,16 @@ def _fixed(model: nn.Module, folded: nn.Module, flow: Dataflow, candidates: list
 
 
 def _try(
-    norm: nn.Module, source: nn.Module | None, consumer: nn.Module | None, fixed: Mapping[nn.Module, str]
+    norm: nn.Module, around: Mapping[str, nn.Module], fixed: Mapping[nn.Module, str], across: Collection[nn.Module]
 ) -> nn.Module | str:
-    """Fold ``norm`` into one of its neighbours; what stands in its place, or why that cannot be."""
+    """Fold ``norm`` into one of its neighbours; what stands in its place, or why that cannot be.
+
+    Args:
+        norm: The layer.
+        around: Its neighbours "before" and "behind" it.
+        fixed: Layers that must stay as they are, with the reason.
+        across: Neighbours that work on positions, not on channels.
+    """
     if norm in fixed:
         return fixed[norm]
     if is_placeholder(norm) and norm.bias is None:
@@ -135,9 +149,13 @@ def _try(
     if _has_hooks(norm):
         return "it has hooks"
     reasons = []
-    for layer, merge, side in ((source, fold_behind, "before"), (consumer, fold_before, "behind")):
+    for side, layer in around.items():
         if not isinstance(layer, PRODUCERS):
             continue
+        if affine.channel_dim != -1 and (layer in across or (isinstance(layer, nn.Linear) and takes_maps(norm))):
+            reasons.append(f"the Linear {side} it works on the last dimension, which is not that of its channels")
+            continue
+        merge = fold_behind if side == "before" else fold_before
         outcome = _obstacle(layer, side, fixed.get(layer, "")) or merge(_plain(layer), affine)
         if isinstance(outcome, nn.Module):
             return outcome
