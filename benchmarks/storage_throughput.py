@@ -25,28 +25,34 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.study.store import idle_worker, postgres
 
 
-def measure(url: str, workers: int, trials: int, kills: int) -> dict[str, object]:
-    """Time from the first claim to the last result."""
-    config = StudyConfig(methods=("batch",), seeds=trials, batch_sizes=(32,), lr=0.1)
+def measure(url: str, workers: int, plan: int, trials: int, kills: int) -> dict[str, object]:
+    """Time from the first claim to the last of ``trials`` results, of a plan that may have more."""
+    config = StudyConfig(methods=("batch",), seeds=plan, batch_sizes=(32,), lr=0.1)
     name = f"throughput-{workers}-{kills}-{time.time_ns()}"
     store = Store(url, name, lock_file(url))
+    began = time.perf_counter()
     store.open(config)
-    start = idle_worker.starter(url, config, 0.0, None, name)
+    planning = time.perf_counter() - began
+    start = idle_worker.starter(url, config, 0.0, None, name, trials)
     killed = idle_worker.run(start, workers, kills)
     everything = store.storage.get_all_trials(store.study_id, deepcopy=False)
     started = min(t.datetime_start for t in everything if t.datetime_start is not None)
     ended = max(t.datetime_complete for t in everything if t.datetime_complete is not None)
     seconds = (ended - started).total_seconds()
-    recorded = [trial.user_attrs["slot"]["seed"] for trial in everything if "result" in trial.user_attrs]
-    size = sum(len(str(trial.user_attrs)) for trial in everything) / len(everything)
+    ended_trials = [trial for trial in everything if "result" in trial.user_attrs]
+    recorded = [trial.user_attrs["slot"]["seed"] for trial in ended_trials]
+    size = sum(len(str(trial.user_attrs)) for trial in ended_trials) / len(ended_trials)
     return {
         "storage": url.partition(":")[0].partition("+")[0],
         "workers": workers,
         "killed": killed,
         "killed_in_a_trial": sum(t.state == TrialState.FAIL for t in everything),
-        "trials": trials,
-        "trials_per_second": trials / seconds,
-        "lost": trials - len(set(recorded)),
+        "plan": plan,
+        "planning_seconds": planning,
+        "trials": len(recorded),
+        "trials_per_second": len(recorded) / seconds,
+        "worker_seconds_per_trial": workers * seconds / len(recorded),
+        "lost": max(0, trials - len(set(recorded))),
         "doubled": len(recorded) - len(set(recorded)),
         "bytes_per_trial": round(size),
     }
@@ -66,20 +72,26 @@ def storages(given: str) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    """Measure 1, 4 and 16 workers, and 4 of which eight are killed and replaced."""
+    """Measure 1, 4 and 16 workers in a small and a large plan, and 4 of which eight are killed and replaced."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer trials and workers; the result is not written")
     parser.add_argument("--storage", default="", metavar="URL")
     arguments = parser.parse_args()
-    cases = ((1, 0), (2, 2)) if arguments.quick else ((1, 0), (4, 0), (16, 0), (4, 8))
+    cases = ((1, 10, 10, 0), (2, 10, 10, 2), (1, 1000, 10, 0))
+    if not arguments.quick:
+        small, large = (
+            60,
+            10_000,
+        )  # of the large plan only some trials are worked on: a claim costs the most at the start
+        cases = (*((workers, plan, 60, 0) for plan in (small, large) for workers in (1, 4, 16)), (4, 60, 60, 8))
     rows = []
     with storages(arguments.storage) as urls:
         for url in urls:
-            for workers, kills in cases:
-                row = measure(url, workers, 10 if arguments.quick else 30, kills)
+            for workers, plan, trials, kills in cases:
+                row = measure(url, workers, plan, trials, kills)
                 rows.append(row)
                 print(
-                    f"{row['storage']:>10}, {workers:>2} workers, {row['killed']:>2} killed: "
+                    f"{row['storage']:>10}, {workers:>2} workers, plan of {plan}, {row['killed']:>2} killed: "
                     f"{row['trials_per_second']:.1f} trials/s, lost {row['lost']}, doubled {row['doubled']}, "
                     f"{row['bytes_per_trial']} bytes per trial"
                 )

@@ -163,14 +163,13 @@ class Report:
         from normkit.study.environment import redact
         from normkit.study.folder import StudyFolder
 
-        folder = StudyFolder.read(self.run_folder)
+        folder = StudyFolder.read(self.run_folder, resume=False)
         address = folder.address(self.storage)
         store = address.store()
         if not store.exists():
             raise ValueError(
                 f"{redact(address.url)} does not hold the trials of {self.run_folder} (any more): the report stays as it is"
             )
-        store.open(folder.config)
         _print_report(report(folder, store), folder.path)
         return 0
 

@@ -27,19 +27,19 @@ class StudyFolder:
         config: Configuration of the study.
         command: The command that made it, credentials redacted.
         storage: URL of the storage, credentials redacted; None for the SQLite file in the folder.
-        former_name: Name of the study in its storage, where an earlier version gave it another one.
+        kept_name: Name that the study has in its storage since it began; None before that.
     """
 
     path: Path
     config: StudyConfig
     command: str
     storage: str | None
-    former_name: str | None = None
+    kept_name: str | None = None
 
     @property
     def name(self) -> str:
         """Name of the study in its storage."""
-        return self.former_name or study_name(self.config)
+        return self.kept_name or study_name(self.config)
 
     def prepare(self) -> "StudyFolder":
         """Make the folder; if it holds a study already, check that it is the same one.
@@ -64,7 +64,7 @@ class StudyFolder:
             raise StudyError(
                 f"--storage: the trials of {self.path} are in {places[0]}, not in {places[1]}; give that, or another --out"
             )
-        return replace(self, former_name=kept.former_name)
+        return replace(self, kept_name=kept.kept_name)
 
     def save(self) -> None:
         """Write ``study.json``, unless it is there.
@@ -75,15 +75,19 @@ class StudyFolder:
         file = self.path / STUDY_FILE
         if file.exists():
             return
-        text = {"study": pack(self.config), "command": self.command, "storage": self.storage}
+        text = {"name": self.name, "study": pack(self.config), "command": self.command, "storage": self.storage}
         try:
             write_file(file, json.dumps(text, indent=2) + "\n")
         except OSError as error:
             raise StudyError(f"--out {self.path}: cannot be written ({error.strerror}); give another folder") from error
 
     @staticmethod
-    def read(path: Path) -> "StudyFolder":
+    def read(path: Path, *, resume: bool = True) -> "StudyFolder":
         """Read ``study.json`` of a folder.
+
+        Args:
+            path: The folder.
+            resume: Whether more is to be trained there.
 
         Raises:
             StudyError: There is none, it is damaged, or another version made it that this one cannot resume.
@@ -93,7 +97,7 @@ class StudyFolder:
             text = json.loads(file.read_text(encoding="utf-8"))
             kept = text["study"] if "study" in text else text["config"]
             command, storage = str(text["command"]), text["storage"]
-            storage = None if storage is None else str(storage)
+            storage, name = None if storage is None else str(storage), text.get("name")
         except FileNotFoundError as error:
             raise StudyError(
                 f"{path} holds no study (no {STUDY_FILE}); give a folder that `normkit compare` wrote"
@@ -102,8 +106,9 @@ class StudyFolder:
             raise StudyError(f"{file}: cannot be read ({error.strerror}); check the rights") from error
         except (ValueError, KeyError, TypeError) as error:
             raise StudyError(f"{file}: is damaged ({error}); remove it and give the command again") from error
-        config = unpack(kept, str(file))
-        return StudyFolder(path, config, command, storage, None if "study" in text else former_name(kept, config))
+        config = unpack(kept, str(file), resume=resume)
+        name = name or (study_name(config) if "study" in text else former_name(kept, config))
+        return StudyFolder(path, config, command, storage, name)
 
     def address(self, storage: str | None) -> StoreAddress:
         """Return where the trials are kept, given the storage's full URL if it is not in the folder.

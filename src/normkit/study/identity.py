@@ -41,12 +41,13 @@ def pack(config: StudyConfig) -> dict[str, Any]:
     }
 
 
-def unpack(kept: Any, where: str) -> StudyConfig:
+def unpack(kept: Any, where: str, *, resume: bool = True) -> StudyConfig:
     """The configuration that was kept, by this version or an earlier one.
 
     Args:
         kept: What ``pack`` returned, or its JSON.
         where: Where it is kept, for the message.
+        resume: Whether more is to be trained; what has ended can be reported by any version.
 
     Raises:
         StudyError: A newer version kept it, one of its methods has changed since, or it is no configuration.
@@ -68,11 +69,11 @@ def unpack(kept: Any, where: str) -> StudyConfig:
         what = f"the option {unknown[0]}" if unknown else f"format {form}"
         raise StudyError(f"{where}: was made by {made} with {what}, which {__version__} does not know; update normkit")
     config = StudyConfig.from_dict(options)
-    if form == FORMAT and revisions != (now := _revisions(config.methods)):
+    if resume and revisions != (now := _revisions(config.methods)):
         changed = sorted(m for m in {*revisions, *now} if revisions.get(m, 1) != now.get(m, 1))
         raise StudyError(
-            f"{where}: {', '.join(changed)} trained otherwise when it began (normkit {version}), and its results would be mixed; "
-            "give another --out, or use that version"
+            f"{where}: {', '.join(changed)} trained otherwise when it began (normkit {version or '0.1'}), and its results would be "
+            "mixed; give another --out, or use that version"
         )
     return config
 

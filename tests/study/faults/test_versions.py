@@ -115,3 +115,23 @@ def test_a_study_from_before_formats_is_found_under_the_name_it_has(tmp_path):
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:10]
     assert StudyFolder.read(tmp_path).config == CONFIG
     assert StudyFolder(tmp_path, CONFIG, "", None).prepare().name == f"digits-digits-cnn-{digest}"
+
+
+@pytest.mark.parametrize("former", [True, False])
+def test_a_study_of_a_revised_method_is_reported_and_not_resumed(kept, monkeypatch, capsys, former):
+    import normkit
+
+    if former:  # before formats
+        name = json.loads((KEPT / "name.json").read_text())
+        kept_options = {"config": CONFIG.to_dict(), "command": "normkit compare", "storage": None, "name": name}
+        (kept / "study.json").write_text(json.dumps(kept_options))
+    else:
+        text = json.loads((kept / "study.json").read_text())
+        (kept / "study.json").write_text(json.dumps(text | {"name": study_name(CONFIG)}))
+    revised = dict(normkit.recipes())
+    revised["batch"] = dataclasses.replace(revised["batch"], revision=2)
+    monkeypatch.setattr("normkit.study.identity.recipes", lambda: revised)
+    assert main([*COMMAND, "--out", str(kept)]) == 2
+    assert "batch trained otherwise when it began" in capsys.readouterr().err
+    assert main(["report", str(kept)]) == 0
+    assert len(read_results(kept / "results.json").trials) == 1

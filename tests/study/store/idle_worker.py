@@ -18,14 +18,24 @@ from normkit.study.store.worker import lock_file
 CURVE = tuple(CurvePoint(100 * i, 2.3 / i, 0.1 * (i % 10)) for i in range(1, 25))  # as long as a real one
 
 
-def work(url: str, config: StudyConfig, pause: float, fatal_trial: int | None = None, name: str = "idle") -> None:
-    """Work until the study ends; a trial takes up to ``pause`` seconds, and in one of them the worker is killed."""
+def work(
+    url: str,
+    config: StudyConfig,
+    pause: float,
+    fatal_trial: int | None = None,
+    name: str = "idle",
+    trials: int | None = None,
+) -> None:
+    """Work until the study ends, or ``trials`` of it have ended.
+
+    A trial takes up to ``pause`` seconds, and in one of them the worker is killed.
+    """
     connection.HEARTBEAT_SECONDS = 1
     connection.GRACE_SECONDS = 10  # a claim that was never signed is free again after it
     store = Store(url, name, lock_file(url))
     store.open(config)
-    claimed = 0
-    while len(store.results()) < len(slots(config)):
+    claimed, wanted = 0, len(slots(config)) if trials is None else trials
+    while len(store.results()) < wanted:
         claim = store.claim()
         if claim is None:
             store.requeue()

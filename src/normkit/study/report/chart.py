@@ -37,7 +37,7 @@ class Series:
         points: (x, y), in drawing order.
         band: (x, low, high), in drawing order.
         dots: (x, y) of single runs, drawn faintly.
-        crosses: x of runs without a y (diverged); drawn at the bottom.
+        crosses: x of runs without a y (diverged or failed); drawn at the bottom.
         ring: x of a point to ring, or None.
         markers: Whether points carry markers.
     """
@@ -146,7 +146,7 @@ def _frame(plot: _Plot) -> Markup:
         parts.append(Markup('<path class="base" d="M{:.1f} {:.1f}v4"/>').format(at, plot.floor))
         parts.append(_text(at, plot.floor + 16, plot.x.show(tick), "tick mid"))
     if plot.floor != plot.bottom:
-        parts.append(_text(0, plot.floor - 5, "diverged", "small"))
+        parts.append(_text(0, plot.floor - 5, "no score", "small"))
     parts.append(_text((plot.left + plot.right) / 2, plot.floor + 33, plot.x.title, "axis mid"))
     return Markup("").join(parts)
 

@@ -39,7 +39,7 @@ def by_batch_size(record: StudyRecord, summaries: Sequence[Summary]) -> list[Mar
 
     Empty before final runs of two batch sizes have ended: the tables show a single one better.
     """
-    summaries = [s for s in summaries if s.scores or s.diverged]
+    summaries = [s for s in summaries if s.scores or s.diverged or s.failed]
     if len({s.batch_size for s in summaries}) < 2:
         return []
     series, texts, metric = [], [], record.metric
@@ -53,7 +53,7 @@ def by_batch_size(record: StudyRecord, summaries: Sequence[Summary]) -> list[Mar
                 index,
                 points=tuple((s.batch_size, s.mean) for s in mine if s.mean is not None),
                 dots=tuple((s.batch_size, score) for s in mine for score in s.scores),
-                crosses=tuple(s.batch_size for s in mine if s.diverged),
+                crosses=tuple(s.batch_size for s in mine if s.diverged or s.failed),
             )
         )
         means = [format_score(metric, s.mean) if s.mean is not None else f"no {metric.name}" for s in mine]
