@@ -72,8 +72,8 @@ def unpack(kept: Any, where: str, *, resume: bool = True) -> StudyConfig:
     if resume and revisions != (now := _revisions(config.methods)):
         changed = sorted(m for m in {*revisions, *now} if revisions.get(m, 1) != now.get(m, 1))
         raise StudyError(
-            f"{where}: {', '.join(changed)} trained otherwise when it began (normkit {version or '0.1'}), and its results would be "
-            "mixed; give another --out, or use that version"
+            f"{where}: {', '.join(changed)} trained otherwise when it began (normkit {version or '0.1'}), and its results would "
+            "be mixed; give another --out, or use that version"
         )
     return config
 
