@@ -1,5 +1,6 @@
 """Layers whose tensors or attributes are read without calling them are found, and nothing changes their function."""
 
+import inspect
 import logging
 import warnings
 
@@ -156,3 +157,40 @@ def test_a_linear_layer_over_positions_has_nothing_to_do_with_channels(layers):
     ):
         folded = normkit.fold(model.eval())
     torch.testing.assert_close(folded(x), model(x))
+
+
+class Switched(nn.Module):
+    """Reads its normalization in a branch that a setting opens, as PyTorch Geometric's and PEFT's layers do."""
+
+    def __init__(self, *, single, merged=False):
+        super().__init__()
+        self.single, self.merged = single, merged
+        self.linear, self.norm = nn.Linear(6, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        if not self.merged and (x.sum() < 1e9):
+            x = self.linear(x)
+        if self.single and x.size(0) <= 1:
+            return F.batch_norm(x, self.norm.running_mean, self.norm.running_var)
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_branches_that_a_setting_excludes_are_not_read(single, caplog):
+    model = nn.Sequential(Switched(single=single), nn.BatchNorm1d(4))
+    normkit.convert(model, "batchless")
+    assert isinstance(model[0].norm, nn.BatchNorm1d) == single
+    assert ("reads its running_" in caplog.text) == single
+
+
+def test_the_parameters_of_a_signature_are_no_tensors():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query = nn.Linear(4, 4)
+
+        def forward(self, x):
+            names = set(inspect.signature(self.query.forward).parameters.keys())
+            return self.query(x) if x.sum() < 1e9 else x * len(names)
+
+    assert normkit.BNP(Attention()).skipped == {}

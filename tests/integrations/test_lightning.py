@@ -76,6 +76,28 @@ def assert_same(a, b):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
 
 
+class Manual(Module):
+    """Steps and clips by itself."""
+
+    def __init__(self, network):
+        super().__init__(network)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, index))
+        self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+        optimizer.step()
+
+
+def test_bnp_preconditions_and_then_the_module_clips_in_manual_optimization():
+    module = Manual(net())
+    fit(module, [BNPCallback()])
+    assert_same(module.network, by_hand(net(), clip=0.1))
+    assert "clip_gradients" not in vars(module)
+
+
 @pytest.mark.parametrize("options", [{}, {"clip": 0.1}, {"clip": 0.1, "every": 2}])
 def test_bnp_preconditions_and_then_lightning_clips(options):
     module = Module(net())

@@ -276,3 +276,13 @@ def test_all_hooks_go_and_others_stay():
         handle.remove()
     assert {k: v for k, v in vars(optimizer).items() if k != "zero_grad"} == before
     pickle.dumps(optimizer)
+
+
+@pytest.mark.parametrize("name", ["bnp", "batchless", "normalizer-free"])
+def test_who_sees_inputs_beside_private_gradients_says_so_once(name, recwarn):
+    model, optimizer = normkit.apply(name, network(), lr=0.02)
+    for parameter in model.parameters():
+        parameter.grad_sample = None  # as Opacus marks them
+    train(model, optimizer, range(2))
+    said = [w for w in recwarn if "the privacy guarantee does not cover them" in str(w.message)]
+    assert len(said) == (name != "normalizer-free")

@@ -47,7 +47,7 @@ def tensors_read(model: nn.Module, flow: Dataflow) -> dict[nn.Module, str]:
     for path in flow.opaque:
         module = model.get_submodule(path)
         kind = f"{path} ({type(module).__name__})" if path else type(module).__name__
-        for chain in attribute_chains(type(module)):
+        for chain in attribute_chains(module):
             for layer in _read(module, chain, _TENSORS | _ALL):
                 readers.setdefault(layer, f"{kind} cannot be traced, and its source reads {'.'.join(chain)}")
     return readers
@@ -64,7 +64,7 @@ def attributes_read(model: nn.Module) -> dict[nn.Module, str]:
         kind = f"{path} ({type(module).__name__})" if path else type(module).__name__
         if is_norm(module) or (is_leaf(module) and not any(True for _ in module.children())):
             continue
-        for chain in attribute_chains(type(module)):
+        for chain in attribute_chains(module):
             if len(chain) < 3 or chain[-1] == "training":
                 continue
             for layer in _named(module, chain[:-1]):
@@ -99,44 +99,90 @@ def _named(module: nn.Module, chain: tuple[str, ...]) -> list[nn.Module]:
     return [part for path, part in module.named_modules() if path.rpartition(".")[2] == chain[-1]]
 
 
-@cache
-def attribute_chains(cls: type[nn.Module]) -> frozenset[tuple[str, ...]]:
-    """What the forward of a class, and the methods it calls, read: ``self.norm.weight`` is ``("self", "norm", "weight")``.
+def attribute_chains(module: nn.Module) -> frozenset[tuple[str, ...]]:
+    """What the forward of a module, and the methods it calls, read: ``self.norm.weight`` is ``("self", "norm", "weight")``.
 
-    The beginnings of a chain are among them. Reads of shapes, dtypes and devices are left out. A base that is no name is
-    ``"?"``.
+    The beginnings of a chain are among them. Reads of shapes, dtypes and devices are left out, and so are branches that a setting
+    of the module excludes: ``if self.merged``. A base that is no name is ``"?"``.
     """
     chains: set[tuple[str, ...]] = set()
     todo, done = ["forward"], set[str]()
     while todo:
         name = todo.pop()
-        method = inspect.getattr_static(cls, name, None)
-        if name in done or not inspect.isfunction(method) or method.__qualname__.startswith("Module."):
+        if name in done:
             continue
         done.add(name)
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-        except (OSError, TypeError, SyntaxError):  # no source
-            continue
-        for chain in _chains(tree):
+        tree = _source(type(module), name)
+        for chain in () if tree is None else _chains(tree, module):
             chains.add(chain)
             if chain[0] == "self" and len(chain) == 2:
                 todo.append(chain[1])
     return frozenset(chains)
 
 
-def _chains(tree: ast.AST) -> Iterator[tuple[str, ...]]:
-    for node in ast.iter_child_nodes(tree):
+@cache
+def _source(cls: type[nn.Module], name: str) -> ast.AST | None:
+    """The source of a method, where it has one and is not ``nn.Module``'s."""
+    method = inspect.getattr_static(cls, name, None)
+    if not inspect.isfunction(method) or method.__qualname__.startswith("Module."):
+        return None
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+def _chains(tree: ast.AST, module: nn.Module) -> Iterator[tuple[str, ...]]:
+    for node in _reachable(tree, module):
         if not isinstance(node, ast.Attribute):
-            yield from _chains(node)
+            yield from _chains(node, module)
             continue
         names, base = [node.attr], node.value
         while isinstance(base, ast.Attribute):
             names.append(base.attr)
             base = base.value
         if not isinstance(base, ast.Name):
-            yield from _chains(base)
+            yield from _chains(base, module)
         chain = (base.id if isinstance(base, ast.Name) else "?", *reversed(names))
+        called = isinstance(tree, ast.Call) and node is tree.func
         for end in range(2, len(chain) + 1):
-            if chain[end - 1] not in _METADATA and (end == len(chain) or chain[end] not in _METADATA):
+            last = end == len(chain)
+            if chain[end - 1] in _ALL and not (last and called):
+                continue  # not the method of a module: inspect.signature(f).parameters
+            if chain[end - 1] not in _METADATA and (last or chain[end] not in _METADATA):
                 yield chain[:end]
+
+
+def _reachable(tree: ast.AST, module: nn.Module) -> Iterator[ast.AST]:
+    """Go through the children of a node, without the branches of an ``if`` that a setting of the module excludes.
+
+    Yields:
+        The children.
+    """
+    if not isinstance(tree, ast.If):
+        yield from ast.iter_child_nodes(tree)
+        return
+    value = _setting(tree.test, module)
+    yield tree.test
+    if value is not False:
+        yield from tree.body
+    if value is not True:
+        yield from tree.orelse
+
+
+def _setting(test: ast.expr, module: nn.Module) -> bool | None:
+    """What a condition on the settings of a module is, or None where it depends on anything else."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        value = _setting(test.operand, module)
+        return None if value is None else not value
+    if isinstance(test, ast.BoolOp):
+        decides = isinstance(test.op, ast.Or)  # one that is enough
+        values = [_setting(part, module) for part in test.values]
+        if decides in values:
+            return decides
+        return None if None in values else not decides
+    if isinstance(test, ast.Attribute) and isinstance(test.value, ast.Name) and test.value.id == "self":
+        value = getattr(module, test.attr, module)
+        plain = value is None or isinstance(value, bool | int | str)
+        return bool(value) if plain and test.attr != "training" else None
+    return None

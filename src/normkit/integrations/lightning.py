@@ -1,7 +1,8 @@
 """For Lightning: a task of a module and its data, and callbacks in a ``Trainer`` that is otherwise as it was.
 
 Lightning runs forward and backward inside the optimizer's closure, then ``on_before_optimizer_step``, then clips. So BNP
-preconditions before clipping, as it should, and its statistics travel in the optimizer's part of a checkpoint.
+preconditions before clipping, as it should, and its statistics travel in the optimizer's part of a checkpoint. With manual
+optimization the module clips before it steps, by ``self.clip_gradients(...)``: BNP preconditions at the start of that call.
 """
 
 import logging
@@ -61,8 +62,15 @@ class BNPCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach, before a checkpoint's optimizer state is restored."""
-        self.bnp = BNP(pl_module, **self.options)
-        self.bnp.attach(only_optimizer(trainer, "BNPCallback"))
+        bnp = self.bnp = BNP(pl_module, **self.options)
+        bnp.attach(only_optimizer(trainer, "BNPCallback"))
+        clip_gradients = pl_module.clip_gradients
+
+        def precondition_and_clip(*args: Any, **kwargs: Any) -> None:
+            bnp.precondition_()
+            clip_gradients(*args, **kwargs)
+
+        vars(pl_module)["clip_gradients"] = precondition_and_clip
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Precondition; the step itself then leaves the gradients as clipping made them."""
@@ -71,16 +79,17 @@ class BNPCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take everything off the model."""
-        self._remove()
+        self._remove(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Likewise."""
-        self._remove()
+        self._remove(pl_module)
 
-    def _remove(self) -> None:
+    def _remove(self, pl_module: LightningModule) -> None:
         if self.bnp is not None:
             self.bnp.remove()
             self.bnp = None
+            vars(pl_module).pop("clip_gradients", None)
 
 
 class BatchlessCallback(Callback):

@@ -5,6 +5,7 @@ after its pre-hooks. :func:`attach_to_step` serves both. What accumulates betwee
 whenever ``optimizer.zero_grad()`` drops them (a step skipped by a GradScaler, say).
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -67,6 +68,7 @@ class StepHandle:
         self.optimizer, self.key, self.attached, self.owner = optimizer, key, True, owner
         self._prepare, self._after, self._discard = prepare, after, discard
         self._state, self._on_remove = state, on_remove
+        self._warned = False
         self._install()
 
     def remove(self) -> None:
@@ -122,6 +124,7 @@ class StepHandle:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._check_privacy(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer itself
         if closure is None:
             self._prepare(optimizer)
@@ -145,6 +148,18 @@ class StepHandle:
         if len(args) > 1:
             return (args[0], wrapped, *args[2:]), kwargs
         return args, {**kwargs, "closure": wrapped}
+
+    def _check_privacy(self, optimizer: Optimizer) -> None:
+        """Warn, once, where gradients are made private and the method uses data in another way."""
+        observes = self._discard is not None  # who has something to discard has seen inputs
+        first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+        if observes and not self._warned and hasattr(first, "grad_sample"):  # set by Opacus
+            self._warned = True
+            warnings.warn(
+                f"{self.key}: gradients per sample are clipped and made noisy (Opacus), but the statistics of the inputs, which "
+                f"{self.key} uses and which its checkpoints hold, are not: the privacy guarantee does not cover them",
+                stacklevel=4,
+            )
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._after is not None:

@@ -10,11 +10,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from normkit.inspection.conformance import computes_as_its_type, linear_map
 from normkit.inspection.counting import input_counters
 from normkit.inspection.graph import dataflow, producers
-from normkit.inspection.norms import PRODUCERS
+from normkit.inspection.norms import PRODUCERS, NormTraits
 from normkit.inspection.reads import tensors_read
 from normkit.methods.bnp.observer import Layer, Observed
 
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, NormTraits)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
