@@ -72,7 +72,8 @@ def effects_of(model: nn.Module, optimizer: Optimizer) -> list[Effect]:
     values = count(trainable[name] for name in done), count(trainable.values())
     found = [Effect("trained", "parameters", done, left, values)]
     found += _own_rates(model, optimizer)
-    for source in (optimizer, *(handle.owner for handle in attachments(optimizer))):
+    sources: list[Any] = [optimizer, *(handle.owner for handle in attachments(optimizer))]
+    for source in sources:
         if hasattr(source, "effects"):
             found += source.effects(model)
     return found
@@ -80,16 +81,18 @@ def effects_of(model: nn.Module, optimizer: Optimizer) -> list[Effect]:
 
 def _own_rates(model: nn.Module, optimizer: Optimizer) -> list[Effect]:
     """Whether the parameters for which a method wants another learning rate have it."""
-    rates = {id(p): group.get("lr") for group in optimizer.param_groups for p in group["params"]}
+    if any("lr" not in group for group in optimizer.param_groups):
+        return []
+    rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
     names = {p: name for name, p in model.named_parameters()}
     kinds = {p: factor for p, (_, factor) in parameter_kinds(model).items() if p.requires_grad and id(p) in rates}
-    common = {float(rates[id(p)]) for p, factor in kinds.items() if factor == 1}
+    common = {rates[id(p)] for p, factor in kinds.items() if factor == 1}
     marked = {p: factor for p, factor in kinds.items() if factor != 1}
     if not marked or not common:
         return []
     left: dict[str, Any] = {}
     for p, factor in marked.items():
-        rate = float(rates[id(p)])
+        rate = rates[id(p)]
         if not any(abs(rate - factor * other) <= 1e-6 * abs(rate) for other in common):
             left[names[p]] = (
                 f"its learning rate is {rate:g} and should be {factor:g} times the others' ({max(common):g}); build the "

@@ -31,7 +31,7 @@ class _Watch:
 
 def _rates(optimizer: Optimizer) -> list[float]:
     """The learning rates of the groups that hold parameters; none where one is a tensor, whose value costs a synchronisation."""
-    rates = [group.get("lr") for group in optimizer.param_groups if group["params"]]
+    rates: list[Any] = [group.get("lr") for group in optimizer.param_groups if group["params"]]
     return [] if any(rate is None or torch.is_tensor(rate) for rate in rates) else rates
 
 

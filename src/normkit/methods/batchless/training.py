@@ -75,7 +75,8 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
     taken = next((name for name, m in model.named_modules() if isinstance(m, BatchlessNorm) and m.is_collected), None)
     if taken is not None:
         raise ValueError(
-            f"attach: layer {taken!r} is attached already; call remove() of the handle of that attach() first"
+            f"attach: layer {taken!r} is attached already; call remove() of the handle of that attach() first, or "
+            "normkit.handle(optimizer).remove() where normkit.apply attached it"
         )
     if any(hasattr(layer.running_mean, "placements") for layer in layers):
         raise ValueError(

@@ -133,7 +133,7 @@ class BNP:
         check_attachable(optimizer, "bnp")
         attached = self._layers_of(optimizer)
         if any(handle.optimizer is optimizer for handle in self._handles):
-            raise ValueError("the optimizer is attached already; call remove() of the handle of that attach() first")
+            raise ValueError("the optimizer is attached already; call normkit.handle(optimizer).remove() first")
         if not attached:
             raise ValueError(
                 "the optimizer holds no weight of a layer that BNP observes; build it from the parameters of this model"
