@@ -102,3 +102,32 @@ def test_batch_normalization_made_of_buffers_is_converted_and_comes_back(to):
     assert model[1] is layer
     assert not list(layer.parameters())
     assert torch.equal(model(x), expected)
+
+
+class BatchNormAct2d(nn.BatchNorm2d):  # as in timm
+    def __init__(self, features):
+        super().__init__(features)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+@pytest.mark.parametrize("to", ["batchless", "frozen", "l2", "batch-renorm", "group", "none"])
+def test_a_norm_with_an_activation_built_in_keeps_the_activation(to):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), BatchNormAct2d(8)), torch.randn(16, 3, 8, 8)
+    model(x)
+    layer, expected, seen = model[1], model.eval()(x), []
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    for _ in range(2):
+        normkit.convert(model, to)
+        if to in ("batchless", "frozen", "batch-renorm"):
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        assert model(x).min() > -0.3  # the least that SiLU returns is -0.28
+        assert seen[-1].min() > -0.3
+        normkit.revert(model)
+        assert model[1] is layer
+        assert torch.equal(model(x), expected)
+    assert len(layer._forward_hooks) == 1
+    handle.remove()

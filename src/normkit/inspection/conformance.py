@@ -48,6 +48,31 @@ def computes_as_its_type(layer: nn.Module) -> bool:
     return agreed
 
 
+@torch.no_grad()
+def applies_children(norm: nn.Module) -> bool:
+    """Whether ``norm`` computes in eval mode what its type's parent does, then its children in their order.
+
+    So do layers with an activation built in (BatchNormAct2d of timm). The children may have no parameters.
+    """
+    if not any(True for _ in norm.children()) or any(True for child in norm.children() for _ in child.parameters()):
+        return False
+    parent, probe = stated_type(norm), _probe(norm)
+    if probe is None:
+        return False
+    agreed = False
+    for x in _inputs(norm):
+        try:  # each kind of layer refuses the other shapes in its own way
+            expected, actual = parent.forward(probe.eval(), x), probe.forward(x)
+            for child in probe.children():
+                expected = child(expected)
+        except Exception:
+            continue
+        if not _same(actual, expected):
+            return False
+        agreed = True
+    return agreed
+
+
 def _inputs(layer: nn.Module) -> list[Tensor]:
     """Inputs of every number of dimensions that a layer may take."""
     if isinstance(layer, _ConvNd):

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from normkit._errors import closest
-from normkit.inspection.conformance import computes_as_its_type, has_torch_forward
+from normkit.inspection.conformance import applies_children, computes_as_its_type, has_torch_forward
 from normkit.inspection.graph import producers
 from normkit.inspection.norms import PRODUCERS, Producer, is_frozen_norm, is_norm, outputs, statistics_of
 from normkit.inspection.reads import attributes_read
@@ -37,6 +37,7 @@ from normkit.surgery.conversion_state import (
     origin_of,
     reference,
     restored,
+    take_children,
     transfer_hooks,
 )
 
@@ -242,7 +243,8 @@ def _plan(
             to,
         )
         return None
-    if is_frozen_norm(source) or not computes_as_its_type(source):
+    with_children = applies_children(source)
+    if is_frozen_norm(source) or not (with_children or computes_as_its_type(source)):
         raise ValueError(
             f"{path}: {type(source).__name__} computes something else than torch's layer that it derives from (an activation "
             "after it, other dimensions, more arguments), which would be lost; leave it out with `where`, or make that a "
@@ -267,6 +269,8 @@ def _plan(
     like = reference(base, model)
     module = layer if origin is None else origin.module
     vars(new)["normkit_origin"] = Origin(module, to, settings, biased, frozen, None if like is None else like.dtype)
+    if with_children:
+        vars(new)["normkit_origin"]._child_hook = take_children(source, new)
     new.register_load_state_dict_pre_hook(load_other_form)
     return _Swap(layer, new, was)
 
@@ -348,8 +352,9 @@ def _swap_biases(swap: _Swap, like: Tensor | None) -> None:
             origin.biased.register_parameter("bias", None)
         if origin.frozen is not None and origin.frozen.bias is not None:
             origin.frozen.bias.requires_grad_(True)
-        if origin._bias_hook is not None:
-            origin._bias_hook.remove()
+        for hook in (origin._bias_hook, origin._child_hook):
+            if hook is not None:
+                hook.remove()
     if future is not None and future.frozen is not None and future.frozen.bias is not None:
         future.frozen.bias.requires_grad_(False)
     if future is not None and future.biased is not None:

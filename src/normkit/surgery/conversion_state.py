@@ -46,6 +46,7 @@ class Origin:
     frozen: Producer | None = None
     dtype: torch.dtype | None = None
     _bias_hook: RemovableHandle | None = None
+    _child_hook: RemovableHandle | None = None
 
 
 def origin_of(module: nn.Module) -> Origin | None:
@@ -59,6 +60,19 @@ def transfer_hooks(source: nn.Module, new: nn.Module) -> None:
     for name in _HOOKS:
         vars(new)[name] = vars(source)[name]
     new.train(source.training)
+
+
+def take_children(source: nn.Module, new: nn.Module) -> RemovableHandle:
+    """Let ``new`` apply the children of ``source`` to its output, as ``source`` does."""
+    for name, child in source.named_children():
+        new.add_module(name, child)
+    return new.register_forward_hook(_apply_children, prepend=True)
+
+
+def _apply_children(layer: nn.Module, args: Any, output: Any) -> Any:
+    for child in layer.children():
+        output = child(output)
+    return output
 
 
 def reference(layer: nn.Module, model: nn.Module) -> Tensor | None:
