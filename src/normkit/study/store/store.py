@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 MAX_DEATHS = 3  # of workers on one trial before it is taken to be the reason
 MIN_PEERS = 2  # that must have reached a point before a run can be pruned there
 LOCK_SECONDS = 60.0  # a process that was stopped while it held the lock
+LOCK_POLL = 0.005  # seconds between two tries: the lock is held for a few hundredths
 
 _T = TypeVar("_T")
 
@@ -59,7 +60,7 @@ class Store:
 
     def __init__(self, url: str, name: str, lock: Path | None = None) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._lock = FileLock(lock, timeout=LOCK_SECONDS) if lock is not None else contextlib.nullcontext()
+        self._file_lock = FileLock(lock, timeout=LOCK_SECONDS) if lock is not None else None
         try:
             with self._lock:  # of several processes that make a new storage one makes its tables
                 self.storage = connect(url)
@@ -70,6 +71,11 @@ class Store:
             ) from error
         self.name = name
         self._rows = Rows(self.storage, name)
+
+    @property
+    def _lock(self) -> contextlib.AbstractContextManager[Any]:
+        """Within the block no other process changes the study, where the storage itself has no row locks."""
+        return contextlib.nullcontext() if self._file_lock is None else self._file_lock.acquire(poll_interval=LOCK_POLL)
 
     # -- the plan -----------------------------------------------------------------------------------------------------
 
@@ -108,20 +114,29 @@ class Store:
         A slot for which the search found no learning rate that works is closed with the reason.
         """
         with self._lock:
-            self._rows.refresh()
-            blocked: set[tuple[str, int]] = set()  # cells whose search has not ended
-            for row in self._rows.waiting():
-                if row.slot.lr is None and row.slot.cell in blocked:
-                    continue
-                resolved = self._resolve(row.slot)
-                if resolved is None:
-                    blocked.add(row.slot.cell)
-                elif self._take(row):
-                    if isinstance(resolved, TrialKey):
-                        return Claim(row.trial_id, row.slot, resolved)
-                    slot = row.slot
-                    key = TrialKey(slot.phase, slot.method, slot.batch_size, 0.0, slot.seed)
-                    self.record(Claim(row.trial_id, slot, key), TrialResult(key, "failed", error=resolved))
+            found = self._take_next()
+        if (
+            found is not None
+        ):  # from here on the claim is this process's: only signing it is repeated while the storage is away
+            patient(self.storage.set_trial_user_attr)(found.trial_id, "owner", owner())
+            patient(self.storage.record_heartbeat)(found.trial_id)
+        return found
+
+    def _take_next(self) -> Claim | None:
+        self._rows.refresh()
+        blocked: set[tuple[str, int]] = set()  # cells whose search has not ended
+        for row in self._rows.waiting():
+            slot = row.slot
+            if slot.lr is None and slot.cell in blocked:
+                continue
+            resolved = self._resolve(slot)
+            if resolved is None:
+                blocked.add(slot.cell)
+            elif self._take(row):
+                if isinstance(resolved, TrialKey):
+                    return Claim(row.trial_id, slot, resolved)
+                key = TrialKey(slot.phase, slot.method, slot.batch_size, 0.0, slot.seed)
+                self.record(Claim(row.trial_id, slot, key), TrialResult(key, "failed", error=resolved))
         return None
 
     def _resolve(self, slot: Slot) -> TrialKey | str | None:
@@ -129,13 +144,9 @@ class Store:
 
     def _take(self, row: Row) -> bool:
         try:
-            taken = self.storage.set_trial_state_values(row.trial_id, TrialState.RUNNING)
+            return self.storage.set_trial_state_values(row.trial_id, TrialState.RUNNING)
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
-        if taken:  # from here on the claim is this process's: only signing it is repeated while the storage is away
-            patient(self.storage.set_trial_user_attr)(row.trial_id, "owner", owner())
-            patient(self.storage.record_heartbeat)(row.trial_id)
-        return taken
 
     @patient
     def record(self, claim: Claim, result: TrialResult) -> None:
