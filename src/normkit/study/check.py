@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import SGD
+from torch.utils.data import default_collate
 
 import normkit
 from normkit.study.classification import NamedClassification, check_augmentation, check_classes, check_fit
@@ -19,7 +20,7 @@ from normkit.study.data.samples import Fetcher, Request, fetched
 from normkit.study.data.sampling import seed_all
 from normkit.study.data.structure import to_device
 from normkit.study.environment import check_device
-from normkit.study.errors import DataError, StudyError
+from normkit.study.errors import StudyError
 from normkit.study.load import load, with_validation
 from normkit.study.methods import parse_method
 from normkit.study.plan import validate
@@ -191,12 +192,12 @@ def _check_samples(task: Task, split: str) -> None:
 
 
 def _check_loss(task: Task, model: nn.Module, device: str) -> None:
-    few = min(2, length(task.train))
+    fetcher = Fetcher(task.train, "train", collate=list)
+    (((samples, _),),) = fetched(fetcher, iter([Request(0, (tuple(range(min(2, length(task.train)))),))]))
     model.train()
     try:
-        loss, doubled = (task.training_loss(model, _batch(task, list(range(few)) * times, device)) for times in (1, 2))
-    except DataError:
-        raise
+        batches = [to_device((task.collate or default_collate)(samples * times), device) for times in (1, 2)]
+        loss, doubled = (task.training_loss(model, batch) for batch in batches)
     except Exception as error:
         raise StudyError(f"{task.data_label}: the loss raised {type(error).__name__}: {error}") from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -213,13 +214,6 @@ def _check_loss(task: Task, model: nn.Module, device: str) -> None:
             "learning rates will not be comparable between batch sizes",
             task.data_label,
         )
-
-
-def _batch(task: Task, indices: list[int], device: str) -> Any:
-    """A batch of these training samples."""
-    fetcher = Fetcher(task.train, "train", collate=task.collate)
-    ((micro,),) = fetched(fetcher, iter([Request(0, (tuple(indices),))]))
-    return to_device(micro.batch, device)
 
 
 @torch.no_grad()
