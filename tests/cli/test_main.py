@@ -188,6 +188,9 @@ def test_arguments_that_cannot_be_parsed_are_explained_with_exit_code_2(argument
         ["recipes", "--json"],
         ["compare", "--help"],
         ["compare", "--seeds", "x"],
+        ["compare", "--seeds", "0"],
+        ["compare", "--methods", "bach"],
+        ["doctor", "--method", "bach"],
         ["x"],
     ],
 )

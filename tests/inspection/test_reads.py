@@ -55,7 +55,7 @@ def trained(cls):
 @pytest.mark.parametrize("cls", NETS)
 def test_fold_leaves_a_layer_whose_weight_is_used_as_a_tensor(cls):
     model, x = trained(cls)
-    with pytest.warns(UserWarning, match="fold: 1 layers stay"):
+    with pytest.warns(UserWarning, match="fold: 1 layer stays"):
         folded = normkit.fold(model.eval())
     assert torch.equal(folded(x), model(x))
 

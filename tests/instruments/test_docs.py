@@ -17,4 +17,4 @@ def test_the_code_of_both_pages_runs(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "run.jsonl").read_text().splitlines()) == 3
     names["batches"] = [names["batch"]] * 4
     exec(code("doctor.md")[0].replace("assert found.healthy", ""), names)
-    assert "normalization layers looked at" in capsys.readouterr().out
+    assert "1 normalization layer examined" in capsys.readouterr().out

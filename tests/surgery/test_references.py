@@ -85,7 +85,7 @@ def test_the_layer_that_runs_is_the_one_that_was_put_in(how):
 
 
 @pytest.mark.parametrize("how", HELD)
-@pytest.mark.filterwarnings("ignore:fold. 1 layers stay")
+@pytest.mark.filterwarnings("ignore:fold. 1 layer stays")
 def test_fold_keeps_the_function_however_the_model_keeps_its_layers(how):
     model, x = trained(how)
     folded = normkit.fold(model.eval())
@@ -124,7 +124,7 @@ def test_a_layer_in_a_container_that_may_not_be_written_to_stays_and_is_named():
         normkit.convert(model, "none")
     assert [type(layer).__name__ for layer in model] == ["Conv2d", "BatchNorm2d", "Conv2d", "Removed"]
     with pytest.warns(
-        UserWarning, match=r"fold: 1 layers stay. 1 \(BatchNorm2d\): a container that may not be written"
+        UserWarning, match=r"fold: 1 layer stays. 1 \(BatchNorm2d\): a container that may not be written"
     ):
         folded = normkit.fold(model.eval())
     assert folded.config["norms"][0] is folded[1]

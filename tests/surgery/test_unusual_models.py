@@ -67,7 +67,7 @@ def test_one_layer_with_a_computed_weight_hides_no_other_layer(wrap):
     x = torch.randn(8, 3, 7, 7)
     model(x)
     assert normkit.scale_invariance(model)["0.weight"].invariant
-    with pytest.warns(UserWarning, match=r"fold: 1 layers stay. 4 \(BatchNorm2d\): the Conv2d before it has hooks"):
+    with pytest.warns(UserWarning, match=r"fold: 1 layer stays. 4 \(BatchNorm2d\): the Conv2d before it has hooks"):
         folded = normkit.fold(model.eval())
     assert type(folded[1]) is nn.Identity
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)

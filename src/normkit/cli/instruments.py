@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from tyro.conf import OmitArgPrefixes, arg
 
+from normkit.cli.recipes import check_names
 from normkit.study.config import DoctorConfig, HowBNHelps, LandscapeConfig
 from normkit.study.files import new_folder
 
@@ -50,11 +51,12 @@ class Doctor:
 
     quiet: ClassVar[bool] = True  # what apply logs is no part of the diagnosis
     config: OmitArgPrefixes[DoctorConfig] = field(default_factory=DoctorConfig)
-    json: bool = False
+    json: Annotated[bool, arg(help_behavior_hint="")] = False
     """Print JSON."""
 
     def run(self, arguments: list[str]) -> int:
         """Print the diagnosis."""
+        check_names("--method", [self.config.method])
         from normkit.study.doctor import run_doctor
 
         found = run_doctor(self.config)

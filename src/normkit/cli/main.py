@@ -210,7 +210,7 @@ def _rates(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="auto|FLOAT|METHOD=FLOAT,...",
+        metavar="auto|RATE|METHOD=RATE,...",
         instance_from_str=read,
         is_instance=lambda value: isinstance(value, (float, dict, str)),
         str_from_instance=lambda value: [str(value)],

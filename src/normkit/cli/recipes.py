@@ -5,9 +5,14 @@
 
 import json
 import textwrap
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from tyro.conf import arg
+
+from normkit._errors import nearest
 
 LIST = Path(__file__).with_name("recipes.json")
 WIDTH = 80  # columns of the terminal that the list is set for
@@ -29,6 +34,23 @@ def listed() -> list[Entry]:
     return [Entry(**values) for values in json.loads(LIST.read_text(encoding="utf-8"))]
 
 
+def check_names(flag: str, methods: Iterable[str]) -> None:
+    """Check the names of methods at once; their settings, as in ``revisited:scale=0.2``, are checked with torch.
+
+    Args:
+        flag: The option that gave them.
+        methods: The names.
+
+    Raises:
+        ValueError: One is unknown.
+    """
+    known = [entry.name for entry in listed()]
+    for method in methods:
+        name = method.partition(":")[0]
+        if name not in known:
+            raise ValueError(f"{flag}: unknown method {name!r}; {nearest(name, known)}")
+
+
 def declared() -> list[Entry]:
     """The same from the methods themselves, which loads torch."""
     from normkit._apply import recipes
@@ -42,9 +64,9 @@ class Recipes:
 
     examples: ClassVar = ("normkit recipes", "normkit recipes --all --json")
 
-    all: bool = False
+    all: Annotated[bool, arg(help_behavior_hint="")] = False
     """List the arms of ablations too."""
-    json: bool = False
+    json: Annotated[bool, arg(help_behavior_hint="")] = False
     """Print JSON."""
 
     def run(self, arguments: list[str]) -> int:

@@ -26,27 +26,27 @@ class Reproduce:
     """Name of a preset."""
     scale: Annotated[float, arg(metavar="FRACTION")] = 0.01
     """Fraction of the paper's training budget, in (0, 1]; the report says what was scaled down."""
-    data: Annotated[str | None, arg(metavar="DATA")] = None
+    data: Annotated[str | None, arg(metavar="DATA", help_behavior_hint="")] = None
     """Use this data instead, for example a local copy of the preset's."""
-    train_split: Annotated[str | None, arg(metavar="SPLIT")] = None
+    train_split: Annotated[str | None, arg(metavar="SPLIT", help_behavior_hint="")] = None
     """Train on this split instead, or on several joined by +, where your copy of the data has other ones."""
-    model: Annotated[str | None, arg(metavar="MODEL")] = None
+    model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
     """Only this network of the preset, or in place of its only one, for example resnet20."""
-    methods: Annotated[tuple[str, ...], arg(metavar="METHOD,...")] = ()
+    methods: Annotated[tuple[str, ...], arg(metavar="METHOD,...", help_behavior_hint="")] = ()
     """Only these methods."""
-    paper_rates: bool = False
+    paper_rates: Annotated[bool, arg(help_behavior_hint="")] = False
     """Train at the paper's learning rates instead of searching for every method's own."""
-    seeds: Annotated[int | None, arg(metavar="COUNT")] = None
+    seeds: Annotated[int | None, arg(metavar="COUNT", help_behavior_hint="")] = None
     """Final runs per method; by default as many as the preset has at this scale."""
-    limit: Annotated[int | None, arg(metavar="COUNT")] = None
+    limit: Annotated[int | None, arg(metavar="COUNT", help_behavior_hint="")] = None
     """Use at most this many samples of each split; by default as the scale says."""
-    device: Annotated[str | None, arg(metavar="DEVICE")] = None
+    device: Annotated[str | None, arg(metavar="DEVICE", help_behavior_hint="")] = None
     """cpu, or a CUDA device; by default cpu."""
-    out: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    out: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Output folder; by default runs/ and the preset's name and scale."""
     workers: Annotated[int, arg(metavar="COUNT")] = 0
     """Trials side by side; 0: one per core, one on a GPU."""
-    quiet: bool = False
+    quiet: Annotated[bool, arg(help_behavior_hint="")] = False
     """Print nothing but the result."""
 
     def run(self, arguments: list[str]) -> int:

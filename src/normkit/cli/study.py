@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from normkit.cli.recipes import check_names
 from normkit.cli.stop import stopped
 from normkit.study.config import StudyConfig
 
@@ -26,27 +27,31 @@ class Compare:
     )
 
     study: OmitArgPrefixes[StudyConfig] = field(default_factory=StudyConfig)
-    landscape: bool = False
+    landscape: Annotated[bool, arg(help_behavior_hint="")] = False
     """Train every method once more under the instruments, and add loss band, beta, covariate shift and so on to the report."""
-    out: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    out: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Output folder, where the same command resumes; by default runs/ and the study's name."""
-    storage: Annotated[str | None, arg(metavar="URL")] = None
+    storage: Annotated[str | None, arg(metavar="URL", help_behavior_hint="")] = None
     """Any Optuna storage, to share the work with other processes; by default a SQLite file in the output folder."""
-    track: Annotated[tuple[str, ...], arg(metavar="TRACKER,...")] = ()
+    track: Annotated[tuple[str, ...], arg(metavar="TRACKER,...", help_behavior_hint="")] = ()
     """Experiment trackers that get every trial: tensorboard, wandb, mlflow, trackio."""
     workers: Annotated[int, arg(metavar="COUNT")] = 0
     """Trials side by side; 0: one per core, one on a GPU."""
-    thorough: bool = False
+    thorough: Annotated[bool, arg(help_behavior_hint="")] = False
     """Run the full comparison: ten methods, five batch sizes, five seeds, 20,000 samples a run; takes hours."""
-    dry_run: bool = False
+    dry_run: Annotated[bool, arg(help_behavior_hint="")] = False
     """Print what would run, how many trials, about how long and where to, and stop."""
-    retry_failed: bool = False
+    retry_failed: Annotated[bool, arg(help_behavior_hint="")] = False
     """Run trials that were closed as failed again, for example once their cause is removed."""
-    quiet: bool = False
+    quiet: Annotated[bool, arg(help_behavior_hint="")] = False
     """Print nothing but the result."""
 
     def run(self, arguments: list[str]) -> int:
         """Run the study."""
+        from normkit.study.plan import validate_options
+
+        validate_options(self.study)
+        check_names("--methods", self.study.methods)  # these two without torch, and so at once
         from normkit.study.compare import assist, compare, preview
         from normkit.study.environment import command_line
         from normkit.study.store.torchrun import launched_rank
@@ -100,15 +105,15 @@ class Worker:
         "normkit worker --study cifar10-resnet20-1a2b3c4d --workers 4",
     )
 
-    storage: Annotated[str | None, arg(metavar="URL")] = None
+    storage: Annotated[str | None, arg(metavar="URL", help_behavior_hint="")] = None
     """The storage that `normkit compare --storage` was given; by default the variable NORMKIT_STORAGE."""
-    study: Annotated[str | None, arg(metavar="NAME")] = None
+    study: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """Name of one study; by default all that have work."""
     workers: Annotated[int, arg(metavar="COUNT")] = 0
     """Trials side by side; 0: one per core, one on a machine with a GPU."""
-    checkpoints: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    checkpoints: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Folder of checkpoints; machines that share it resume each other's interrupted trials."""
-    quiet: bool = False
+    quiet: Annotated[bool, arg(help_behavior_hint="")] = False
     """Print nothing but the result."""
 
     def run(self, arguments: list[str]) -> int:
@@ -150,7 +155,7 @@ class Report:
 
     run_folder: Annotated[Path, Positional, arg(metavar="RUN")]
     """Folder that `normkit compare` wrote."""
-    storage: Annotated[str | None, arg(metavar="URL")] = None
+    storage: Annotated[str | None, arg(metavar="URL", help_behavior_hint="")] = None
     """Storage of the study, if it needs a password."""
 
     def run(self, arguments: list[str]) -> int:

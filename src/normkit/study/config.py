@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Suppress
+from tyro.conf import Suppress, arg
 
 from normkit.study.errors import StudyError
 
@@ -15,6 +15,31 @@ if TYPE_CHECKING:
 Schedule = Literal["cosine", "step", "two-step", "one-cycle", "constant"]
 Scaling = Literal["standardized", "unit", "symmetric"]
 Rates = float | dict[str, float] | Literal["auto"]
+
+# types with what the command line's help shows in the place of a value
+Count = Annotated[int, arg(metavar="COUNT")]
+Data = Annotated[str, arg(metavar="DATA")]
+Device = Annotated[str, arg(metavar="DEVICE")]
+Flag = Annotated[bool, arg(help_behavior_hint="")]
+Fraction = Annotated[float, arg(metavar="FRACTION")]
+Method = Annotated[str, arg(metavar="METHOD")]
+Methods = Annotated[tuple[str, ...], arg(metavar="METHOD,...")]
+Model = Annotated[str, arg(metavar="MODEL")]
+Number = Annotated[float, arg(metavar="NUMBER")]
+OptionalColumn = Annotated[str | None, arg(metavar="COLUMN", help_behavior_hint="")]
+OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
+OptionalPixels = Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")]
+OptionalPlace = Annotated[str | None, arg(metavar="FILE.py:NAME", help_behavior_hint="")]
+OptionalSamples = Annotated[int | None, arg(metavar="SAMPLES", help_behavior_hint="")]
+Pixels = Annotated[int, arg(metavar="PIXELS")]
+Samples = Annotated[int, arg(metavar="SAMPLES")]
+Seed = Annotated[int, arg(metavar="NUMBER")]
+Size = Annotated[int, arg(metavar="SIZE")]
+Sizes = Annotated[tuple[int, ...], arg(metavar="SIZE,...")]
+Span = Annotated[tuple[float, float], arg(metavar="LOW,HIGH")]
+Split = Annotated[str, arg(metavar="SPLIT")]
+Steps = Annotated[int, arg(metavar="STEPS")]
+
 OF_NAMED_DATA = (  # options of classification by name, which a task of one's own has no use for
     *("data", "model", "image_column", "label_column", "image_size", "limit"),
     *("train_split", "scaling", "label_smoothing", "flip", "crop"),
@@ -42,18 +67,18 @@ class Training:
     """
 
     optimizer: Literal["sgd", "nesterov", "adam", "adamw"] = "sgd"
-    momentum: float = 0.9
-    weight_decay: float = 0.0
+    momentum: Number = 0.9
+    weight_decay: Number = 0.0
     schedule: Schedule = "cosine"
-    warm_up: float = 0.05
-    label_smoothing: float = 0.0
-    ema: float = 0.0
-    flip: bool = False
-    crop: int = 0
-    amp: bool = False
-    channels_last: bool = False
-    compile: bool = False
-    micro_batch: int = 0
+    warm_up: Fraction = 0.05
+    label_smoothing: Fraction = 0.0
+    ema: Fraction = 0.0
+    flip: Flag = False
+    crop: Pixels = 0
+    amp: Flag = False
+    channels_last: Flag = False
+    compile: Flag = False
+    micro_batch: Size = 0
 
     @property
     def augmentation(self) -> "Augmentation":
@@ -117,28 +142,28 @@ class StudyConfig(Training):
         higher_is_better: Whether a higher score of the task is a better one; the task says it.
     """
 
-    task: str | None = None
-    data: str = "digits"
-    model: str = "digits-cnn"
-    methods: tuple[str, ...] = ("none", "batch", "group", "bnp", "group+bnp")
-    batch_sizes: tuple[int, ...] = (64, 8, 1)
-    seeds: int = 3
-    budget: int = 1500
+    task: OptionalPlace = None
+    data: Data = "digits"
+    model: Model = "digits-cnn"
+    methods: Methods = ("none", "batch", "group", "bnp", "group+bnp")
+    batch_sizes: Sizes = (64, 8, 1)
+    seeds: Count = 3
+    budget: Samples = 1500
     lr: Rates = "auto"
-    lr_points: int = 5
-    search_seeds: int = 1
-    validation: float = 0.2
-    best_weights: bool = False
+    lr_points: Count = 5
+    search_seeds: Count = 1
+    validation: Fraction = 0.2
+    best_weights: Flag = False
     alternative: Literal["two-sided", "greater"] = "two-sided"
-    device: str = "cpu"
-    image_column: str | None = None
-    label_column: str | None = None
-    image_size: int | None = None
-    train_split: str = "train"
+    device: Device = "cpu"
+    image_column: OptionalColumn = None
+    label_column: OptionalColumn = None
+    image_size: OptionalPixels = None
+    train_split: Split = "train"
     scaling: Scaling = "standardized"
-    limit: int | None = None
-    prune: bool = False
-    data_workers: int = 0
+    limit: OptionalSamples = None
+    prune: Flag = False
+    data_workers: Count = 0
     higher_is_better: Annotated[bool, Suppress] = True
 
     def judged_by(self, higher_is_better: bool) -> "StudyConfig":
@@ -202,21 +227,21 @@ class LandscapeConfig:
         device: cpu, or a CUDA device.
     """
 
-    task: str | None = None
-    data: str = "digits"
-    model: str = "digits-cnn"
-    methods: tuple[str, ...] = ("none", "batch", "noisy-batch", "none+noise", "bnp", "l1")
-    batch_size: int = 128
-    steps: int = 200
-    every: int = 20
-    lr: float = 0.1
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    task: OptionalPlace = None
+    data: Data = "digits"
+    model: Model = "digits-cnn"
+    methods: Methods = ("none", "batch", "noisy-batch", "none+noise", "bnp", "l1")
+    batch_size: Size = 128
+    steps: Count = 200
+    every: Steps = 20
+    lr: Number = 0.1
+    momentum: Number = 0.0
+    weight_decay: Number = 0.0
     initialization: Literal["model", "glorot"] = "model"
-    seed: int = 0
-    span: tuple[float, float] = (0.5, 4.0)
-    limit: int | None = None
-    device: str = "cpu"
+    seed: Seed = 0
+    span: Span = (0.5, 4.0)
+    limit: OptionalSamples = None
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True)
@@ -234,12 +259,12 @@ class HowBNHelps:
     """
 
     model: Literal["vgg", "dln"] = "vgg"
-    data: str = "cifar10"
-    scale: float = 0.01
+    data: Data = "cifar10"
+    scale: Fraction = 0.01
     width: Literal["full", "small"] = "small"
-    lr: float = 0.1
-    seed: int = 0
-    device: str = "cpu"
+    lr: Number = 0.1
+    seed: Seed = 0
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True)
@@ -259,13 +284,13 @@ class DoctorConfig:
         device: cpu, or a CUDA device.
     """
 
-    task: str | None = None
-    data: str = "digits"
-    model: str = "digits-cnn"
-    method: str = "batch"
-    checkpoint: Path | None = None
-    batch_size: int = 64
-    accumulate: int = 1
-    weight_decay: float = 0.0
-    limit: int | None = None
-    device: str = "cpu"
+    task: OptionalPlace = None
+    data: Data = "digits"
+    model: Model = "digits-cnn"
+    method: Method = "batch"
+    checkpoint: OptionalFile = None
+    batch_size: Size = 64
+    accumulate: Count = 1
+    weight_decay: Number = 0.0
+    limit: OptionalSamples = None
+    device: Device = "cpu"

@@ -8,10 +8,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from normkit._apply import recipes
 from normkit.study.config import OF_NAMED_DATA, StudyConfig
 from normkit.study.errors import StudyError
-from normkit.study.methods import check_method, parse_method
 from normkit.study.records import Phase, TrialKey, TrialResult
 
 SEARCH_SEED = 1_000_000  # search seeds count from here, final seeds from 0: they never meet
@@ -40,13 +38,24 @@ class Slot:
 def validate(config: StudyConfig) -> None:
     """Check all that can be checked without data or model.
 
+    Args:
+        config: The study.
+    """
+    from normkit.study.methods import check_method
+
+    validate_options(config)
+    for method in config.methods:
+        check_method(method)
+
+
+def validate_options(config: StudyConfig) -> None:
+    """Check what needs no method, and so no torch: the command line does so at once.
+
     Raises:
         StudyError: Names the argument, the value and the remedy.
     """
     if not config.methods:
         raise StudyError("--methods is empty; give at least one method, see `normkit recipes`")
-    for method in config.methods:
-        check_method(method)
     if not config.batch_sizes:
         raise StudyError("--batch-sizes is empty; give at least one, for example 64,8,1")
     for name, values in (("--methods", config.methods), ("--batch-sizes", config.batch_sizes)):
@@ -113,6 +122,9 @@ def learning_rates(config: StudyConfig, method: str, batch_size: int) -> list[fl
     """
     if (rates := given_rates(config)) is not None:
         return [rates[method]]
+    from normkit._apply import recipes  # torch, which the command line's first checks do without
+    from normkit.study.methods import parse_method
+
     recipe = recipes()[parse_method(method)[0]]
     factor = ADAM_FACTOR if config.optimizer.startswith("adam") and not recipe.own_optimizer else 1
     centre = recipe.lr * factor * (batch_size / 64) ** recipe.lr_exponent

@@ -92,7 +92,8 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
             swaps[modules[path]] = modules[path] = plain
     folded = exchange(folded, swaps)
     if reasons:
-        warnings.warn(f"fold: {len(reasons)} layers stay. {_grouped(reasons, modules)}", stacklevel=2)
+        left = "1 layer stays" if len(reasons) == 1 else f"{len(reasons)} layers stay"
+        warnings.warn(f"fold: {left}. {_grouped(reasons, modules)}", stacklevel=2)
     if example is not None:
         with evaluating(model), evaluating(folded):
             _check_same(forward(model, example), forward(folded, example))

@@ -19,7 +19,7 @@ class Diagnosis:
 
     Attributes:
         findings: The diseases, the worst first.
-        layers: Number of normalization layers looked at.
+        layers: Number of normalization layers examined.
     """
 
     findings: tuple[Finding, ...]
@@ -36,7 +36,10 @@ class Diagnosis:
 
     def __str__(self) -> str:
         verdict = "healthy" if self.healthy else "not healthy"
-        return "\n\n".join([f"{verdict}: {self.layers} normalization layers looked at", *map(str, self.findings)])
+        return "\n\n".join([
+            f"{verdict}: {self.layers} normalization layer{'' if self.layers == 1 else 's'} examined",
+            *map(str, self.findings),
+        ])
 
 
 def doctor(
