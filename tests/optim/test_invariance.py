@@ -341,3 +341,46 @@ def test_a_normalization_that_takes_other_inputs_too_keeps_its_statistics_and_is
     with pytest.warns(UserWarning, match="conv.weight .eval mode only: its running statistics are shared"):
         normkit.param_groups(model, lr=0.01, manifold_lr=0.2)
     assert torch.equal(model.norm.running_var, before)
+
+
+class Dense(nn.Module):
+    """Channels of two layers concatenated, as in DenseNet and Inception."""
+
+    def __init__(self, dim=1):
+        super().__init__()
+        self.dim = dim
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1, bias=False)
+        self.norm = nn.BatchNorm2d(8 if dim == 1 else 4)
+        self.c = nn.Conv2d(self.norm.num_features, 4, 1, bias=False)
+        self.last = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        a, b = self.a(x), self.b(x).relu()
+        joined = self.norm(torch.cat([a, b], self.dim)).relu()
+        return self.last(torch.cat([b, self.c(joined)], 1)) if self.dim == 1 else joined
+
+
+def test_concatenated_channels_are_scaled_each_by_itself():
+    torch.manual_seed(0)
+    model, x = Dense().double(), torch.randn(16, 3, 5, 5, dtype=torch.float64) + 1
+    for module in (model.norm, model.last):
+        module.eps = 1e-12
+    for _ in range(30):
+        model(x)
+    report = scale_invariance(model)
+    assert {name: entry.fed for name, entry in report.items() if entry.invariant} == {
+        "a.weight": (("norm", 0),),
+        "b.weight": (("norm", 4), ("last", 0)),
+        "c.weight": (("last", 4),),
+    }
+    train, evaluated = model(x).detach(), model.eval()(x).detach()
+    normkit.param_groups(model, lr=0.1, manifold_lr=0.1)
+    torch.testing.assert_close(model(x), evaluated, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(model.train()(x), train, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+def test_what_is_concatenated_along_another_dimension_shares_its_statistics(dim):
+    report = scale_invariance(Dense(dim))
+    assert not report["a.weight"].invariant
+    assert "is not concatenated along its channels" in report["b.weight"].reason

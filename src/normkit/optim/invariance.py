@@ -5,7 +5,7 @@ number without changing the network's function. Riemannian approach to batch nor
 Lee, NIPS 2017, arXiv 1709.09603, moves such filters on the sphere.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -16,13 +16,23 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from normkit.inspection.conformance import scales_with_its_filters
 from normkit.inspection.graph import Dataflow, dataflow, works_on_positions
-from normkit.inspection.norms import PRODUCERS, aligned, feature_dim, is_norm, outputs, removes_mean, scale_obstacle
+from normkit.inspection.norms import (
+    PRODUCERS,
+    aligned,
+    feature_dim,
+    features_of,
+    is_norm,
+    outputs,
+    removes_mean,
+    scale_obstacle,
+)
 from normkit.inspection.probe import Objective, Probe
 from normkit.inspection.reads import tensors_read
 
 Rule: TypeAlias = Literal["exact", "paper"]
 
 _PASS = {"contiguous"}
+_CONCATENATE = {"cat", "concat", "concatenate"}
 # Positively homogeneous, channel by channel: a scale passes through, but a bias behind them is no constant any more.
 _HOMOGENEOUS = {"relu", "leaky_relu", "dropout", *(f"dropout{d}d" for d in (1, 2, 3))}
 _HOMOGENEOUS |= {f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg") for d in (1, 2, 3)}
@@ -46,6 +56,7 @@ class Invariance:
         manifold: Whether the rule puts it on the sphere.
         reason: Why, in words.
         norms: Paths of the normalizations it feeds.
+        offsets: Channel of each of them at which its filters begin, where channels are concatenated; empty for 0 everywhere.
         alignment: ``|<w, g>| / (|w| |g|)`` over filters (0 where invariant), when it was measured.
     """
 
@@ -54,6 +65,12 @@ class Invariance:
     reason: str
     norms: tuple[str, ...] = ()
     alignment: float | None = None
+    offsets: tuple[int, ...] = ()
+
+    @property
+    def fed(self) -> tuple[tuple[str, int], ...]:
+        """Each normalization, with its channel at which the filters begin."""
+        return tuple(zip(self.norms, self.offsets or (0,) * len(self.norms), strict=True))
 
 
 def scale_invariance(
@@ -100,7 +117,7 @@ def scale_invariance(
         bad = [verdict for verdict in verdicts if not verdict.invariant]
         entry = bad[0] if bad else verdicts[0]
         if not bad:
-            entry = replace(entry, norms=tuple(dict.fromkeys(norm for verdict in verdicts for norm in verdict.norms)))
+            entry = _feeding_only(entry, [pair for verdict in verdicts for pair in verdict.fed])
         report[name] = entry
     if objective is not None:
         report = _confirmed(model, objective, batch, report)
@@ -115,6 +132,12 @@ def weight_users(model: nn.Module) -> dict[str, list[str]]:
         if isinstance(module, PRODUCERS) and "weight" in module._parameters:
             users.setdefault(names[module._parameters["weight"]], []).append(path)
     return users
+
+
+def _feeding_only(entry: Invariance, fed: Iterable[tuple[str, int]]) -> Invariance:
+    once = tuple(dict.fromkeys(fed))
+    offsets = tuple(offset for _, offset in once)
+    return replace(entry, norms=tuple(norm for norm, _ in once), offsets=offsets if any(offsets) else ())
 
 
 def _no(reason: str) -> Invariance:
@@ -139,38 +162,52 @@ def _verdict(
     calls = flow.calls(path)
     if not calls:
         return _no(_UNTRACED)
-    norms: list[str] = []
+    found: list[_Fed] = []
     for call in calls:
-        found = _follow(flow, modules, call, layer.bias is None, training)
-        if isinstance(found, str):
-            return _no(found)
-        norms += found
-    norms = list(dict.fromkeys(norms))
-    for norm in norms:
-        across = feature_dim(modules[norm]) != -1 and works_on_positions(flow, modules, path)
-        if across or not aligned(layer, modules[norm]):
+        behind = _follow(flow, modules, call, layer.bias is None, training)
+        if isinstance(behind, str):
+            return _no(behind)
+        found += behind
+    across = works_on_positions(flow, modules, path)
+    for norm, part in found:
+        if (across and feature_dim(modules[norm]) != -1) or (part is None and not aligned(layer, modules[norm])):
             return _no(f"{norm}: normalizes other channels than the {outputs(layer)} outputs")
-    return Invariance(True, False, f"feeds {', '.join(norms)} only", tuple(norms))
+    names = ", ".join(dict.fromkeys(norm for norm, _ in found))
+    return _feeding_only(Invariance(True, False, f"feeds {names} only"), [(norm, part or 0) for norm, part in found])
 
 
-def _follow(flow: Dataflow, modules: dict[str, nn.Module], index: int, free: bool, training: bool) -> list[str] | str:
-    """The normalizations behind step ``index``, or why the scale is not removed."""
-    norms: list[str] = []
+_Fed: TypeAlias = tuple[str, int | None]
+"""A normalization, and where channels were concatenated the first of its channels that is the layer's."""
+
+
+def _follow(
+    flow: Dataflow,
+    modules: dict[str, nn.Module],
+    index: int,
+    free: bool,
+    training: bool,
+    part: tuple[int, int] | None = None,
+) -> list[_Fed] | str:
+    """The normalizations behind step ``index``, or why the scale is not removed; ``part``: first channel, channels in all."""
+    norms: list[_Fed] = []
     for consumer in flow.consumers(index):
         step = flow.steps[consumer]
         module = modules.get(step.path or "") if step.name == "module" else None
         passes = step.name in _PASS or type(module) is nn.Identity
         scales = step.name in _HOMOGENEOUS or type(module) in _HOMOGENEOUS_MODULES
-        if passes or (scales and free):
-            found = _follow(flow, modules, consumer, free, training)
+        joined = _joined(flow, modules, consumer, index, part) if step.name in _CONCATENATE else None
+        if passes or (scales and free) or joined:
+            found = _follow(flow, modules, consumer, free, training, joined or part)
             if isinstance(found, str):
                 return found
             norms += found
         elif module is not None and is_norm(module):
             obstacle = _obstacle(module, free, training)
+            if obstacle is None and part is not None and (features_of(module) != part[1] or feature_dim(module) != 1):
+                obstacle = "what goes into it is not concatenated along its channels"
             if obstacle is not None:
                 return f"{step.path}: {obstacle}"
-            norms.append(step.path or "")
+            norms.append((step.path or "", None if part is None else part[0]))
         elif scales:
             return f"its bias goes through {step.path or step.name} before a normalization removes it"
         elif step.name == "add":
@@ -181,6 +218,33 @@ def _follow(flow: Dataflow, modules: dict[str, nn.Module], index: int, free: boo
             kind = type(module).__name__ if module is not None else step.name
             return f"goes through {kind}{f' {step.path}' if step.path else ''} before any normalization"
     return norms or "its output is not used"
+
+
+def _joined(
+    flow: Dataflow, modules: dict[str, nn.Module], join: int, index: int, part: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """First channel of ``index``, or of its ``part``, and channels in all, of a concatenation; None where unknown."""
+    inputs = flow.steps[join].inputs
+    sizes = [_channels(flow, modules, source) for source in inputs]
+    if len(inputs) < 2 or None in sizes:
+        return None
+    known = [size for size in sizes if size is not None]
+    return sum(known[: inputs.index(index)]) + (part[0] if part else 0), sum(known)
+
+
+def _channels(flow: Dataflow, modules: dict[str, nn.Module], index: int) -> int | None:
+    """Channels of the output of a step, if they are known."""
+    step = flow.steps[index]
+    module = modules.get(step.path or "") if step.name == "module" else None
+    if isinstance(module, PRODUCERS):
+        return outputs(module)
+    if module is not None and is_norm(module):
+        return features_of(module)
+    if step.name in _CONCATENATE:
+        sizes = [_channels(flow, modules, source) for source in step.inputs]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
+    same = step.name in (_PASS | _HOMOGENEOUS) or type(module) in (nn.Identity, *_HOMOGENEOUS_MODULES)
+    return _channels(flow, modules, step.inputs[0]) if same and step.inputs else None
 
 
 def _obstacle(norm: nn.Module, free: bool, training: bool) -> str | None:
@@ -228,7 +292,7 @@ def _confirmed(
         elif entry.reason == _UNTRACED:
             entry = replace(entry, invariant=alignment <= TOLERANCE, reason=f"not traced; measured {measured}")
             if entry.invariant:
-                entry = replace(entry, norms=tuple(fed.get(weight, ())))
+                entry = replace(entry, norms=tuple(fed.get(weight, ())), offsets=())
         confirmed[name] = entry
     return confirmed
 

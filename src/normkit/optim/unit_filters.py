@@ -42,7 +42,7 @@ def normalize_filters(model: nn.Module, report: Mapping[str, Invariance]) -> Non
                 f"{name}: filter {bad[0]} ({len(bad)} in all) has length {length[bad[0]].item()} and so no direction; "
                 "initialise it, or leave the weight out of the manifold"
             )
-    feeders = Counter(norm for entry in report.values() for norm in entry.norms)
+    feeders = Counter(part for entry in report.values() for part in entry.fed)
     users, flow = weight_users(model), dataflow(model)
 
     def takes_others(norm: str, layer: str) -> bool:
@@ -55,21 +55,21 @@ def normalize_filters(model: nn.Module, report: Mapping[str, Invariance]) -> Non
         local(weight).div_(local(shards[name]).to(weight.dtype).view(-1, *(1,) * (weight.ndim - 1)))
         if not moves:
             continue
-        norms = report[name].norms
+        fed = report[name].fed
         if not report[name].invariant:
             changed.append(f"{name} ({report[name].reason})")
         elif (
-            not norms
+            not fed
             or len(users[name]) > 1
-            or any(feeders[norm] > 1 or takes_others(norm, users[name][0]) for norm in norms)
+            or any(feeders[part] > 1 or takes_others(part[0], users[name][0]) for part in fed)
         ):
             changed.append(
                 f"{name} (eval mode only: its running statistics are shared; normkit.recalibrate renews them)"
             )
         else:
             bias = getattr(model.get_submodule(users[name][0]), "bias", None)
-            for norm in norms:
-                _rescale_running(model.get_submodule(norm), length, bias)
+            for norm, offset in fed:
+                _rescale_running(model.get_submodule(norm), length, bias, offset)
     if changed:
         shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
         warnings.warn(
@@ -79,15 +79,15 @@ def normalize_filters(model: nn.Module, report: Mapping[str, Invariance]) -> Non
         )
 
 
-def _rescale_running(norm: Any, length: Tensor, bias: Tensor | None) -> None:
-    """Running statistics for filters divided by ``length``; the layer's bias was not divided."""
-    mean = getattr(norm, "running_mean", None)
-    if mean is None:
+def _rescale_running(norm: Any, length: Tensor, bias: Tensor | None, offset: int) -> None:
+    """Running statistics, from a channel on, for filters divided by ``length``; the layer's bias was not divided."""
+    if getattr(norm, "running_mean", None) is None:
         return
+    mean, variance = (t[offset : offset + len(length)] for t in (norm.running_mean, norm.running_var))
     length = length.to(mean.dtype)
     shift = torch.zeros_like(mean) if bias is None else _whole(bias).to(mean.dtype)
     mean.sub_(shift).div_(length).add_(shift)
-    norm.running_var.div_(length.square())
+    variance.div_(length.square())
 
 
 def _whole(x: Any) -> Tensor:
