@@ -232,6 +232,7 @@ def run(arguments):
 )
 @given(arguments=command_lines())
 @pytest.mark.filterwarnings("default")
+@pytest.mark.timeout(3600)
 def test_a_command_line_is_right_or_refused_in_one_line_and_the_next_right_one_works(here, arguments):
     shutil.rmtree(here / "out", ignore_errors=True)
     code, errors = run(arguments)
