@@ -293,5 +293,5 @@ def test_at_the_papers_rates_nothing_is_searched_and_the_page_has_the_test(tmp_p
     assert "p (greater, Holm)" in text
     assert "--model digits-cnn" in text
     assert f"| {format_p(paired.p_holm)} | 0.1 |" in next(line for line in text.splitlines() if "| revisited |" in line)
-    assert "best validation accuracy" in text
+    assert "best checkpoint by validation accuracy" in text
     assert "900 training, 100 validation" in text
