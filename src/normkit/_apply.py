@@ -32,7 +32,7 @@ _logger = logging.getLogger("normkit")
 
 
 def recipes() -> dict[str, Recipe]:
-    """All methods by name, in the order in which they are shown."""
+    """Return all methods by name, in the order in which they are shown."""
     return dict(RECIPES)
 
 

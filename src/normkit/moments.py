@@ -36,7 +36,7 @@ class Moments(NamedTuple):
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which statistics of ``dtype`` data are kept: float64 for float64, float32 for all others."""
+    """Return the dtype in which statistics of ``dtype`` data are kept: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -54,7 +54,7 @@ def keep_fp32(new: Tensor, old: Tensor) -> Tensor:
 
 
 def empty(features: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Moments:
-    """Moments of no rows."""
+    """Return the moments of no rows."""
     return Moments(
         torch.zeros((), dtype=dtype, device=device),
         torch.zeros(features, dtype=dtype, device=device),
@@ -67,7 +67,7 @@ _SMALL = 1 << 16
 
 
 def sum_and_square_sum(x: Tensor, feature_dim: int = -1, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Sum and sum of squares over every dimension but ``feature_dim``, in one pass each, in fp32 or wider.
+    """Return sum and sum of squares over every dimension but ``feature_dim``, in one pass each, in fp32 or wider.
 
     The layout decides how: reductions along the contiguous dimension run at the speed of memory, others are slower.
 
@@ -155,7 +155,7 @@ def weighted_sums(x: Tensor, weights: Tensor, dtype: torch.dtype | None = None) 
 
 
 def observe(x: Tensor, feature_dim: int = -1, mask: Tensor | None = None) -> Moments:
-    """Moments of all rows of ``x`` along every dimension but ``feature_dim``.
+    """Return the moments of all rows of ``x`` along every dimension but ``feature_dim``.
 
     Rows with a non-finite entry anywhere in ``x`` make the whole observation count as no rows (an overflowed batch must
     not poison running statistics); no host synchronisation is needed for it. Deviations are summed about the mean of
@@ -211,7 +211,7 @@ def finite(moments: Moments) -> Moments:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two groups of rows, exact up to rounding.
+    """Return the moments of the union of two groups of rows, exact up to rounding.
 
     With ``n = n_a + n_b`` and ``d = mean_b - mean_a``: ``mean = mean_a + d n_b / n``, ``m2 = m2_a + m2_b + d^2 n_a
     n_b / n``.

@@ -44,7 +44,7 @@ class LayerAngle:
 
 @dataclass(frozen=True)
 class Angular(Result):
-    """How fast the scale-invariant weights turn.
+    """Rotation per step of the scale-invariant weights.
 
     Attributes:
         layers: One entry per scale-invariant weight.

@@ -96,7 +96,7 @@ class Channels(Result):
 
 
 def channels(model: nn.Module, objective: Objective, batch: Any) -> Channels:
-    """Look at every channel during one forward pass, in the modes the model is in.
+    """Examine every channel during one forward pass, in the modes the model is in.
 
     Args:
         model: Any module.

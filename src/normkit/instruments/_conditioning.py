@@ -102,7 +102,7 @@ def conditioning(
     layers: Sequence[str] | None = None,
     preconditioners: Mapping[str, tuple[Tensor, ...]] | None = None,
 ) -> Conditioning:
-    """Condition numbers of the layers' inputs over some batches, raw, centred and, where it is given how, preconditioned.
+    """Measure condition numbers of the layers' inputs over some batches: raw, centred and, given preconditioners, preconditioned.
 
     Args:
         model: Any module, in the mode it is trained in.

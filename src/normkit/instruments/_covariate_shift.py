@@ -62,7 +62,7 @@ class CovariateShift(Result):
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters, to be taken right before ``optimizer.step()``.
+    """Copy all parameters, to be called right before ``optimizer.step()``.
 
     Args:
         model: The model.

@@ -34,7 +34,7 @@ class LayerDiscrepancy:
 
 @dataclass(frozen=True)
 class Discrepancy(Result):
-    """Train against eval mode.
+    """Differences between train and eval mode.
 
     Attributes:
         train_loss: Loss in train mode.

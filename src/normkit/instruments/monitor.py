@@ -30,7 +30,7 @@ _FLUSH = 50  # steps whose figures wait on the device, so that most steps need n
 
 
 class Monitor:
-    r"""Watches a run and writes down what it sees, without disturbing it.
+    r"""Records measurements of a training run without disturbing it.
 
     Every step: loss, norm of the gradient, learning rate. Every ``every`` steps, from the first one on: the walk along
     the gradient (loss band, predictiveness, beta), curvature along the gradient and stability ratio, share of the

@@ -93,7 +93,7 @@ def param_groups(
     objective: Objective | None = None,
     batch: Any = None,
 ) -> list[dict[str, Any]]:
-    """Typed parameter groups: weights decay; biases, norms and everything unknown do not.
+    """Sort parameters into typed groups: weights decay; biases, norms and everything unknown do not.
 
     Every parameter stands in exactly one group, shared ones once. Frozen parameters (``requires_grad=False``) are
     kept: an optimizer passes over parameters without a gradient, and one unfrozen later then trains. Where a method

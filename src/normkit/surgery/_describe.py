@@ -71,7 +71,7 @@ class Description(list[LayerDescription]):
 
 
 def describe(model: nn.Module, optimizer: Optimizer | None = None) -> Description:
-    """What every normalization layer of ``model`` is, what it replaced and what was lost by it.
+    """Describe every normalization layer of ``model``: its kind, the layer that it replaced, and the loss.
 
     With the optimizer also what a method reaches: how many layers were replaced, how many parameters are trained,
     preconditioned, on the sphere or at a learning rate of their own, and what was left alone and why.

@@ -28,7 +28,7 @@ from normkit.surgery.affine import Affine, affine_of, fold_before, fold_behind
 
 
 def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch) -> nn.Module:
-    """A copy of ``model`` in eval mode without the normalization layers that a neighbour can take over.
+    """Return a copy of ``model`` in eval mode whose normalization layers are merged into their neighbours.
 
     Batch normalization (also Sync, frozen, Renorm, noisy), batchless, l_p, input and tracking instance normalization
     are folded into the linear, convolutional or transposed layer whose output they alone take, or else into the linear

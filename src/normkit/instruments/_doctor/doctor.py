@@ -15,7 +15,7 @@ from normkit.instruments.result import plain
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the doctor found; ``print`` it.
+    """Findings of the doctor; ``print`` shows them.
 
     Attributes:
         findings: The diseases, the worst first.
@@ -52,7 +52,7 @@ def doctor(
 ) -> Diagnosis:
     """Examine a model and name what is wrong with its normalization, layer by layer.
 
-    Statistics of the batch are looked at in train mode with dropout off, whatever mode the model is in; layers that are
+    The batch's statistics are examined in train mode with dropout off, whatever mode the model is in; layers that are
     kept in eval mode inside a model in train mode stay so. The model is left as it was. Wrapped in
     ``DistributedDataParallel``, all ranks must call it.
 

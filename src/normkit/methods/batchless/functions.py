@@ -24,7 +24,7 @@ def gaussian_nll_gradients(
     gradient: Gradient = "natural",
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of ``E[log sigma + n^2 / 2]``, ``n = (x - mu) / sigma``, with respect to mu and rho = log sigma.
+    """Return the gradient of ``E[log sigma + n^2 / 2]``, ``n = (x - mu) / sigma``, with respect to mu and rho = log sigma.
 
     With ``m1 = E n`` and ``m2 = E n^2`` over the rows:
 

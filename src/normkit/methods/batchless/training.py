@@ -40,7 +40,7 @@ LARGEST_VARIANCE_RATIO = 1.5  # mean square of n from which the gradients of a s
 
 
 def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> StepHandle:
-    """Let ``optimizer.step()`` also fit mu and sigma of the batchless layers of ``model`` (arXiv 2212.14729).
+    """Make ``optimizer.step()`` also fit mu and sigma of the batchless layers of ``model`` (arXiv 2212.14729).
 
     Right before each step, the moments that all layers counted since the last one are reduced over ranks in one
     collective and become the gradient of the likelihood. A layer with the ``natural`` gradient is stepped by plain SGD

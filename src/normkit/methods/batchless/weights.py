@@ -32,7 +32,7 @@ from normkit.methods.kernels.sums import sum_and_square_sum
 def projected_weight_gradient(
     grad: Tensor, weight: Tensor, mean: Tensor, variance: Tensor, *, groups: int = 1
 ) -> Tensor:
-    """The gradient of W in ``x = W h`` without its parts that shift and that scale x, per output of W.
+    """Return the gradient of W in ``x = W h`` without its parts that shift or scale x, per output of W.
 
     With the mean m and the variance s of h, ``v = sum(m^2 s) / m^2`` the variance of h along m, and per output
 

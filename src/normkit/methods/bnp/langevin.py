@@ -31,7 +31,7 @@ def preconditioned_noise(
     mean_removed: bool = False,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gaussian noise with covariance ``P P^T / q^2``, the matrix that [`normkit.functional.precondition`][] applies.
+    """Draw Gaussian noise with covariance ``P P^T / q^2``, the matrix that [`normkit.functional.precondition`][] applies.
 
     Per unit ``noise_w = xi_w / (sqrt(s) q)`` and ``noise_b = xi_b / q - noise_w . mu``. Without a bias the covariance is
     ``(diag(s) + mu mu^T)^-1 / q^2``, drawn as ``(xi - c v (v . xi)) / (sqrt(s) q)`` with ``v = mu / sqrt(s)`` and

@@ -22,7 +22,7 @@ SMALLEST_SPREAD = 0.1
 def guarded_variance(
     variance: Tensor, eps_relative: float = 1e-2, eps: float = 1e-4, *, largest: Tensor | None = None
 ) -> Tensor:
-    """``s = var + eps_relative max(var) + eps``: no feature gains more than ``1 / eps_relative`` over the widest one.
+    """Return ``s = var + eps_relative max(var) + eps``: no feature gains more than ``1 / eps_relative`` over the widest one.
 
     Args:
         variance: Variance per input feature of one layer, shape ``(features,)``.
@@ -38,7 +38,7 @@ def guarded_variance(
 
 
 def step_divisor(fan_in: Tensor | float, positions: Tensor) -> Tensor:
-    """``q^2 = max(n / N, 1)``, which keeps steps bounded when there are fewer output positions ``N`` than inputs ``n``.
+    """Return ``q^2 = max(n / N, 1)``, which keeps steps bounded when there are fewer output positions ``N`` than inputs ``n``.
 
     The largest eigenvalue of the Gram matrix of ``N`` normalized rows grows as ``(1 + sqrt(n / N))^2``.
 
@@ -62,7 +62,7 @@ def update_running(
     *,
     pooled: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of what was known (share ``1 - weight``) mixed with one step's rows (share ``weight``).
+    """Mix the mean and variance so far (share ``1 - weight``) with those of one step's rows (share ``weight``).
 
     ``mu <- (1-w) mu + w mu_B`` and ``var <- (1-w) var + w var_B + w (1-w) (mu_B - mu)^2``. The last term is what a
     batch of one row, whose own variance is zero, has to say about the variance.
@@ -199,7 +199,7 @@ def _root_(z: Tensor, v: Tensor) -> Tensor:
 
 
 def unit_changes(z: Tensor, bias: Tensor | None, weight: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Per output unit: how far a step of rate 1 changes its output, and how far its output spreads.
+    """Return, per output unit, how far a step of rate 1 changes its output, and how far its output spreads.
 
     Over the rows the layer sees, whose normalized inputs are taken as uncorrelated, a step ``-P (G_b, G_z)`` changes the
     output of unit ``i`` in root mean square by ``|dz_i|``, and the output spreads about its mean by ``|z_i|``::
@@ -226,7 +226,7 @@ def unit_changes(z: Tensor, bias: Tensor | None, weight: Tensor, sigma: Tensor) 
 
 
 def bounding_factors(change: Tensor, spread: Tensor, max_change: float) -> Tensor:
-    """``min(1, max_change max(|z|, 0.1) / |dz|)``: no unit's output changes by more than ``max_change`` of its spread.
+    """Return ``min(1, max_change max(|z|, 0.1) / |dz|)``: no unit's output changes by more than ``max_change`` of its spread.
 
     A unit that starts at zero is taken to spread by 0.1, so that it can move.
 

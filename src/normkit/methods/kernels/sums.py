@@ -11,7 +11,7 @@ from normkit.moments import statistics_dtype
 def sum_and_square_sum(
     x: Tensor, feature_dim: int = -1, dtype: torch.dtype | None = None, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum and sum of squares over every dimension but ``feature_dim``.
+    """Return sum and sum of squares over every dimension but ``feature_dim``.
 
     As :func:`normkit.moments.sum_and_square_sum`, and with weights as :func:`normkit.moments.weighted_sums`.
 

@@ -68,7 +68,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def clip_rows(h: Tensor, max_norm: float) -> Tensor:
-    """Rows no longer than ``max_norm``: ``h min(1, max_norm / |h|)``, each filter on its own.
+    """Shorten each filter to at most ``max_norm``: ``h min(1, max_norm / |h|)``.
 
     Args:
         h: One filter per row, ``(..., n)``.
@@ -85,7 +85,7 @@ def clip_rows(h: Tensor, max_norm: float) -> Tensor:
 
 
 def orthogonality_gradient(y: Tensor, alpha: float, others: Tensor | None = None) -> Tensor:
-    """Gradient ``2 alpha (W W^T - I) W`` of the penalty ``(alpha / 2) |W W^T - I|_F^2`` on the filters ``W``.
+    """Return the gradient ``2 alpha (W W^T - I) W`` of the penalty ``(alpha / 2) |W W^T - I|_F^2`` on the filters ``W``.
 
     Args:
         y: Filters whose gradient is wanted, unit rows of shape ``(rows, n)``.

@@ -48,7 +48,7 @@ def sinc(t: Tensor) -> Tensor:
 
 @_widened
 def project(y: Tensor, g: Tensor) -> Tensor:
-    """Part of ``g`` tangent to the sphere at ``y``: ``g - (y.g) y``.
+    """Return the part of ``g`` that is tangent to the sphere at ``y``: ``g - (y.g) y``.
 
     Args:
         y: Points, rows of unit length, shape ``(..., n)``.
@@ -66,7 +66,7 @@ def project(y: Tensor, g: Tensor) -> Tensor:
 
 @_widened
 def exponential_map(y: Tensor, h: Tensor) -> Tensor:
-    """Where the geodesic from ``y`` in direction ``h`` arrives after length ``t = |h|``: ``y cos t + h sinc t``.
+    """Follow the geodesic from ``y`` in direction ``h`` for the length ``t = |h|``: ``y cos t + h sinc t``.
 
     Args:
         y: Points, rows of unit length, shape ``(..., n)``.
@@ -85,7 +85,7 @@ def exponential_map(y: Tensor, h: Tensor) -> Tensor:
 
 @_widened
 def logarithmic_map(y: Tensor, z: Tensor) -> Tensor:
-    """The tangent vector at ``y`` whose geodesic arrives at ``z``.
+    """Return the tangent vector at ``y`` whose geodesic arrives at ``z``.
 
     It undoes [`normkit.functional.exponential_map`][] for lengths below pi.
 
