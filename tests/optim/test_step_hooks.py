@@ -55,8 +55,13 @@ def through_a_file(pair):
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda pair: pickle.loads(pickle.dumps(pair)), "save": through_a_file}
 
 
-@pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("name", ATTACHING)
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *((name, how) for name in ATTACHING for how in COPIES),
+        ("normalizer-free", "deepcopy"),
+    ],  # torch pickles no parametrization
+)
 def test_model_and_optimizer_copied_together_train_on_identically(name, how):
     pair = normkit.apply(name, network(), lr=0.02)
     train(*pair, range(3))
@@ -88,6 +93,18 @@ def test_a_model_that_is_copied_alone_says_so_at_its_first_step(name):
         train(twin, other, range(1))
     train(twin, other, range(1, 3))  # once
     train(model, optimizer, range(2, 4))
+
+
+def test_the_handle_of_a_copy_is_the_copys():
+    pair = normkit.apply("bnp", network(), lr=0.02)
+    train(*pair, range(2))
+    model, optimizer = copy.deepcopy(pair)
+    ours, theirs = normkit.handle(optimizer), normkit.handle(pair[1])
+    assert ours is not theirs
+    assert normkit.describe(model, optimizer).summary == normkit.describe(*pair).summary
+    train(model, optimizer, range(2, 3))
+    assert {float(entry["steps"]) for entry in ours.state_dict().values()} == {3.0}
+    assert {float(entry["steps"]) for entry in theirs.state_dict().values()} == {2.0}
 
 
 def test_the_langevin_sampler_goes_on_in_a_copy():
