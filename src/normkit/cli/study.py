@@ -52,6 +52,8 @@ class Compare:
 
         validate_options(self.study)
         check_names("--methods", self.study.methods)  # these two without torch, and so at once
+        if sys.stdout.isatty() and not self.quiet:
+            print("loading ...", flush=True)  # torch takes a second or more
         from normkit.study.compare import assist, compare, preview
         from normkit.study.environment import command_line
         from normkit.study.store.torchrun import launched_rank

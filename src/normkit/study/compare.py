@@ -112,6 +112,7 @@ def compare(
     alone = launched_rank() is None  # ranks measure at the end, when the others are gone
     try:
         with Display(quiet=quiet, metric=task.measure) as shown:
+            shown.plan(slots(config))
             shown.write(plan_text(config, task.summary, task.model_summary, path))
             if alone and store.get_attr("costs", _costs) is None:
                 _measure(store, config, task)

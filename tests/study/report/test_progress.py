@@ -165,8 +165,8 @@ def test_the_plan_says_what_runs_how_many_trials_and_where_to():
     costs = [Cost("batch", 64, step_seconds=0.1), Cost("batch", 8, step_seconds=0.01), Cost("none", 8, error="no")]
     expected = expected_seconds(config, costs)
     assert expected == {("batch", 64): pytest.approx(1.0), ("batch", 8): pytest.approx(0.8)}
-    assert time_text(config, expected, 2) == "about 4.5 s with 2 trials side by side"
-    assert time_text(config, expected, 1).endswith("with 1 trial side by side")
+    assert time_text(config, expected, 2) == "about 4.5 s of training, 2 trials side by side"
+    assert time_text(config, expected, 1).endswith(", 1 trial side by side")
 
 
 def test_time_left_is_known_from_the_start_where_steps_were_measured():

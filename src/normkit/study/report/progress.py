@@ -68,7 +68,7 @@ def time_text(config: StudyConfig, expected: Mapping[tuple[str, int], float], wo
         workers: Trials that run side by side.
     """
     took = sum(expected.get(slot.cell, 0.0) for slot in slots(config)) / workers
-    return f"about {format_duration(took)} with {pluralize(workers, 'trial')} side by side"
+    return f"about {format_duration(took)} of training, {pluralize(workers, 'trial')} side by side"
 
 
 class Display:
