@@ -127,7 +127,7 @@ def training_step(
 def _backward(network: nn.Module, micro: MicroBatch, training: Training, share: float) -> Tensor:
     """Add ``share`` times the gradient of the mean loss; returns that loss, detached."""
     batch = map_tensors(_channels_last, micro.batch) if training.channels_last else micro.batch
-    with precision(training, next(network.parameters()).device):
+    with precision(training, next(network.parameters()).device) if training.amp else nullcontext():
         loss = network(batch, micro.samples)
     (loss if share == 1 else loss * share).backward()
     return loss.detach()
