@@ -50,7 +50,7 @@ def test_batchless_without_batches_says_that_they_matter_on_an_untrained_network
 
 
 @pytest.mark.parametrize("to", ["batchless", "batch-renorm", "noisy-batch", "frozen", "l2"])
-@pytest.mark.filterwarnings("ignore:fold. 1 layers stay")
+@pytest.mark.filterwarnings("ignore:fold. 1 layer stays")
 def test_where_a_batch_normalization_would_do_the_folded_copy_has_torchs(to):
     class Net(nn.Module):  # the norm has no neighbour to fold into
         def __init__(self):

@@ -268,15 +268,17 @@ def task(
     model: Any = trainer.model
     columns = frozenset((*inspect.signature(model.forward).parameters, *trainer.label_names, "label", "label_ids"))
     start = deepcopy(model).cpu()
+    train: Any = trainer.train_dataset
+    validation: Any = trainer.eval_dataset
     labels = tuple(trainer.label_names)
     return Task(
         name or type(model).__name__,
         model=trainer.model_init or (lambda: deepcopy(start)),
-        train=trainer.train_dataset,
+        train=train,
         test=test,
         loss=_loss,
         score=_Score(trainer.compute_metrics, labels, metric),
-        validation=trainer.eval_dataset,
+        validation=validation,
         metric=metric,
         unit=unit,
         higher_is_better=higher_is_better,

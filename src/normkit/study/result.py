@@ -177,7 +177,9 @@ def _configured(place: str | None, options: dict[str, Any]) -> StudyConfig:
     for name in options:
         if name not in known:
             raise StudyError(f"compare: unknown option {name!r}; {nearest(name, known)}")
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
     for name in ("methods", "batch_sizes"):
         if name in plain and not isinstance(plain[name], tuple):
             raise StudyError(f"compare: {name}={plain[name]!r}; give a list")

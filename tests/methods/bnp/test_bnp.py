@@ -68,7 +68,7 @@ def test_an_optimizer_is_attached_once_and_again_after_its_handle_is_removed():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     bnp = BNP(model)
     handle = bnp.attach(optimizer)
-    with pytest.raises(ValueError, match="attached already; call remove\\(\\)"):
+    with pytest.raises(ValueError, match=r"attached already; call normkit.handle\(optimizer\).remove\(\)"):
         bnp.attach(optimizer)
     handle.remove()
     bnp.attach(optimizer)

@@ -473,8 +473,8 @@ def test_data_larger_than_the_memory_is_split_checked_and_read(tmp_path, monkeyp
     monkeypatch.setattr(images, "load_source", lambda _: None)
     monkeypatch.setattr("normkit.study.data.dataset.SAMPLE", 50)
     monkeypatch.setattr(Split, "inputs", property(lambda _: pytest.fail("the whole split was read")))
-    data = check(StudyConfig(data=str(tmp_path / "huge"), model="cnn5", batch_sizes=(4,), budget=8))
-    assert (len(data.train) + len(data.validation), data.train.stored.shape[0]) == (count, count)
-    assert data.validation.labels.bincount().min() >= count // 50 - 1
-    seen = list(batches(data, data.train, batch_size=4, budget=8, seed=0))
-    assert [tuple(x.shape) for x, _ in seen] == [(4, 3, 128, 128)] * 2
+    task = check(StudyConfig(data=str(tmp_path / "huge"), model="cnn5", batch_sizes=(4,), budget=8))
+    assert (len(task.train) + len(task.validation), task.train.split.stored.shape[0]) == (count, count)
+    assert task.validation.split.labels.bincount().min() >= count // 50 - 1
+    seen = list(batches(task.train, batch_size=4, budget=8, seed=0))
+    assert [tuple(micro.batch[0].shape) for (micro,) in seen] == [(4, 3, 128, 128)] * 2
