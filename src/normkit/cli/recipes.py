@@ -65,7 +65,7 @@ class Recipes:
     examples: ClassVar = ("normkit recipes", "normkit recipes --all --json")
 
     all: Annotated[bool, arg(help_behavior_hint="")] = False
-    """List the arms of ablations too."""
+    """List variants and arms of ablations too."""
     json: Annotated[bool, arg(help_behavior_hint="")] = False
     """Print JSON."""
 
@@ -74,7 +74,7 @@ class Recipes:
         entries = [entry for entry in listed() if self.all or not entry.ablation]
         print(as_json(entries) if self.json else as_text(entries))
         if not (self.all or self.json):
-            print("\n`normkit recipes --all` lists the arms of ablations too.")
+            print("\n`normkit recipes --all` lists variants and arms of ablations too.")
         return 0
 
 

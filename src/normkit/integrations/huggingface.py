@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from torch.optim import Optimizer
 from normkit.instruments import Monitor
 from normkit.methods.batchless.training import RATE, attach
 from normkit.methods.bnp.bnp import BNP
-from normkit.optim.step_hooks import StepHandle
 from normkit.study.data.structure import to_device
 from normkit.study.task import Task
 
@@ -38,7 +38,37 @@ def _unwrapped(optimizer: Any) -> Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-class BNPCallback(TrainerCallback):
+class MethodCallback(TrainerCallback):
+    """Attaches a method to the Trainer's optimizer for the length of a training.
+
+    Args:
+        attach: ``attach(model, optimizer)``, which returns something with a ``remove()``.
+
+    Examples:
+        >>> trainer = Trainer(model, arguments, callbacks=[MethodCallback(normkit.attach)])  # doctest: +SKIP
+    """
+
+    def __init__(self, attach: Callable[[nn.Module, Optimizer], Any]) -> None:
+        self._attach = attach
+        self._attached: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the Trainer's optimizer."""
+        self.on_train_end(args, state, control)  # a training that was interrupted did not come to it
+        self._attached = self._attach(kwargs["model"], _unwrapped(kwargs["optimizer"]))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take everything off the model."""
+        if self._attached is not None:
+            self._attached.remove()
+            self._attached = None
+
+
+class BNPCallback(MethodCallback):
     """Preconditions gradients by batch normalization preconditioning, then clips them to the Trainer's ``max_grad_norm``.
 
     Running statistics are kept beside each checkpoint (``bnp.pt``) and read again when training resumes from it.
@@ -46,14 +76,27 @@ class BNPCallback(TrainerCallback):
     Args:
         options: Options of [`normkit.BNP`][].
 
+    Attributes:
+        bnp: The BNP during a training, else None.
+
     Examples:
         >>> trainer = Trainer(model, arguments, callbacks=[BNPCallback()])  # doctest: +SKIP
     """
 
     def __init__(self, **options: Any) -> None:
+        super().__init__(self._attach_bnp)
         self.options = options
-        self.bnp: BNP | None = None
         self.max_grad_norm = 0.0
+
+    def _attach_bnp(self, model: nn.Module, optimizer: Optimizer) -> BNP:
+        bnp = BNP(model, **self.options)
+        bnp.attach(optimizer)
+        return bnp
+
+    @property
+    def bnp(self) -> BNP | None:
+        """Return the BNP during a training, else None."""
+        return self._attached
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,9 +110,8 @@ class BNPCallback(TrainerCallback):
             raise ValueError(
                 "BNPCallback: fp16=True leaves gradients scaled where they are preconditioned; use bf16=True"
             )
-        self.on_train_end(args, state, control)  # a training that was interrupted did not come to it
-        self.bnp = BNP(kwargs["model"], **self.options)
-        self.bnp.attach(_unwrapped(kwargs["optimizer"]))
+        super().on_train_begin(args, state, control, **kwargs)
+        assert self.bnp is not None
         self.max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
         kept = _checkpoint(args, state) / STATISTICS
         if state.global_step and kept.exists():
@@ -95,16 +137,15 @@ class BNPCallback(TrainerCallback):
     ) -> None:
         """Take everything off the model and give clipping back."""
         if self.bnp is not None:
-            self.bnp.remove()
-            self.bnp = None
             args.max_grad_norm = self.max_grad_norm
+        super().on_train_end(args, state, control)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
 
 
-class BatchlessCallback(TrainerCallback):
+class BatchlessCallback(MethodCallback):
     """Trains mu and sigma of a model's batchless layers; convert and initialize it before building the Trainer.
 
     Args:
@@ -112,23 +153,7 @@ class BatchlessCallback(TrainerCallback):
     """
 
     def __init__(self, rate: float = RATE) -> None:
-        self.rate = rate
-        self._handle: StepHandle | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Attach to the Trainer's optimizer."""
-        self.on_train_end(args, state, control)  # a training that was interrupted did not come to it
-        self._handle = attach(kwargs["model"], _unwrapped(kwargs["optimizer"]), rate=self.rate)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Detach."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        super().__init__(partial(attach, rate=rate))
 
 
 class MonitorCallback(TrainerCallback):

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
@@ -18,7 +19,6 @@ from normkit.inspection.probe import Objective
 from normkit.instruments import Monitor
 from normkit.methods.batchless.training import RATE, attach
 from normkit.methods.bnp.bnp import BNP
-from normkit.optim.step_hooks import StepHandle
 from normkit.study.data.structure import tensors
 from normkit.study.task import Task
 
@@ -46,24 +46,58 @@ def only_optimizer(trainer: Trainer, what: str) -> Optimizer:
     return trainer.optimizers[0]
 
 
-class BNPCallback(Callback):
+class MethodCallback(Callback):
+    """Attaches a method to the trainer's optimizer for the length of a fit.
+
+    Args:
+        attach: ``attach(pl_module, optimizer)``, which returns something with a ``remove()``.
+
+    Examples:
+        >>> trainer = Trainer(callbacks=[MethodCallback(normkit.attach)])  # doctest: +SKIP
+    """
+
+    def __init__(self, attach: Callable[[LightningModule, Optimizer], Any]) -> None:
+        self._attach = attach
+        self._attached: Any = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach, before a checkpoint's optimizer state is restored."""
+        self._attached = self._attach(pl_module, only_optimizer(trainer, type(self).__name__))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take everything off the model."""
+        self._remove(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take everything off the model."""
+        self._remove(pl_module)
+
+    def _remove(self, pl_module: LightningModule) -> None:
+        if self._attached is not None:
+            self._attached.remove()
+            self._attached = None
+
+
+class BNPCallback(MethodCallback):
     """Preconditions gradients by batch normalization preconditioning, before Lightning clips them.
 
     Args:
         options: Options of [`normkit.BNP`][].
+
+    Attributes:
+        bnp: The BNP during a fit, else None.
 
     Examples:
         >>> trainer = Trainer(callbacks=[BNPCallback()], gradient_clip_val=1.0)  # doctest: +SKIP
     """
 
     def __init__(self, **options: Any) -> None:
+        super().__init__(self._attach_bnp)
         self.options = options
-        self.bnp: BNP | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach, before a checkpoint's optimizer state is restored."""
-        bnp = self.bnp = BNP(pl_module, **self.options)
-        bnp.attach(only_optimizer(trainer, "BNPCallback"))
+    def _attach_bnp(self, pl_module: LightningModule, optimizer: Optimizer) -> BNP:
+        bnp = BNP(pl_module, **self.options)
+        bnp.attach(optimizer)
         clip_gradients = pl_module.clip_gradients
 
         def precondition_and_clip(*args: Any, **kwargs: Any) -> None:
@@ -71,28 +105,24 @@ class BNPCallback(Callback):
             clip_gradients(*args, **kwargs)
 
         vars(pl_module)["clip_gradients"] = precondition_and_clip
+        return bnp
+
+    @property
+    def bnp(self) -> BNP | None:
+        """Return the BNP during a fit, else None."""
+        return self._attached
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Precondition; the step itself then leaves the gradients as clipping made them."""
         assert self.bnp is not None
         self.bnp.precondition_()
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take everything off the model."""
-        self._remove(pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Likewise."""
-        self._remove(pl_module)
-
     def _remove(self, pl_module: LightningModule) -> None:
-        if self.bnp is not None:
-            self.bnp.remove()
-            self.bnp = None
-            vars(pl_module).pop("clip_gradients", None)
+        super()._remove(pl_module)
+        vars(pl_module).pop("clip_gradients", None)
 
 
-class BatchlessCallback(Callback):
+class BatchlessCallback(MethodCallback):
     """Trains mu and sigma of a module's batchless layers; convert and initialize it before the fit.
 
     The likelihood's gradient never lies in ``.grad``: clipping and loss scaling do not see it.
@@ -102,25 +132,7 @@ class BatchlessCallback(Callback):
     """
 
     def __init__(self, rate: float = RATE) -> None:
-        self.rate = rate
-        self._handle: StepHandle | None = None
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach to the optimizer."""
-        self._handle = attach(pl_module, only_optimizer(trainer, "BatchlessCallback"), rate=self.rate)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Detach."""
-        self._remove()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Likewise."""
-        self._remove()
-
-    def _remove(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        super().__init__(partial(attach, rate=rate))
 
 
 class MonitorCallback(Callback):

@@ -126,6 +126,7 @@ METHOD = Method(
             0.1,
             convert=Part("layer"),
             group=_GROUP,
+            ablation=True,
         ),
         Recipe(
             "instance",

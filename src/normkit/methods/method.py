@@ -72,7 +72,7 @@ class Recipe:
         attach: ``attach(model, optimizer, **settings)``, called last.
         lr_exponent: The centre moves with ``(batch_size / 64) ** lr_exponent``.
         group: Heading in a list of methods.
-        ablation: Whether it is an arm of an ablation, which short lists leave out.
+        ablation: Whether it is a variant of another recipe or an arm of an ablation, which short lists leave out.
         revision: Raised whenever the method's numbers change, so that old results are not mixed with new ones.
     """
 

@@ -61,6 +61,7 @@ METHOD = Method(
             0.1,
             prepare=Part(lambda model, batches: zero_gamma(model)),
             group="Batch normalization and its relatives",
+            ablation=True,
         ),
     )
 )

@@ -232,6 +232,7 @@ METHOD = Method(
             prepare=Part(revisit_model, *_OPTIONS, input_norm=True),
             typed=True,
             group=_GROUP,
+            ablation=True,
         ),
         _ablation("revisited-logit-scale", "Ablation of revisited: features x 0.1 only", 0.3, "logit_scale"),
         _ablation("revisited-shift-lr", "Ablation of revisited: rate of beta x 100 only", 0.1, "shift_lr"),

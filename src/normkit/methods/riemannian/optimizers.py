@@ -285,6 +285,7 @@ METHOD = Method(
             0.05,
             optimizer=Part(on_sphere, *_ADAMG, optimizer=AdamG, divisor=5),
             group=_GROUP,
+            ablation=True,
             revision=2,
         ),
         Recipe(
