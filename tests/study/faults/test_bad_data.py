@@ -111,6 +111,12 @@ def test_a_folder_that_is_a_link_is_named_instead_of_dropped(place, tmp_path):
         load_data(str(folder))
 
 
+def test_a_link_to_nothing_is_named_instead_of_dropped(tmp_path):
+    (images(tmp_path / "data") / "train" / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="gone is a link to nothing; mend or remove it"):
+        load_data(str(tmp_path / "data"))
+
+
 def test_a_folder_that_is_reached_through_a_link_is_read(tmp_path):
     (tmp_path / "link").symlink_to(images(tmp_path / "data"), target_is_directory=True)
     assert load_data(str(tmp_path / "link")).classes == 3

@@ -65,7 +65,7 @@ _IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".w
 def check_tree(name: str, folder: Path) -> None:
     """Refuse what would be read otherwise than it looks.
 
-    Those are links to folders, images below the folder of their class, and a path whose characters stand for others or are no
+    Those are links to folders or to nothing, images below the folder of their class, and a path whose characters stand for others or are no
     UTF-8: ``datasets`` takes it for a pattern.
 
     Args:
@@ -89,6 +89,9 @@ def check_tree(name: str, folder: Path) -> None:
                     f"data {name!r}: {os.path.join(here, child)} is a link to a folder, which is not followed; copy or mount "
                     "the folder there"
                 )
+        for file in files:
+            if not os.path.exists(os.path.join(here, file)):
+                raise DataError(f"data {name!r}: {os.path.join(here, file)} is a link to nothing; mend or remove it")
         if depth > 2 and any(Path(file).suffix.lower() in _IMAGES for file in files):
             raise DataError(
                 f"data {name!r}: {here} holds images deeper than SPLIT/CLASS/, so their class is not clear; move them up"
