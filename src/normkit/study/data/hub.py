@@ -65,8 +65,8 @@ _IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".w
 def check_tree(name: str, folder: Path) -> None:
     """Refuse what would be read otherwise than it looks.
 
-    Those are links to folders or to nothing, images below the folder of their class, and a path whose characters stand for others or are no
-    UTF-8: ``datasets`` takes it for a pattern.
+    Those are links to folders or to nothing, images below the folder of their class, and a path whose characters stand for
+    others or are no UTF-8: ``datasets`` takes it for a pattern.
 
     Args:
         name: What the user called the data.
