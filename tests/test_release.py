@@ -77,8 +77,9 @@ def test_the_wheel_trains_with_torch_alone(python):
         "for name in ('bnp', 'batchless', 'sgd-g', 'adam-g', 'revisited', 'l1', 'group'):\n"
         "    torch.manual_seed(0)\n"
         "    layers = [torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten()]\n"
-        "    model, optimizer = normkit.apply(name, torch.nn.Sequential(*layers, torch.nn.Linear(64, 2)), lr=0.01)\n"
-        "    model(torch.randn(8, 1, 6, 6)).square().mean().backward()\n"
+        "    x, net = torch.randn(8, 1, 6, 6), torch.nn.Sequential(*layers, torch.nn.Linear(64, 2))\n"
+        "    model, optimizer = normkit.apply(name, net, lr=0.01, batches=[x])\n"
+        "    model(x).square().mean().backward()\n"
         "    optimizer.step()\n"
         "print(normkit.__version__)\n"
     )
