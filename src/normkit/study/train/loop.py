@@ -71,6 +71,16 @@ class LossOf(nn.Module):
         return self.loss(self.model, batch)
 
 
+def _compiled(model: nn.Module) -> nn.Module:
+    """Compile ``model`` for itself: by default a graph of one model serves another that differs by its hooks alone."""
+    import torch._dynamo
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # hooks are how BNP and the projection count
+    compiled = torch.compile(model)
+    assert isinstance(compiled, nn.Module)
+    return compiled
+
+
 def prepare(training: Training, model: nn.Module, loss: Loss) -> nn.Module:
     """The module whose forward is the loss of ``model``.
 
@@ -78,8 +88,7 @@ def prepare(training: Training, model: nn.Module, loss: Loss) -> nn.Module:
     """
     if training.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    compiled = torch.compile(model) if training.compile else model
-    assert isinstance(compiled, nn.Module)
+    compiled = _compiled(model) if training.compile else model
     network: nn.Module = LossOf(compiled, loss)
     if ranks()[1] > 1:
         network = DistributedDataParallel(network)
