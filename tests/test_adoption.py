@@ -115,7 +115,7 @@ def test_one_rate_for_all_groups_is_noticed_once(name, how):
 
 
 @pytest.mark.parametrize("name", ["revisited", "sgd-g", "batch"])
-def test_schedules_that_keep_the_ratios_are_left_in_peace(name):
+def test_schedules_that_keep_the_ratios_are_left_in_peace(name, recwarn):
     model, optimizer = normkit.apply(name, network(), lr=0.1)
     schedules = [
         OneCycleLR(optimizer, max_lr=[group["lr"] for group in optimizer.param_groups], total_steps=3),
@@ -125,6 +125,7 @@ def test_schedules_that_keep_the_ratios_are_left_in_peace(name):
         for _ in range(3):
             step(model, optimizer)
             schedule.step()
+    assert not recwarn
 
 
 def test_the_handle_gives_the_bnp_that_apply_attached():

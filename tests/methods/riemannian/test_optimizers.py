@@ -372,8 +372,12 @@ def test_deepcopies_step_on_their_own(rule):
 def test_a_copied_or_loaded_optimizer_loads_a_state_as_often_as_it_is_given_one(rule):
     params = weights()
     optimizer = copy.deepcopy(RULES[rule]([{"params": params, "manifold": True}]))
+    held = optimizer.param_groups[0]["params"]
+    run(optimizer, held, 1)
+    kept = copy.deepcopy(optimizer.state_dict()["state"])
     for _ in range(2):
         optimizer.load_state_dict(optimizer.state_dict())
+    torch.testing.assert_close(optimizer.state_dict()["state"], kept, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("rule", RULES)
