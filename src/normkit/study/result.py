@@ -208,6 +208,7 @@ def _row(summary: Summary, score: str, cost: Any) -> dict[str, Any]:
         "method": summary.method,
         "batch_size": summary.batch_size,
         "lr": summary.lr,
+        "at_edge": summary.at_edge,
         score: summary.mean,
         "sd": summary.sd,
         "difference": paired.difference if paired else None,

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from normkit.study.report.statistics import summarize
-from normkit.study.report.tables import failed_runs, grid_edges, tables
+from normkit.study.report.tables import failed_runs, tables
 from normkit.study.report.verdict import reach_verdict
 from tests.study.report.fake_study import realistic, record, result
 
@@ -16,10 +16,6 @@ def verdict_of(record):
 
 def tables_of(record):
     return tables(record, summarize(record))
-
-
-def edges_of(record):
-    return grid_edges(record, summarize(record))
 
 
 def study(levels, seeds=3, lost=(), **options):
@@ -131,12 +127,76 @@ def test_study_without_final_runs_or_without_accuracies_has_a_sentence():
     assert verdict_of(lost).sentence == "No final run finished: every one diverged or failed."
 
 
-def test_chosen_rate_at_the_edge_of_its_grid_is_told():
-    search = [result("search", "group", 64, lr, 1000, 0.9) for lr in (0.01, 0.1, 1.0)]
-    inside, edge = result(method="group", lr=0.1), result(method="group", lr=1.0)
-    assert edges_of(record([*search, inside])) == []
-    assert edges_of(record([*search, edge])) == ["`group` at batch size 64"]
-    assert edges_of(record([edge])) == []
+def searched(study, chosen, rates=(0.01, 0.1, 1.0)):
+    """The study after a search over ``rates``; ``chosen``: (method, batch size) -> rate of the final runs, else 0.1."""
+    cells = dict.fromkeys((t.key.method, t.key.batch_size) for t in study.trials)
+    search = [result("search", *cell, lr, 1000, 0.9) for cell in cells for lr in rates]
+    finals = [
+        dataclasses.replace(t, key=dataclasses.replace(t.key, lr=chosen.get((t.key.method, t.key.batch_size), 0.1)))
+        for t in study.trials
+    ]
+    return dataclasses.replace(study, trials=(*search, *finals), planned=len(search) + len(finals))
+
+
+def test_no_claim_is_made_where_the_reference_is_at_the_edge_of_its_grid():
+    levels = {"batch": {64: 0.9, 8: 0.8}, "group": {64: 0.95, 8: 0.95}}
+    claimed, refused = (searched(study(levels, 6), chosen) for chosen in ({}, {("batch", 8): 1.0}))
+    assert all(s.paired.p_holm < 0.05 for s in summarize(claimed) if s.paired)
+    assert verdict_of(claimed).sentence.startswith("At batch size 8 `group` reached 95.")
+    group = {s.batch_size: s.paired for s in summarize(refused) if s.method == "group"}
+    assert (group[8].p, group[8].p_holm) == (None, None)
+    assert group[8].low is not None  # the measurement stays
+    assert group[64].p_holm < 0.05
+    verdict = verdict_of(refused)
+    assert verdict.sentence.startswith("At batch size 64 `group` reached 95.")
+    assert verdict.sentence.endswith(
+        "; at 8 no claim is made, since the best learning rate of `batch` lies at the edge of its grid."
+    )
+    assert verdict.caveats == (
+        "The best learning rate of `batch` at batch size 8 lies at the edge of its grid (1): no claim is made there; widen it "
+        "with --lr-points or give --lr.",
+        "Differences are claimed at the 5 % level, Holm-corrected over the methods at each batch size.",
+    )
+
+
+def test_no_claim_at_all_where_the_reference_is_always_at_the_edge():
+    everywhere = searched(study(SPLIT, 6), {("batch", size): 0.01 for size in (64, 8, 1)})
+    verdict = verdict_of(everywhere)
+    assert verdict.sentence == (
+        "At batch sizes 64, 8 and 1 no claim is made, since the best learning rate of `batch` lies at the edge of its grid."
+    )
+    assert len(verdict.caveats) == 1
+    assert verdict.caveats[0].startswith(
+        "The best learning rates of `batch` at batch sizes 64, 8 and 1 lie at the edges"
+    )
+    assert not any(title == "p" for table in tables_of(everywhere) for title, _ in table.columns)
+
+
+def test_a_method_at_the_edge_of_its_grid_is_marked_and_named_and_still_compared():
+    edge = searched(study({"batch": {64: 0.9}, "group": {64: 0.95}}, 6), {("group", 64): 0.01})
+    verdict = verdict_of(edge)
+    assert verdict.sentence.startswith("At batch size 64 `group` reached 95.")
+    assert verdict.caveats[0] == (
+        "The best learning rate lies at the edge of the grid, so that a better one may lie beyond, for `group` at batch size "
+        "64 (0.01)."
+    )
+    (table,) = tables_of(edge)
+    at = [title for title, _ in table.columns].index("learning rate")
+    assert [str(row.cells[at]) for row in table.rows] == ["0.1", "0.01 edge of its grid"]
+
+
+@pytest.mark.parametrize("rates", [(), (0.1,)], ids=["given", "one"])
+def test_a_rate_without_a_grid_is_at_no_edge(rates):
+    alone = searched(study(SPLIT, 6), {}, rates)
+    assert not any(s.at_edge for s in summarize(alone))
+    assert "edge" not in " ".join([verdict_of(alone).sentence, *verdict_of(alone).caveats])
+
+
+def test_a_rate_beyond_which_runs_diverge_is_not_at_the_edge():
+    inside = searched(study({"batch": {64: 0.9}, "group": {64: 0.95}}), {}, (0.01, 0.1))
+    beyond = tuple(result("search", method, 64, 1.0, 1000, state="diverged") for method in ("batch", "group"))
+    assert all(s.at_edge for s in summarize(inside))
+    assert not any(s.at_edge for s in summarize(dataclasses.replace(inside, trials=(*beyond, *inside.trials))))
 
 
 def test_tables_tell_every_cell_of_the_plan_and_leave_empty_columns_out():

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from normkit.study.records import Metric, StudyRecord, TrialResult
 from normkit.study.report.chart import Series, line_chart
 from normkit.study.report.format import format_score, in_unit
+from normkit.study.report.rates import grids
 from normkit.study.report.scales import Axis, log_ticks, nice_ticks
 from normkit.study.report.statistics import Summary, finite, plan_axes
 
@@ -110,15 +111,14 @@ def _loss_lines(record: StudyRecord, size: int) -> list[Series]:
 def by_learning_rate(record: StudyRecord, summaries: Sequence[Summary]) -> list[Panel]:
     """Validation score of the search runs against learning rate, per batch size; the chosen rate is ringed."""
     chosen, metric = {(s.method, s.batch_size): s.lr for s in summaries}, record.metric
+    tried = grids(record)
     panels = []
     for size in plan_axes(record)[1]:
         series = []
         for method, index in series_index(record).items():
-            trials = _of(record, "search", method, size)
-            rates = sorted({trial.key.lr for trial in trials})
-            scores = [(lr, finite(t.validation_score for t in trials if t.key.lr == lr)) for lr in rates]
-            points = tuple((lr, float(np.mean(values))) for lr, values in scores if values)
-            crosses = tuple(lr for lr in rates if any(t.key.lr == lr and t.state == "diverged" for t in trials))
+            grid = tried.get((method, size), ())
+            points = tuple((rate.lr, rate.score) for rate in grid if rate.score is not None)
+            crosses = tuple(rate.lr for rate in grid if "diverged" in rate.lost)
             if points or crosses:
                 series.append(Series(method, index, points, crosses=crosses, ring=chosen.get((method, size))))
         rates = [value for s in series for value in (*(lr for lr, _ in s.points), *s.crosses)]

@@ -17,7 +17,7 @@ from normkit.study.report.format import format_duration
 from normkit.study.report.landscape import sections as landscape_sections
 from normkit.study.report.page import render_template
 from normkit.study.report.statistics import Summary, summarize
-from normkit.study.report.tables import failed_runs, grid_edges, selection_note, tables
+from normkit.study.report.tables import failed_runs, selection_note, tables
 from normkit.study.report.verdict import reach_verdict
 
 CSV_COLUMNS = (
@@ -93,7 +93,6 @@ def _render(template: str, record: StudyRecord, summaries: Sequence[Summary], **
     found = {
         "verdict": reach_verdict(record, summaries),
         "tables": tables(record, summaries),
-        "grid_edges": grid_edges(record, summaries),
         "selection_note": selection_note(record),
         "pruned": sum(trial.state == "pruned" for trial in record.trials),
         "failed_runs": failed_runs(record),

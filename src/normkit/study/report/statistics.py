@@ -14,6 +14,7 @@ import numpy as np
 from scipy import stats
 
 from normkit.study.records import State, StudyRecord, TrialResult
+from normkit.study.report.rates import Rate, grids, is_at_edge
 
 Alternative = Literal["two-sided", "greater"]
 
@@ -32,8 +33,9 @@ class Paired:
         low: Lower end of the 95 % t interval of that mean; None with a single pair, or where all differ by the same amount.
         high: Upper end, likewise.
         pairs: Number of seeds that both finished.
-        p: p-value of the paired t test, uncorrected; None with fewer than five pairs, in an unfinished study, and where
-            all pairs differ by the same amount other than zero (no spread, hence no t statistic).
+        p: p-value of the paired t test, uncorrected; None with fewer than five pairs, in an unfinished study, where the
+            reference's learning rate is at the edge of its grid, and where all pairs differ by the same amount other than
+            zero (no spread, hence no t statistic).
         p_holm: ``p`` corrected after Holm over the methods compared at this batch size.
     """
 
@@ -58,6 +60,7 @@ class Summary:
         failed: Number of final runs that ended with an error.
         gap: Mean train/eval gap of the finished runs; None where not measured.
         paired: Difference to the reference; None for the reference itself and where no seed is shared.
+        at_edge: Whether ``lr`` is the lowest or highest of several rates that were searched.
     """
 
     method: str
@@ -68,6 +71,7 @@ class Summary:
     failed: int
     gap: float | None
     paired: Paired | None = None
+    at_edge: bool = False
 
     @property
     def runs(self) -> int:
@@ -161,6 +165,7 @@ def summarize(record: StudyRecord) -> list[Summary]:
         Batch size by batch size in the plan's order, within it method by method.
     """
     methods, sizes = plan_axes(record)
+    tried = grids(record)
     finals = [trial for trial in record.trials if trial.key.phase == "final"]
     return [
         summary
@@ -169,14 +174,23 @@ def summarize(record: StudyRecord) -> list[Summary]:
             {method: [t for t in finals if (t.key.method, t.key.batch_size) == (method, size)] for method in methods},
             size,
             record,
+            tried,
         )
     ]
 
 
-def _compare(trials: dict[str, list[TrialResult]], batch_size: int, record: StudyRecord) -> list[Summary]:
+def _compare(
+    trials: dict[str, list[TrialResult]],
+    batch_size: int,
+    record: StudyRecord,
+    tried: dict[tuple[str, int], tuple[Rate, ...]],
+) -> list[Summary]:
     """Summaries at one batch size; the Holm family is the methods compared here."""
     reference = record.config["reference"]
     alternative = cast("Alternative", record.config.get("alternative", "two-sided"))
+    lr = {method: _only_lr(results) for method, results in trials.items()}
+    at_edge = {method: is_at_edge(tried.get((method, batch_size), ()), lr[method]) for method in trials}
+    claimed = not unfinished(record) and not at_edge.get(reference)
     scores = {method: _score_by_seed(results) for method, results in trials.items()}
     pairs: dict[str, tuple[list[float], list[float]]] = {}
     for method in trials:
@@ -191,7 +205,7 @@ def _compare(trials: dict[str, list[TrialResult]], batch_size: int, record: Stud
             alternative,
         )
         for method, pair in pairs.items()
-        if len(pair[0]) >= PAIRS_FOR_A_CLAIM and not unfinished(record)
+        if len(pair[0]) >= PAIRS_FOR_A_CLAIM and claimed
     }
     raw = {method: p for method, p in tests.items() if p is not None}
     corrected = dict(zip(raw, holm(list(raw.values())), strict=True))
@@ -211,12 +225,13 @@ def _compare(trials: dict[str, list[TrialResult]], batch_size: int, record: Stud
             Summary(
                 method,
                 batch_size,
-                lr=_only_lr(results),
+                lr=lr[method],
                 scores=tuple(scores[method][seed] for seed in sorted(scores[method])),
                 diverged=states["diverged"],
                 failed=states["failed"],
                 gap=float(np.mean(gaps)) if gaps else None,
                 paired=paired,
+                at_edge=at_edge[method],
             )
         )
     return summaries

@@ -20,7 +20,6 @@ from normkit.study.report.format import (
     format_score,
     format_seconds,
     in_unit,
-    quoted,
 )
 from normkit.study.report.statistics import Paired, Summary, plan_axes
 
@@ -86,25 +85,6 @@ def failed_runs(record: StudyRecord) -> list[FailedRuns]:
     return [FailedRuns(runs, *what) for what, runs in alike.items()]
 
 
-def grid_edges(record: StudyRecord, summaries: Sequence[Summary]) -> list[str]:
-    """Return where the chosen learning rate is the lowest or highest of those searched, so that a better one may lie beyond.
-
-    Args:
-        record: A study, finished or not.
-        summaries: Its summaries.
-    """
-    searched: dict[tuple[str, int], set[float]] = {}
-    for trial in record.trials:
-        if trial.key.phase == "search":
-            searched.setdefault((trial.key.method, trial.key.batch_size), set()).add(trial.key.lr)
-    found = []
-    for s in summaries:
-        rates = searched.get((s.method, s.batch_size), set())
-        if s.lr is not None and len(rates) > 1 and s.lr in {min(rates), max(rates)}:
-            found.append(f"{quoted(s.method)} at batch size {s.batch_size}")
-    return found
-
-
 def selection_note(record: StudyRecord) -> str:
     """Describe which weights were tested, when they were taken and what validation cost; empty if they are the last.
 
@@ -145,7 +125,7 @@ def _table(record: StudyRecord, batch_size: int, here: Sequence[Summary]) -> Tab
             for s in here
         ],
         ("p", "Holm"): [_p(s.paired) for s in here],
-        ("learning rate", "chosen"): [Cell(f"{s.lr:g}" if s.lr is not None else NOTHING) for s in here],
+        ("learning rate", "chosen"): [_rate(s) for s in here],
         ("time", "per step [quartiles]"): [_time(costs.get(s.method), s.method == reference) for s in here],
         ("memory", "peak" if on_gpu else "for backward"): [
             _memory(costs.get(s.method), s.method == reference) for s in here
@@ -198,6 +178,11 @@ def _difference(paired: Paired | None, index: int, reach: float, metric: Metric)
 
 def _p(paired: Paired | None) -> Cell:
     return Cell(format_p(paired.p_holm) if paired and paired.p_holm is not None else NOTHING)
+
+
+def _rate(summary: Summary) -> Cell:
+    text = f"{summary.lr:g}" if summary.lr is not None else NOTHING
+    return Cell(text, alarm="edge of its grid" if summary.at_edge else "")
 
 
 def _time(cost: Cost | None, reference: bool) -> Cell:

@@ -55,7 +55,7 @@ def reach_verdict(record: StudyRecord, summaries: Sequence[Summary]) -> Verdict:
     ran = [summary for summary in summaries if summary.runs]
     if not ran:
         return Verdict("No final run has ended yet, so there is nothing to compare.", _progress(record))
-    caveats = (*_strength(record, ran), *_lost(ran), *_progress(record))
+    caveats = (*_edges(record, ran), *_strength(record, ran), *_lost(ran), *_progress(record))
     if not any(summary.scores for summary in ran):
         return Verdict("No final run finished: every one diverged or failed.", caveats)
     sentence = _alone(ran, record.metric) if len({s.method for s in ran}) == 1 else _compared(record, ran)
@@ -98,7 +98,10 @@ def _compared(record: StudyRecord, ran: Sequence[Summary]) -> str:
         here = sorted((s for s in ran if s.batch_size == size), key=lambda s: -metric.signed(s.mean or 0.0))
         base = next((s for s in here if s.method == reference), None)
         others = [s for s in here if s is not base and s.mean is not None]
-        if base and others and (found := _ahead(others, base, metric, best, chance)):
+        if base and others and base.at_edge:
+            text = f"no claim is made, since the best learning rate of {_name(base)} lies at the edge of its grid"
+            rest.setdefault(text, []).append(size)
+        elif base and others and (found := _ahead(others, base, metric, best, chance)):
             ahead.append((found[0], size, *found[1:]))
         elif base and others and (found := _behind(others, base, metric)):
             behind.append((found[0], size, *found[1:]))
@@ -176,8 +179,30 @@ def _behind(others: Sequence[Summary], base: Summary, metric: Metric) -> tuple[f
     return abs(base.mean - (behind[0].mean or 0.0)), full, f"no method did better than {_name(base)} beyond the noise"
 
 
+def _edges(record: StudyRecord, ran: Sequence[Summary]) -> tuple[str, ...]:
+    """Learning rates at the edge of their grids: of the reference, where nothing is claimed, and of other methods."""
+    at_edge = [s for s in ran if s.at_edge]
+    base = [s for s in at_edge if s.method == record.config["reference"] and any(s.method != t.method for t in ran)]
+    found = []
+    if base:
+        one, sizes = len(base) == 1, enumerate_words([s.batch_size for s in base])
+        found.append(
+            f"The best learning rate{'' if one else 's'} of {_name(base[0])} at batch size{'' if one else 's'} {sizes} "
+            f"{'lies at the edge of its grid' if one else 'lie at the edges of their grids'} "
+            f"({enumerate_words([f'{s.lr:g}' for s in base])}): no claim is made there; widen "
+            f"{'it' if one else 'them'} with --lr-points or give --lr."
+        )
+    if others := [f"{_cell(s)} ({s.lr:g})" for s in at_edge if s not in base]:
+        found.append(
+            f"The best learning rate lies at the edge of the grid, so that a better one may lie beyond, for "
+            f"{enumerate_words(others)}."
+        )
+    return tuple(found)
+
+
 def _strength(record: StudyRecord, ran: Sequence[Summary]) -> tuple[str, ...]:
-    compared = [s for s in ran if s.paired]
+    unclaimed = {s.batch_size for s in ran if s.at_edge and s.method == record.config["reference"]}
+    compared = [s for s in ran if s.paired and s.batch_size not in unclaimed]
     pairs = max((s.paired.pairs for s in compared if s.paired), default=0)
     if not pairs or unfinished(record):
         return ()
