@@ -9,10 +9,12 @@ import sys
 import time
 
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
 from normkit.study.config import StudyConfig
 from normkit.study.folder import StudyFolder
+from normkit.study.records import TrialResult
 from normkit.study.store.owner import alive, owner
 from normkit.study.store.store import MAX_DEATHS, Store
 from normkit.study.store.worker import INTERRUPTIONS, lock_file, run_workers
@@ -79,18 +81,24 @@ def test_a_failed_trial_is_run_again_on_request_its_deaths_forgotten(store):
     assert store.retry_failed() == 0
 
 
-def test_a_worker_killed_between_result_and_state_loses_nothing(store):
-    from normkit.study.records import TrialResult
+@pytest.mark.parametrize("at", ["claim", "record"])
+def test_a_worker_killed_in_the_middle_of_a_write_has_written_nothing(store, at):
+    before = store.claim() if at == "record" else None
+    kept = store.storage.get_all_trials(store.study_id)
 
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    sqlalchemy.event.listen(store.storage.engine, "commit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.record(before, TrialResult(before.key, "finished", validation_score=0.5)) if before else store.claim()
+    sqlalchemy.event.remove(store.storage.engine, "commit", killed)
+    assert store.storage.get_all_trials(store.study_id) == kept
+    store.requeue({owner(): None})
     claim = store.claim()
     result = TrialResult(claim.key, "finished", validation_score=0.5, validation_loss=1.0)
-    change = store.storage.set_trial_state_values
-    store.storage.set_trial_state_values = lambda *_: False  # it does not get that far
     store.record(claim, result)
-    store.storage.set_trial_state_values = change
-    store.requeue({owner(): None})
     assert store.results() == [result]
-    assert [trial.state for trial in store.storage.get_all_trials(store.study_id)] == [TrialState.COMPLETE]
 
 
 def renamed(part, value):

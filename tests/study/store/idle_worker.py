@@ -31,7 +31,7 @@ def work(
     A trial takes up to ``pause`` seconds, and in one of them the worker is killed.
     """
     connection.HEARTBEAT_SECONDS = 1
-    connection.GRACE_SECONDS = 10  # a claim that was never signed is free again after it
+    connection.GRACE_SECONDS = 10
     store = Store(url, name, lock_file(url))
     store.open(config)
     claimed, wanted = 0, len(slots(config)) if trials is None else trials

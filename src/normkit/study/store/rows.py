@@ -1,18 +1,23 @@
 """The trials of one study as this process knows them, read again only where they have changed.
 
-Optuna reads a trial with everything that belongs to it, 0.4 ms each, so a claim in a plan of 10,000 would take seconds. Here two
-columns of all trials are read, and attributes of the changed ones; everything that is written goes through Optuna.
+Optuna reads a trial with everything that belongs to it, 0.4 ms each, so a claim in a plan of 10,000 would take seconds. Here the
+states of the trials that do not wait any more are read, and attributes of the changed ones. A claim is one transaction, and so is
+a result with the state it leads to: a worker that is killed in the middle has changed nothing.
 """
 
 import json
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import TrialHeartbeatModel, TrialModel, TrialUserAttributeModel, TrialValueModel
 from optuna.trial import TrialState
-from sqlalchemy import Connection, Enum, String, and_, bindparam, column, func, insert, select, table, type_coerce
+from sqlalchemy import Connection, Enum, String, and_, bindparam, column, func, insert, or_, select, table, type_coerce
+from sqlalchemy.orm import Session
 
 from normkit.study.plan import Slot
 from normkit.study.records import TrialResult
@@ -66,11 +71,12 @@ class Rows:
         self._study_id: int | None = None
         self._states: dict[int, str] = {}
         self._foreign: set[int] = set()
-        self._ended_up_to = -1  # no trial up to this one can change any more
+        self._unended: deque[int] = deque()  # trials that may change, and ended ones behind the first of them
+        self._newest = -1
         self._rows: dict[int, Row] = {}
         self._by_slot: dict[Slot, dict[int, Row]] = {}
         self._chosen: dict[Slot, Row] = {}  # in the plan's order
-        self._waiting: dict[Slot, None] = {}
+        self._waiting: dict[str, dict[Slot, None]] = {"search": {}, "final": {}}
         self._searches: dict[tuple[str, int], dict[Slot, TrialResult]] = {}
 
     @property
@@ -91,24 +97,24 @@ class Rows:
 
     def refresh(self) -> None:
         """Read what has changed."""
+        while self._unended and TrialState[self._states[self._unended[0]]].is_finished():
+            self._unended.popleft()  # a plan is worked on in its order: most of what has ended is never read again
+        first = self._unended[0] if self._unended else self._newest + 1
+        begun = and_(_TRIALS.c.trial_id >= first, _TRIALS.c.state != TrialState.WAITING)
         with self.storage.engine.connect() as connection:
-            open_trials = and_(_TRIALS.c.study_id == self.study_id, _TRIALS.c.trial_id > self._ended_up_to)
-            query = select(_TRIALS.c.trial_id, type_coerce(_TRIALS.c.state, String)).where(open_trials)
+            query = select(_TRIALS.c.trial_id, type_coerce(_TRIALS.c.state, String)).where(
+                _TRIALS.c.study_id == self.study_id, or_(_TRIALS.c.trial_id > self._newest, begun)
+            )
             states = dict(connection.execute(query.order_by(_TRIALS.c.trial_id)).all())
             # a running trial may have got its result since
             known = self._states.keys() - self._foreign
             changed = [i for i, s in states.items() if self._states.get(i) != s or (s == "RUNNING" and i in known)]
             attributes = self._attributes(connection, changed)
+        self._unended.extend(i for i in states if i > self._newest)
+        self._newest = max(self._newest, *states, -1)
         self._states |= states
         for trial_id in changed:
             self._put(trial_id, TrialState[states[trial_id]], attributes.get(trial_id, {}))
-        for (
-            trial_id,
-            state,
-        ) in states.items():  # a plan is worked on in its order: most of what has ended is never read again
-            if not TrialState[state].is_finished():
-                break
-            self._ended_up_to = trial_id
 
     def _attributes(self, connection: Connection, trial_ids: Sequence[int]) -> dict[int, dict[str, str]]:
         found: dict[int, dict[str, str]] = {}
@@ -148,9 +154,9 @@ class Rows:
         self._by_slot.setdefault(slot, {})[row.trial_id] = row
         best = self._chosen[slot] = min(self._by_slot[slot].values(), key=lambda row: row.rank)
         if best.state == TrialState.WAITING:
-            self._waiting.setdefault(slot)
+            self._waiting[slot.phase].setdefault(slot)
         else:
-            self._waiting.pop(slot, None)
+            self._waiting[slot.phase].pop(slot, None)
         if slot.phase == "search":
             cell = self._searches.setdefault(slot.cell, {})
             if best.result is not None:
@@ -164,12 +170,12 @@ class Rows:
         """The trial of each slot, in the plan's order: of several, the first with a result, else the first not dead."""
         return iter(self._chosen.values())
 
-    def waiting(self) -> list[Row]:
-        """The trials that can be claimed."""
-        return [self._chosen[slot] for slot in self._waiting]
+    def waiting(self) -> Iterator[Row]:
+        """The trials that can be claimed, searches first, since final runs wait for them."""
+        return (self._chosen[slot] for slots in self._waiting.values() for slot in slots)
 
     def running(self) -> list[tuple[Row, str]]:
-        """Trials that were claimed and are not closed, each with its owner; empty where the claim is not signed."""
+        """Trials that were claimed and are not closed, each with its owner; empty where it has none."""
         rows = [self._rows[i] for i, state in self._states.items() if state == "RUNNING" and i in self._rows]
         with self.storage.engine.connect() as connection:
             attributes = self._attributes(connection, [row.trial_id for row in rows])
@@ -187,6 +193,33 @@ class Rows:
     def searched(self, cell: tuple[str, int]) -> list[TrialResult]:
         """Results of the search runs of a method and batch size."""
         return list(self._searches.get(cell, {}).values())
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def claim(self, trial_id: int, owner: str) -> bool:
+        """Make a trial ``owner``'s, with a first heartbeat; False if it does not wait any more."""
+        with Session(self.storage.engine) as session, session.begin():
+            trial = session.get(TrialModel, trial_id, with_for_update=True)
+            if trial is None or trial.state is not TrialState.WAITING:
+                return False
+            trial.state, trial.datetime_start = TrialState.RUNNING, datetime.now()
+            session.add(TrialUserAttributeModel(trial_id=trial_id, key="owner", value_json=json.dumps(owner)))
+            session.add(TrialHeartbeatModel(trial_id=trial_id))
+        return True
+
+    def end(self, trial_id: int, result: TrialResult) -> None:
+        """Keep a result and change the state of its trial, if the trial still runs."""
+        with Session(self.storage.engine) as session, session.begin():
+            trial = session.get(TrialModel, trial_id, with_for_update=True)
+            if trial is None or trial.state is not TrialState.RUNNING:
+                return
+            text = json.dumps(json.dumps(result.to_dict()))
+            session.add(TrialUserAttributeModel(trial_id=trial_id, key="result", value_json=text))
+            trial.state, trial.datetime_complete = TrialState.FAIL, datetime.now()
+            if result.state == "finished":
+                trial.state = TrialState.COMPLETE
+                value, kind = TrialValueModel.value_to_stored_repr(result.validation_score or 0.0)
+                session.add(TrialValueModel(trial_id=trial_id, objective=0, value=value, value_type=kind))
 
     # -- the plan -----------------------------------------------------------------------------------------------------
 

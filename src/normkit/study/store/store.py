@@ -10,7 +10,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -114,13 +113,7 @@ class Store:
         A slot for which the search found no learning rate that works is closed with the reason.
         """
         with self._lock:
-            found = self._take_next()
-        if (
-            found is not None
-        ):  # from here on the claim is this process's: only signing it is repeated while the storage is away
-            patient(self.storage.set_trial_user_attr)(found.trial_id, "owner", owner())
-            patient(self.storage.record_heartbeat)(found.trial_id)
-        return found
+            return self._take_next()
 
     def _take_next(self) -> Claim | None:
         self._rows.refresh()
@@ -132,7 +125,7 @@ class Store:
             resolved = self._resolve(slot)
             if resolved is None:
                 blocked.add(slot.cell)
-            elif self._take(row):
+            elif self._rows.claim(row.trial_id, owner()):
                 if isinstance(resolved, TrialKey):
                     return Claim(row.trial_id, slot, resolved)
                 key = TrialKey(slot.phase, slot.method, slot.batch_size, 0.0, slot.seed)
@@ -142,25 +135,11 @@ class Store:
     def _resolve(self, slot: Slot) -> TrialKey | str | None:
         return resolve(slot, self._rows.searched(slot.cell) if slot.lr is None else (), self.config)
 
-    def _take(self, row: Row) -> bool:
-        try:
-            return self.storage.set_trial_state_values(row.trial_id, TrialState.RUNNING)
-        except optuna.exceptions.UpdateFinishedTrialError:
-            return False
-
     @patient
     def record(self, claim: Claim, result: TrialResult) -> None:
         """Keep the result of a claimed slot; a result that arrived first (after a takeover) is not overwritten."""
-        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-            self.storage.set_trial_user_attr(claim.trial_id, "result", json.dumps(result.to_dict()))
-            self._end(claim.trial_id, result)
-
-    def _end(self, trial_id: int, result: TrialResult) -> None:
-        """Change the state of a trial whose result is kept."""
-        finished = result.state == "finished"
-        values = [result.validation_score or 0.0] if finished else None
-        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-            self.storage.set_trial_state_values(trial_id, TrialState.COMPLETE if finished else TrialState.FAIL, values)
+        with self._lock:
+            self._rows.end(claim.trial_id, result)
 
     @contextlib.contextmanager
     def heartbeat(self, claim: Claim) -> Iterator[None]:
@@ -203,30 +182,16 @@ class Store:
         with self._lock:
             self._rows.refresh()
             for row, holder in self._rows.running():
-                if row.result is not None:  # its worker was killed between result and state
-                    self._end(row.trial_id, row.result)
-                    freed.add(holder)
-                    continue
-                if not (holder in gone or row.trial_id in stale or self._abandoned(row, holder)):
+                if not (holder in gone or row.trial_id in stale or not alive(holder)):
                     continue
                 reason = gone.get(holder)
-                if reason is not None and self._deadly(row, reason):
-                    freed.add(holder)
-                    continue
-                if self._give_up(row, reason):
+                if (reason is not None and self._deadly(row, reason)) or self._give_up(row, reason):
                     freed.add(holder)
             self._rows.refresh()
             for row in self._rows.dead():
                 again = {"slot": asdict(row.slot), "generation": row.generation}
                 self.storage.create_new_trial(self.study_id, create_trial(state=TrialState.WAITING, user_attrs=again))
         return freed
-
-    def _abandoned(self, row: Row, holder: str) -> bool:
-        """Return whether the trial's process is gone, or was gone before it could sign its claim."""
-        if holder:
-            return not alive(holder)
-        started = self.storage.get_trial(row.trial_id).datetime_start
-        return started is not None and (datetime.now() - started).total_seconds() > connection.GRACE_SECONDS
 
     def _deadly(self, row: Row, reason: str) -> bool:
         """Close a slot in which enough workers died; False if it may run again."""
