@@ -1,0 +1,254 @@
+"""Fine-tuning a trained BatchNorm network at batch sizes 1, 2 and 4: which normalization keeps what it has learned?
+
+`cnn4` is trained with BatchNorm on the classes 0 to 4 of CIFAR-10 (200,000 samples, batch size 128); its weights are cached.
+Then it is moved to a target:
+
+- ``classes``: the other five classes, with a new last layer.
+- ``colours``: the classes 0 to 4, colours inverted, contrast reduced to 60 %, noise of deviation 15 of 255 added.
+
+Each method starts from the same trained network; none sees data of the target before its first step. ``batch-renorm`` has its
+final bounds from the first step on, as its schedule counts the steps of the first training. At batch size 1, ``batch`` trains
+with the statistics of one image, as ``instance`` does, and is judged with running statistics. One run trains on 5,000
+samples with SGD, momentum 0.9, and a learning rate that falls to zero along a cosine.
+
+Rates are half decades around a tenth of the recipe's rate. The search runs one seed at three rates, and extends the grid by at
+most three rates on each side until the best one is inside. The best has the highest validation accuracy at the end of the run;
+it then runs with all seeds. A table marks a rate at the edge of its grid.
+
+Each run is one JSON line in ``runs/fine_tuning.jsonl``, written when it ends; the same command resumes. Accuracies are in per
+cent, of the target's test images: at the start, at the end, and of the weights with the best validation accuracy at five
+points of the run.
+
+    python -m benchmarks.studies.fine_tuning --data PATH/TO/cifar10
+    python -m benchmarks.studies.fine_tuning --table
+
+One target takes about 30 core-minutes; start the other target as a second process, with ``--target classes``. Longer:
+``--examples 20000``, ``--seeds 8``.
+"""
+
+import argparse
+import copy
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import normkit
+from benchmarks.batchless_length import RUNS, Splits, accuracy, cifar10, prepared, read
+from normkit.study.models import build_model
+
+METHODS = ("batch", "frozen", "batch-renorm", "instance", "group", "batchless", "fold+bnp", "group+bnp")
+TARGETS = ("colours", "classes")
+PARTS = 5
+MORE = 3
+"""Rates that the search may add on each side."""
+
+
+def five_classes(splits: Splits, first: int) -> Splits:
+    """The images of the classes ``first`` to ``first + 4``, relabelled 0 to 4."""
+    found = {}
+    for name, (images, labels) in splits.items():
+        ours = (labels >= first) & (labels < first + 5)
+        found[name] = images[ours], labels[ours] - first
+    return found
+
+
+def recoloured(splits: Splits) -> Splits:
+    """Inverted colours, 60 % of the contrast, noise; uint8 like the originals."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, (images, labels) in splits.items():
+        noise = torch.empty_like(images, dtype=torch.float32).normal_(0, 15, generator=generator)
+        changed = noise.add_(127.5).add_(127.5 - images.float(), alpha=0.6)
+        found[name] = changed.clamp_(0, 255).round_().to(torch.uint8), labels
+    return found
+
+
+def train(
+    model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, *, examples: int, batch_size: int
+) -> Iterator[bool]:
+    """Train, and yield after each of ``PARTS`` equal parts of the run whether the loss is finite; end when it is not."""
+    order = torch.cat([torch.randperm(len(images)) for _ in range(math.ceil(examples / len(images)))])[:examples]
+    flips = torch.rand(examples) < 0.5
+    steps = math.ceil(examples / batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    stops = {round(steps * part / PARTS) for part in range(1, PARTS + 1)}
+    for step, (index, flip) in enumerate(zip(order.split(batch_size), flips.split(batch_size), strict=True), start=1):
+        batch = images[index]
+        batch[flip] = batch[flip].flip(-1)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(prepared(batch)), labels[index])
+        if not loss.isfinite():
+            yield False
+            return
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step in stops:
+            yield True
+
+
+def pretrained(splits: Splits, examples: int, file: Path) -> nn.Sequential:
+    """The network with BatchNorm, trained on ``splits``; from ``file`` if it is there."""
+    torch.manual_seed(0)
+    model = build_model("cnn4", input_shape=(3, 32, 32), classes=5)
+    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if not file.exists():
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        for _ in train(model, optimizer, *splits["train"], examples=examples, batch_size=128):
+            pass
+        print(f"pretrained: {accuracy(model.eval(), *splits['test']):.1f} % on its own test images", flush=True)
+        torch.save(model.state_dict(), file)
+    model.load_state_dict(torch.load(file))
+    return cast("nn.Sequential", model.train())
+
+
+def with_method(method: str, network: nn.Module, lr: float) -> tuple[nn.Module, Optimizer]:
+    """The trained network and the optimizer as the method wants them; ``fold+`` merges the BatchNorm layers first."""
+    if method.startswith("fold+"):
+        network = normkit.fold(network).train()
+    return normkit.apply(method.removeprefix("fold+"), network, lr=lr)
+
+
+def run(spec: dict[str, Any], network: nn.Sequential, splits: Splits) -> dict[str, Any]:
+    """Fine-tune once; accuracies in per cent."""
+    torch.manual_seed(spec["seed"])
+    network = copy.deepcopy(network)
+    if spec["target"] == "classes":
+        network[-1].reset_parameters()
+    model, optimizer = with_method(spec["method"], network, spec["lr"])
+
+    def measured(split: str) -> float:
+        model.eval()
+        found = accuracy(model, *splits[split])
+        model.train()
+        return round(found, 2)
+
+    result = {**spec, "start": measured("test"), "validation": [measured("validation")]}
+    best = copy.deepcopy(model.state_dict())
+    sizes = {"examples": spec["examples"], "batch_size": spec["batch_size"]}
+    for finite in train(model, optimizer, *splits["train"], **sizes):
+        result["finite"] = finite
+        result["validation"].append(measured("validation"))
+        if result["validation"][-1] > max(result["validation"][:-1]):
+            best = copy.deepcopy(model.state_dict())
+    result["end"] = measured("test")
+    model.load_state_dict(best)
+    return {**result, "best": measured("test")}
+
+
+class Study:
+    """Runs that are kept in a file: what is in it is not run again.
+
+    Args:
+        store: The file.
+        network: The trained network.
+        splits: Images and labels of the target.
+    """
+
+    def __init__(self, store: Path, network: nn.Sequential, splits: Splits) -> None:
+        self.store, self.network, self.splits = store, network, splits
+
+    def result(self, **spec: Any) -> dict[str, Any]:
+        """The result of one run."""
+        for done in read(self.store):
+            if spec.items() <= done.items():
+                return done
+        result = run(spec, self.network, self.splits)
+        with self.store.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        print(json.dumps(result), flush=True)
+        return result
+
+    def best_rate(self, **spec: Any) -> float:
+        """The rate with the best validation accuracy, from a grid that is extended until it is inside."""
+        recipe = normkit.recipes()[spec["method"].removeprefix("fold+")]
+        centre = recipe.lr * (spec["batch_size"] / 64) ** recipe.lr_exponent / 10
+        rates = [float(f"{centre * 10 ** (i / 2):.2g}") for i in range(-1 - MORE, 2 + MORE)]
+        found = {lr: self.result(**spec, lr=lr, seed=0) for lr in rates[MORE:-MORE]}
+        while (lr := chosen(found)) in (min(found), max(found)):
+            beyond = rates.index(lr) + (1 if lr == max(found) else -1)
+            if not 0 <= beyond < len(rates):
+                break
+            found[rates[beyond]] = self.result(**spec, lr=rates[beyond], seed=0)
+        return lr
+
+
+def chosen(found: dict[float, dict[str, Any]]) -> float:
+    """The rate whose run ends with the best validation accuracy; diverged runs come last."""
+    return max(found, key=lambda lr: (found[lr]["finite"], found[lr]["validation"][-1]))
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: one table for each target, batch size and number of samples; mean ± deviation over the seeds (their number).
+
+    The rate of a row is that which the search chose.
+    """
+    sheets: dict[tuple[Any, ...], dict[str, dict[float, list[dict[str, Any]]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    for r in results:
+        sheets[r["target"], r["batch_size"], r["examples"]][r["method"]][r["lr"]].append(r)
+    text = []
+    for (target, size, examples), methods in sorted(sheets.items()):
+        text += [f"\n{target}, batch size {size}, {examples:,} samples\n"]
+        text += ["| method | rate | start | best | end |", "|---|---|---|---|---|"]
+        for method, rates in methods.items():
+            lr = chosen({lr: run for lr, runs in rates.items() for run in runs if run["seed"] == 0})
+            edge = " (edge)" if lr in (min(rates), max(rates)) else ""
+            cells = [_cell([r[name] for r in rates[lr]]) for name in ("start", "best", "end")]
+            text.append(f"| `{method}` | {lr:g}{edge} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def _cell(values: list[float]) -> str:
+    deviation = f" ± {torch.tensor(values).std():.1f}" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.1f}{deviation} ({len(values)})"
+
+
+def main() -> None:
+    """Parse, run what is missing, store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="CIFAR-10: name or folder of the data set")
+    parser.add_argument("--target", choices=TARGETS, default="colours")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 2])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--examples", type=int, default=5_000, help="samples of one run")
+    parser.add_argument("--pretrain", type=int, default=200_000, help="samples of the training before")
+    parser.add_argument("--store", type=Path, default=RUNS / "fine_tuning.jsonl")
+    parser.add_argument("--table", action="store_true", help="print what is in the store, and run nothing")
+    args = parser.parse_args()
+    if args.table:
+        print(table(read(args.store)))
+        return
+    torch.set_num_threads(1)
+    args.store.parent.mkdir(exist_ok=True)
+    splits = cifar10(args.data)
+    own = five_classes(splits, 0)
+    target = recoloured(own) if args.target == "colours" else five_classes(splits, 5)
+    network = pretrained(own, args.pretrain, args.store.with_name(f"{args.store.stem}-{args.pretrain}.pt"))
+    study = Study(args.store, network, target)
+    for batch_size in args.batch_sizes:
+        for method in args.methods:
+            spec = {
+                "target": args.target,
+                "method": method,
+                "batch_size": batch_size,
+                "examples": args.examples,
+                "pretrain": args.pretrain,
+            }
+            lr = study.best_rate(**spec)
+            for seed in range(args.seeds):
+                study.result(**spec, lr=lr, seed=seed)
+
+
+if __name__ == "__main__":
+    main()
