@@ -20,8 +20,7 @@ from normkit.study.data.structure import map_tensors, to_device
 from normkit.study.errors import StudyError
 from normkit.study.plan import choose_lr
 from normkit.study.records import Metric, TrialKey, TrialResult
-from normkit.study.report.statistics import Paired, Summary
-from normkit.study.report.verdict import direction
+from normkit.study.report.statistics import Paired, direction
 from normkit.study.train import loop as loop_module
 from normkit.study.train.loop import prepare, training_step
 from normkit.study.train.trial import build_trial, run_trial
@@ -177,7 +176,7 @@ def test_where_lower_is_better_the_lowest_score_wins():
     for step, score in enumerate((3.0, 1.0, 2.0), start=1):
         best.offer(score, step)
     assert (best.score, best.step) == (1.0, 2)
-    behind = Summary("a", 1, 0.1, (2.0,), 0, 0, None, Paired(0.5, 0.1, 0.9, 3))
+    behind = Paired(0.5, 0.1, 0.9, 3)
     assert [direction(behind, Metric("x", "", up), tested=False) for up in (True, False)] == [1, -1]
 
 

@@ -221,7 +221,7 @@ def _rates(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """A value that may be left out: the option takes the value alone."""
     kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
-    if len(kinds) != 1 or kinds[0] not in (str, int, Path) or type(None) not in get_args(info.type):
+    if len(kinds) != 1 or kinds[0] not in (str, int, float, Path) or type(None) not in get_args(info.type):
         return None
     return PrimitiveConstructorSpec(
         nargs=1,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Suppress, arg
 
+from normkit._errors import nearest
 from normkit.study.errors import StudyError
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ Model = Annotated[str, arg(metavar="MODEL")]
 Number = Annotated[float, arg(metavar="NUMBER")]
 OptionalColumn = Annotated[str | None, arg(metavar="COLUMN", help_behavior_hint="")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
+OptionalMethods = Annotated[tuple[str, ...], arg(metavar="METHOD,...", help_behavior_hint="")]
+OptionalNumber = Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint="")]
 OptionalPixels = Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")]
 OptionalPlace = Annotated[str | None, arg(metavar="FILE.py:NAME", help_behavior_hint="")]
 OptionalSamples = Annotated[int | None, arg(metavar="SAMPLES", help_behavior_hint="")]
@@ -129,6 +132,10 @@ class StudyConfig(Training):
             that comes with the data is used as it is.
         best_weights: Test the best checkpoint by validation score (checked every epoch) instead of the last.
         alternative: Alternative hypothesis of the paired test.
+        primary: Methods whose comparisons are named beforehand: they alone are tested, the others are exploratory. By default
+            all methods are tested, batch size by batch size.
+        margin: Largest difference that counts as none, in points of a score in percent, else in the score's unit: the report
+            says which methods are the same within it, no worse, or not decided.
         device: cpu, or a CUDA device.
         image_column: Column with the images; by default found by its type.
         label_column: Column with the classes; by default found by its type.
@@ -155,6 +162,8 @@ class StudyConfig(Training):
     validation: Fraction = 0.2
     best_weights: Flag = False
     alternative: Literal["two-sided", "greater"] = "two-sided"
+    primary: OptionalMethods = ()
+    margin: OptionalNumber = None
     device: Device = "cpu"
     image_column: OptionalColumn = None
     label_column: OptionalColumn = None
@@ -193,6 +202,28 @@ class StudyConfig(Training):
     def most_at_once(self) -> int:
         """Samples in the largest forward pass of training."""
         return self.micro_batch or max(self.batch_sizes)
+
+    def validate(self) -> None:
+        """Check the values.
+
+        Raises:
+            StudyError: Names the argument, the value and the remedy.
+        """
+        super().validate()
+        others = [method for method in self.methods if method != self.reference]
+        for method in self.primary:
+            if method == self.reference:
+                raise StudyError(
+                    f"--primary: {method} is the reference, which the others are compared with; leave it out"
+                )
+            if method not in others:
+                raise StudyError(
+                    f"--primary: {method!r} is not planned; {nearest(method, others)}, or add it to --methods"
+                )
+        if len({*self.primary}) < len(self.primary):
+            raise StudyError(f"--primary {','.join(self.primary)}: name each method once")
+        if self.margin is not None and not (self.margin > 0 and math.isfinite(self.margin)):
+            raise StudyError(f"--margin {self.margin}: give a positive number, or leave it out")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain, JSON-ready data (tuples become lists)."""

@@ -180,7 +180,7 @@ def _configured(place: str | None, options: dict[str, Any]) -> StudyConfig:
     plain: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
     }
-    for name in ("methods", "batch_sizes"):
+    for name in ("methods", "batch_sizes", "primary"):
         if name in plain and not isinstance(plain[name], tuple):
             raise StudyError(f"compare: {name}={plain[name]!r}; give a list")
     return StudyConfig(task=place, **plain)
@@ -215,6 +215,8 @@ def _row(summary: Summary, score: str, cost: Any) -> dict[str, Any]:
         "low": paired.low if paired else None,
         "high": paired.high if paired else None,
         "p_holm": paired.p_holm if paired else None,
+        "equivalence": paired.equivalence if paired else None,
+        "exploratory": summary.exploratory,
         "step_seconds": cost.step_seconds if cost else None,
         "step_ratio": cost.step_ratio if cost else None,
         "memory_ratio": cost.memory_ratio if cost else None,

@@ -12,6 +12,7 @@ from typing import Any
 from normkit.study.files import write_file
 from normkit.study.landscape.records import Trace
 from normkit.study.records import StudyRecord
+from normkit.study.report.caveats import correction
 from normkit.study.report.figures import by_batch_size, by_learning_rate, training_curves
 from normkit.study.report.format import format_duration
 from normkit.study.report.landscape import sections as landscape_sections
@@ -93,6 +94,7 @@ def _render(template: str, record: StudyRecord, summaries: Sequence[Summary], **
     found = {
         "verdict": reach_verdict(record, summaries),
         "tables": tables(record, summaries),
+        "correction": correction(record),
         "selection_note": selection_note(record),
         "pruned": sum(trial.state == "pruned" for trial in record.trials),
         "failed_runs": failed_runs(record),

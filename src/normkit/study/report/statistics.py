@@ -7,18 +7,22 @@ counted beside the mean, and the seed is left out of the pairing for that method
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import numpy as np
 from scipy import stats
 
-from normkit.study.records import State, StudyRecord, TrialResult
+from normkit.study.records import Metric, State, StudyRecord, TrialResult
 from normkit.study.report.rates import Rate, grids, is_at_edge
 
 Alternative = Literal["two-sided", "greater"]
+Equivalence = Literal["same", "no worse", "worse", "not decided"]
 
+SIGNIFICANT = 0.05
 CONFIDENCE = 0.95
+EQUIVALENCE_CONFIDENCE = 0.90  # two one-sided tests at the 5 % level each
+SECOND_REFERENCE = "group"  # beside ``batch``, where primary comparisons are named
 PAIRS_FOR_A_CLAIM = 5
 _NO_SPREAD = 1e-12  # accuracies are ratios of small integers: below this, differences differ by rounding only
 
@@ -36,7 +40,10 @@ class Paired:
         p: p-value of the paired t test, uncorrected; None with fewer than five pairs, in an unfinished study, where the
             reference's learning rate is at the edge of its grid, and where all pairs differ by the same amount other than
             zero (no spread, hence no t statistic).
-        p_holm: ``p`` corrected after Holm over the methods compared at this batch size.
+        p_holm: ``p`` corrected after Holm: over the methods compared at this batch size or, where primary comparisons were
+            named, over all of them at all batch sizes.
+        equivalence: What the 90 % interval says of the margin, see ``equivalence``; None without a margin or an interval, and
+            where there would be no p-value either.
     """
 
     difference: float
@@ -45,6 +52,7 @@ class Paired:
     pairs: int
     p: float | None = None
     p_holm: float | None = None
+    equivalence: Equivalence | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,9 @@ class Summary:
         failed: Number of final runs that ended with an error.
         gap: Mean train/eval gap of the finished runs; None where not measured.
         paired: Difference to the reference; None for the reference itself and where no seed is shared.
+        second: Difference of a primary method to the second reference, see ``second_reference``; else None.
         at_edge: Whether ``lr`` is the lowest or highest of several rates that were searched.
+        exploratory: Whether primary comparisons were named and the method is neither among them nor the reference.
     """
 
     method: str
@@ -71,7 +81,9 @@ class Summary:
     failed: int
     gap: float | None
     paired: Paired | None = None
+    second: Paired | None = None
     at_edge: bool = False
+    exploratory: bool = False
 
     @property
     def runs(self) -> int:
@@ -138,6 +150,62 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def equivalence(differences: Sequence[float], margin: float) -> Equivalence | None:
+    """What two one-sided t tests say of a mean difference and a margin: where the 90 % interval lies.
+
+    Args:
+        differences: Method minus reference, signed so that higher is better.
+        margin: Largest difference that counts as none.
+
+    Returns:
+        ``same`` where the interval is within (-margin, margin), ``no worse`` where it is above -margin, ``worse`` where it is
+        below -margin, else ``not decided``; None where there is no interval.
+
+    >>> [equivalence([d - 0.01, d, d + 0.01], 0.05) for d in (0.0, 0.1, -0.1, 0.045, -0.045)]
+    ['same', 'no worse', 'worse', 'no worse', 'not decided']
+    """
+    interval = t_interval(differences, EQUIVALENCE_CONFIDENCE)
+    if interval is None:
+        return None
+    low, high = interval
+    if low > -margin:
+        return "same" if high < margin else "no worse"
+    return "worse" if high < -margin else "not decided"
+
+
+def direction(paired: Paired | None, metric: Metric, *, tested: bool) -> int:
+    """Return 1 where a method is ahead of the reference beyond noise, -1 where behind, 0 where neither can be said.
+
+    Args:
+        paired: Its difference to the reference.
+        metric: What is compared.
+        tested: Whether there are p-values at this batch size. Then they decide, and a method without one is left out;
+            otherwise the 95 % intervals decide, and the result is given as a measurement, not as a claim.
+    """
+    if paired is None or paired.low is None or paired.high is None:
+        return 0
+    beyond = paired.p_holm is not None and paired.p_holm < SIGNIFICANT if tested else paired.low > 0 or paired.high < 0
+    return (1 if metric.signed(paired.difference) > 0 else -1) if beyond else 0
+
+
+def margin_of(record: StudyRecord) -> float | None:
+    """The margin of equivalence in the unit of the scores: a fraction where they are shown in percent."""
+    margin = record.config.get("margin")
+    return margin / 100 if margin is not None and record.metric.unit == "%" else margin
+
+
+def is_exploratory(record: StudyRecord, method: str) -> bool:
+    """Return whether primary comparisons were named and a method is neither among them nor the reference."""
+    primary = record.config.get("primary")
+    return bool(primary) and method not in {*primary, record.config["reference"]}
+
+
+def second_reference(record: StudyRecord) -> str | None:
+    """What the primary methods are compared with beside the reference: ``group``, where it is planned and not one of them."""
+    planned = SECOND_REFERENCE in record.config["methods"] and is_exploratory(record, SECOND_REFERENCE)
+    return SECOND_REFERENCE if planned else None
+
+
 def finite(values: Iterable[float | None]) -> list[float]:
     """The values that are numbers: neither missing nor non-finite."""
     return [value for value in values if value is not None and math.isfinite(value)]
@@ -167,7 +235,7 @@ def summarize(record: StudyRecord) -> list[Summary]:
     methods, sizes = plan_axes(record)
     tried = grids(record)
     finals = [trial for trial in record.trials if trial.key.phase == "final"]
-    return [
+    summaries = [
         summary
         for size in sizes
         for summary in _compare(
@@ -177,6 +245,7 @@ def summarize(record: StudyRecord) -> list[Summary]:
             tried,
         )
     ]
+    return _corrected(summaries, record)
 
 
 def _compare(
@@ -185,40 +254,21 @@ def _compare(
     record: StudyRecord,
     tried: dict[tuple[str, int], tuple[Rate, ...]],
 ) -> list[Summary]:
-    """Summaries at one batch size; the Holm family is the methods compared here."""
-    reference = record.config["reference"]
-    alternative = cast("Alternative", record.config.get("alternative", "two-sided"))
+    """Summaries at one batch size, with p-values that are not corrected yet."""
     lr = {method: _only_lr(results) for method, results in trials.items()}
     at_edge = {method: is_at_edge(tried.get((method, batch_size), ()), lr[method]) for method in trials}
-    claimed = not unfinished(record) and not at_edge.get(reference)
     scores = {method: _score_by_seed(results) for method, results in trials.items()}
-    pairs: dict[str, tuple[list[float], list[float]]] = {}
-    for method in trials:
-        seeds = sorted(scores[method].keys() & scores.get(reference, {}).keys())
-        if method != reference and seeds:
-            pairs[method] = [scores[method][s] for s in seeds], [scores[reference][s] for s in seeds]
 
-    tests = {
-        method: paired_p_value(
-            [record.metric.signed(score) for score in pair[0]],
-            [record.metric.signed(score) for score in pair[1]],
-            alternative,
-        )
-        for method, pair in pairs.items()
-        if len(pair[0]) >= PAIRS_FOR_A_CLAIM and claimed
-    }
-    raw = {method: p for method, p in tests.items() if p is not None}
-    corrected = dict(zip(raw, holm(list(raw.values())), strict=True))
+    def compared(method: str, reference: str | None) -> Paired | None:
+        if reference is None or method == reference:
+            return None
+        seeds = sorted(scores[method].keys() & scores.get(reference, {}).keys())
+        claimed = not unfinished(record) and not at_edge.get(reference) and not is_exploratory(record, method)
+        own, other = ([scores[m][seed] for seed in seeds] for m in (method, reference))
+        return _paired(own, other, record, claimed=claimed) if seeds else None
 
     summaries = []
     for method, results in trials.items():
-        paired = None
-        if method in pairs:
-            differences = np.subtract(*pairs[method]).tolist()
-            low, high = t_interval(differences) or (None, None)
-            paired = Paired(
-                float(np.mean(differences)), low, high, len(differences), raw.get(method), corrected.get(method)
-            )
         states = Counter[State](trial.state for trial in results)
         gaps = finite(trial.train_eval_gap for trial in results if trial.state == "finished")
         summaries.append(
@@ -230,11 +280,48 @@ def _compare(
                 diverged=states["diverged"],
                 failed=states["failed"],
                 gap=float(np.mean(gaps)) if gaps else None,
-                paired=paired,
+                paired=compared(method, record.config["reference"]),
+                second=compared(
+                    method, second_reference(record) if method in record.config.get("primary", ()) else None
+                ),
                 at_edge=at_edge[method],
+                exploratory=is_exploratory(record, method),
             )
         )
     return summaries
+
+
+def _paired(method: Sequence[float], reference: Sequence[float], record: StudyRecord, *, claimed: bool) -> Paired:
+    """The difference of scores that stand seed by seed, with a p-value and equivalence where those are claimed."""
+    differences = np.subtract(method, reference).tolist()
+    low, high = t_interval(differences) or (None, None)
+    paired = Paired(float(np.mean(differences)), low, high, len(differences))
+    if not claimed or len(differences) < PAIRS_FOR_A_CLAIM:
+        return paired
+    signed = record.metric.signed
+    alternative = cast("Alternative", record.config.get("alternative", "two-sided"))
+    margin = margin_of(record)
+    return replace(
+        paired,
+        p=paired_p_value([*map(signed, method)], [*map(signed, reference)], alternative),
+        equivalence=None if margin is None else equivalence([*map(signed, differences)], margin),
+    )
+
+
+def _corrected(summaries: Sequence[Summary], record: StudyRecord) -> list[Summary]:
+    """The summaries with p-values corrected after Holm within each family."""
+    families: dict[int, list[tuple[int, str, float]]] = {}
+    for k, summary in enumerate(summaries):
+        for field, paired in (("paired", summary.paired), ("second", summary.second)):
+            if paired and paired.p is not None:
+                family = 0 if record.config.get("primary") else summary.batch_size
+                families.setdefault(family, []).append((k, field, paired.p))
+    corrected = list(summaries)
+    for family in families.values():
+        for (k, field, _), p_holm in zip(family, holm([p for _, _, p in family]), strict=True):
+            paired = replace(getattr(corrected[k], field), p_holm=p_holm)
+            corrected[k] = replace(corrected[k], **{field: paired})
+    return corrected
 
 
 def _score_by_seed(trials: Iterable[TrialResult]) -> dict[int, float]:

@@ -9,6 +9,7 @@ from statistics import median
 from markupsafe import Markup
 
 from normkit.study.records import Cost, Metric, StudyRecord
+from normkit.study.report.caveats import margin_text
 from normkit.study.report.chart import interval, swatch
 from normkit.study.report.figures import series_index
 from normkit.study.report.format import (
@@ -21,7 +22,7 @@ from normkit.study.report.format import (
     format_seconds,
     in_unit,
 )
-from normkit.study.report.statistics import Paired, Summary, plan_axes
+from normkit.study.report.statistics import Paired, Summary, plan_axes, second_reference
 
 NOTHING = "–"
 
@@ -41,9 +42,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one batch size."""
+    """One method at one batch size; ``note`` says where its comparison stands, if comparisons were named beforehand."""
 
     method: str
+    note: str
     reference: bool
     swatch: Markup
     cells: tuple[Cell, ...]
@@ -112,7 +114,8 @@ def selection_note(record: StudyRecord) -> str:
 def _table(record: StudyRecord, batch_size: int, here: Sequence[Summary]) -> Table:
     costs = {cost.method: cost for cost in record.costs if cost.batch_size == batch_size}
     reference, index = record.config["reference"], series_index(record)
-    paired = [s.paired for s in here if s.paired]
+    second = second_reference(record)
+    paired = [pair for s in here for pair in (s.paired, s.second) if pair]
     reach = max((abs(end) for pair in paired for end in (pair.low, pair.high, pair.difference) if end), default=0.0)
     on_gpu = str(record.config.get("device")).startswith("cuda")
     metric = record.metric
@@ -125,6 +128,8 @@ def _table(record: StudyRecord, batch_size: int, here: Sequence[Summary]) -> Tab
             for s in here
         ],
         ("p", "Holm"): [_p(s.paired) for s in here],
+        **_margin_column(record, [s.paired for s in here], reference),
+        **(_second_columns(record, here, second, index, reach) if second else {}),
         ("learning rate", "chosen"): [_rate(s) for s in here],
         ("time", "per step [quartiles]"): [_time(costs.get(s.method), s.method == reference) for s in here],
         ("memory", "peak" if on_gpu else "for backward"): [
@@ -136,10 +141,45 @@ def _table(record: StudyRecord, batch_size: int, here: Sequence[Summary]) -> Tab
     }
     kept = {head: cells for head, cells in columns.items() if any(str(cell) != NOTHING for cell in cells)}
     rows = [
-        Row(s.method, s.method == reference, swatch(index[s.method]), tuple(cells[k] for cells in kept.values()))
+        Row(
+            s.method,
+            _standing(s, second),
+            s.method == reference,
+            swatch(index[s.method]),
+            tuple(cells[k] for cells in kept.values()),
+        )
         for k, s in enumerate(here)
     ]
     return Table(batch_size, tuple(kept), tuple(rows))
+
+
+def _standing(summary: Summary, second: str | None) -> str:
+    return "second reference" if summary.method == second else "exploratory" if summary.exploratory else ""
+
+
+def _second_columns(
+    record: StudyRecord, here: Sequence[Summary], second: str, index: dict[str, int], reach: float
+) -> dict[tuple[str, str], list[Cell]]:
+    """What the primary methods' differences to the second reference are."""
+    metric = record.metric
+    return {
+        (f"against {second}", f"{difference_unit(metric)} [95 % interval]".lstrip()): [
+            Cell("reference") if s.method == second else _difference(s.second, index[s.method], reach, metric)
+            for s in here
+        ],
+        (f"p against {second}", "Holm"): [_p(s.second) for s in here],
+        **_margin_column(record, [s.second for s in here], second),
+    }
+
+
+def _margin_column(
+    record: StudyRecord, pairs: Sequence[Paired | None], reference: str
+) -> dict[tuple[str, str], list[Cell]]:
+    """What the 90 % intervals say of the margin; no column without one."""
+    if record.config.get("margin") is None:
+        return {}
+    cells = [Cell((pair.equivalence if pair else None) or NOTHING) for pair in pairs]
+    return {(f"within {margin_text(record)}", f"of {reference}, 90 % interval"): cells}
 
 
 def _score_heading(metric: Metric) -> str:

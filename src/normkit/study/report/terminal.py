@@ -14,7 +14,8 @@ from normkit.study.report.statistics import summarize
 from normkit.study.report.tables import Cell, Table, tables
 from normkit.study.report.verdict import reach_verdict
 
-_LEFT_OUT = ("train/eval gap", "learning rate", "p", "memory", "time")  # in this order, where there is no room
+# beginnings of the titles of columns that are left out, in this order, where there is no room
+_LEFT_OUT = ("train/eval gap", "learning rate", "p", "against", "within", "memory", "time")
 _NO_LIMIT = 1000
 
 
@@ -39,15 +40,15 @@ class _Fitted:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         wide = options.update(max_width=_NO_LIMIT)
         yield Text(f"batch size {self.table.batch_size}", style="bold")
-        table = self._set(frozenset(), quartiles=True)
+        table = self._set((), quartiles=True)
         for count in range(len(_LEFT_OUT) + 1):
             if Measurement.get(console, wide, table).maximum <= options.max_width:
                 break
-            table = self._set(frozenset(_LEFT_OUT[:count]), quartiles=False)
+            table = self._set(_LEFT_OUT[:count], quartiles=False)
         yield table
 
-    def _set(self, left_out: frozenset[str], *, quartiles: bool) -> RichTable:
-        kept = [k for k, (title, _) in enumerate(self.table.columns) if title not in left_out]
+    def _set(self, left_out: tuple[str, ...], *, quartiles: bool) -> RichTable:
+        kept = [k for k, (title, _) in enumerate(self.table.columns) if not title.startswith(left_out)]
         shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
         shown.add_column("method", overflow="ellipsis")
         for k in kept:
@@ -57,7 +58,10 @@ class _Fitted:
                 cell if quartiles or self.table.columns[k][0] != "time" else replace(cell, note="")
                 for k, cell in enumerate(row.cells)
             ]
-            shown.add_row(Text(row.method, style="bold" if row.reference else ""), *(_cell(cells[k]) for k in kept))
+            name = Text(row.method, style="bold" if row.reference else "")
+            if row.note:
+                name.append(f"\n{row.note}", style="dim")
+            shown.add_row(name, *(_cell(cells[k]) for k in kept))
         return shown
 
 
