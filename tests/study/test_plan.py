@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 import json
+import math
 
 import pytest
 
 from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
-from normkit.study.plan import SEARCH_SEED, Slot, choose_lr, learning_rates, resolve, slots, validate
+from normkit.study.plan import SEARCH_SEED, Slot, choose_lr, learning_rates, resolve, search_rates, slots, validate
 from normkit.study.records import TrialKey, TrialResult
 
 CONFIG = StudyConfig(methods=("batch", "group"), batch_sizes=(8, 64), seeds=3, lr_points=4)
@@ -84,9 +85,55 @@ def test_a_rate_with_a_diverged_seed_is_chosen_only_when_all_diverge():
 def test_a_final_slot_waits_for_the_whole_search_of_its_cell():
     final = Slot("final", "batch", 64, None, 0)
     rates = learning_rates(CONFIG, "batch", 64)
-    results = [searched(lr, 0.5 + 0.01 * i) for i, lr in enumerate(rates)]
+    results = [searched(lr, accuracy) for lr, accuracy in zip(rates, (0.5, 0.6, 0.9, 0.7), strict=True)]
     assert resolve(final, results[:-1], CONFIG) is None
-    assert resolve(final, results, CONFIG) == TrialKey("final", "batch", 64, rates[-1], 0)
+    assert resolve(final, results, CONFIG) == TrialKey("final", "batch", 64, rates[2], 0)
+
+
+def score_at(best):
+    """A search's results over rates: the closer to the best rate, the higher the accuracy."""
+    return lambda rates: [searched(lr, 1 / (1 + abs(math.log(lr / best)))) for lr in rates]
+
+
+@pytest.mark.parametrize(("best", "below", "above"), [(0.1, 0, 0), (0.0125, 1, 0), (0.006, 2, 0), (3.0, 0, 2)])
+def test_a_grid_grows_until_its_best_rate_lies_inside(best, below, above):
+    grid = learning_rates(CONFIG, "batch", 64)
+    results = score_at(best)
+    while (grown := search_rates(CONFIG, "batch", 64, results(grid))) != grid:
+        assert set(grid) < set(grown)
+        assert len(grown) == len(grid) + 1
+        grid = grown
+    assert grid == learning_rates(CONFIG, "batch", 64, below=below, above=above)
+    final = Slot("final", "batch", 64, None, 0)
+    chosen = resolve(final, results(grid), CONFIG)
+    assert chosen.lr not in (grid[0], grid[-1])
+    assert resolve(final, list(reversed(results(grid))), CONFIG) == chosen
+
+
+def test_a_grid_grows_by_three_points_at_most_on_a_side():
+    wide = learning_rates(CONFIG, "batch", 64, below=5)
+    assert search_rates(CONFIG, "batch", 64, score_at(1e-9)(wide)) == learning_rates(CONFIG, "batch", 64, below=3)
+    fixed = dataclasses.replace(CONFIG, lr_extend=0)
+    assert search_rates(fixed, "batch", 64, score_at(1e-9)(wide)) == learning_rates(CONFIG, "batch", 64)
+
+
+def test_a_search_of_one_rate_stays_one():
+    one = dataclasses.replace(CONFIG, lr_points=1)
+    grid = learning_rates(one, "batch", 64)
+    assert search_rates(one, "batch", 64, score_at(9.0)(grid)) == grid
+
+
+def test_the_plan_has_the_rates_that_its_searches_have_come_to():
+    results = score_at(1e-3)(learning_rates(CONFIG, "batch", 64))
+    added = set(slots(CONFIG, results)) - set(slots(CONFIG))
+    assert added == {Slot("search", "batch", 64, learning_rates(CONFIG, "batch", 64, below=1)[0], SEARCH_SEED)}
+
+
+@pytest.mark.parametrize(("share", "samples"), [(1.0, 1500), (0.5, 750), (200, 200), (0.001, 64)])
+def test_a_search_may_see_less_than_the_budget_but_one_batch_of_every_size(share, samples):
+    config = dataclasses.replace(CONFIG, search_budget=share)
+    validate(config)
+    assert (config.budget_of("search"), config.budget_of("final")) == (samples, 1500)
 
 
 def test_a_cell_in_which_nothing_runs_says_why():
@@ -115,6 +162,10 @@ def test_a_configuration_survives_its_json():
         ({"lr": 0.0}, "--lr 0.0"),
         ({"lr": float("nan")}, "--lr nan"),
         ({"lr_points": 0}, "--lr-points 0"),
+        ({"lr_extend": -1}, "--lr-extend -1: give a number from 0"),
+        ({"search_budget": 0.0}, "--search-budget 0: give a fraction"),
+        ({"search_budget": 2000.0}, "--search-budget 2000: give a fraction .* up to 1500"),
+        ({"search_budget": 1.5}, r"--search-budget 1\.5: give a fraction"),
         ({"momentum": 1.0}, "--momentum 1.0"),
         ({"weight_decay": -1.0}, "--weight-decay -1.0"),
         ({"micro_batch": -1}, "--micro-batch -1"),

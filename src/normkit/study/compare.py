@@ -103,7 +103,7 @@ def compare(
     folder.save()
     if retry_failed:
         store.retry_failed()
-    if len(store.results()) < len(slots(config)):
+    if not store.has_ended():
         store.set_attr(
             "environment", together(store.get_attr("environment", texts), environment(config.device) | rank_count())
         )
@@ -112,13 +112,13 @@ def compare(
     alone = launched_rank() is None  # ranks measure at the end, when the others are gone
     try:
         with Display(quiet=quiet, metric=task.measure) as shown:
-            shown.plan(slots(config))
+            shown.plan(slots(config, store.results()), config=config)
             shown.write(plan_text(config, task.summary, task.model_summary, path))
             if alone and store.get_attr("costs", _costs) is None:
                 _measure(store, config, task)
             expected = expected_seconds(config, store.get_attr("costs", _costs) or ())
             side_by_side = 1 if here else count
-            shown.plan(slots(config), expected, side_by_side)
+            shown.plan(slots(config, store.results()), expected, side_by_side, config)
             shown.write(time_text(config, expected, side_by_side))
             trackers = [Tracker(name, path, folder.name, task.measure.column) for name in track]
 
@@ -158,13 +158,14 @@ def report(folder: StudyFolder, store: Store) -> StudyRecord:
     config = folder.config
     found = store.get_attr("data", dict) or {"chance": None, "chance_loss": None, "data_summary": config.subject}
     options = {name: value for name, value in config.to_dict().items() if not config.task or name not in OF_NAMED_DATA}
+    trials = tuple(store.results())
     record = StudyRecord(
         config={**options, "reference": config.reference, **found},
         environment=store.get_attr("environment", texts) or {},
         command=folder.command,
-        trials=tuple(store.results()),
+        trials=trials,
         costs=store.get_attr("costs", _costs) or (),
-        planned=len(slots(config)),
+        planned=len(slots(config, trials)),
         recipes={m: _described(m) for m in config.methods},
         landscape=store.get_attr("landscape", _traces) or (),
     )

@@ -12,6 +12,7 @@ from normkit.study.errors import StudyError
 
 if TYPE_CHECKING:
     from normkit.study.data.augmentation import Augmentation
+    from normkit.study.records import Phase
 
 Schedule = Literal["cosine", "step", "two-step", "one-cycle", "constant"]
 Scaling = Literal["standardized", "unit", "symmetric"]
@@ -127,7 +128,9 @@ class StudyConfig(Training):
         lr: auto (searched for every method and batch size), one learning rate for all, or one for each method
             (batch=0.1,sgd-g=0.2).
         lr_points: Grid points of the learning-rate search, a factor sqrt(10) apart.
+        lr_extend: Points that the search may add at each end of a grid, until the best rate lies inside.
         search_seeds: Runs per grid point.
+        search_budget: Training samples that a run of the search sees: a fraction of the budget, or a number > 1 of samples.
         validation: Fraction of the training data held out for validation; a number >= 1 counts samples. A validation split
             that comes with the data is used as it is.
         best_weights: Test the best checkpoint by validation score (checked every epoch) instead of the last.
@@ -158,7 +161,9 @@ class StudyConfig(Training):
     budget: Samples = 1500
     lr: Rates = "auto"
     lr_points: Count = 5
+    lr_extend: Count = 3
     search_seeds: Count = 1
+    search_budget: Fraction = 1.0
     validation: Fraction = 0.2
     best_weights: Flag = False
     alternative: Literal["two-sided", "greater"] = "two-sided"
@@ -197,6 +202,21 @@ class StudyConfig(Training):
     def validation_amount(self) -> float | int:
         """How much is held out: a fraction, or a number of samples."""
         return self.validation if self.validation < 1 else int(self.validation)
+
+    def budget_of(self, phase: "Phase") -> int:
+        """Training samples that a run sees, at least one batch of every size.
+
+        Args:
+            phase: ``search`` or ``final``.
+
+        Examples:
+            >>> StudyConfig(budget=1000, search_budget=0.25).budget_of("search"), StudyConfig(budget=1000).budget_of("search")
+            (250, 1000)
+        """
+        if phase == "final":
+            return self.budget
+        share = self.search_budget
+        return max(round(share * self.budget) if share <= 1 else int(share), *self.batch_sizes)
 
     @property
     def most_at_once(self) -> int:

@@ -1,7 +1,8 @@
 """A plan: methods x learning rates x batch sizes x seeds, and what may run when.
 
 Every method gets, at every batch size, the same number of learning rates on a grid around its recipe's own centre, tried
-with seeds that the final runs do not use and judged on a validation split; the final runs then use the best one.
+with seeds that the final runs do not use and judged on a validation split. While the best one lies at an end of the grid, the
+grid grows there, by the same rule for all; the final runs then use the best one.
 """
 
 import math
@@ -14,7 +15,7 @@ from normkit.study.records import Phase, TrialKey, TrialResult
 
 SEARCH_SEED = 1_000_000  # search seeds count from here, final seeds from 0: they never meet
 GRID_STEP = math.sqrt(10.0)
-MOST = {"--seeds": 10_000, "--search-seeds": 10_000, "--lr-points": 50, "--image-size": 4096}
+MOST = {"--seeds": 10_000, "--search-seeds": 10_000, "--lr-points": 50, "--lr-extend": 50, "--image-size": 4096}
 MOST_RUNS = 1_000_000  # of a plan
 ADAM_FACTOR = 0.01  # of a rate for SGD with momentum: 1e-3 where SGD has 0.1
 
@@ -72,6 +73,8 @@ def validate_options(config: StudyConfig) -> None:
             raise StudyError(f"{flag} {count}: give at least 1")
         if count > MOST.get(flag, count):
             raise StudyError(f"{flag} {count}: give at most {MOST[flag]}")
+    if not 0 <= config.lr_extend <= MOST["--lr-extend"]:
+        raise StudyError(f"--lr-extend {config.lr_extend}: give a number from 0 to {MOST['--lr-extend']}")
     for flag, size in (("--image-size", config.image_size), ("--limit", config.limit)):
         if size is not None and not 1 <= size <= MOST.get(flag, size):
             raise StudyError(f"{flag} {size}: give at least 1{f' and at most {MOST[flag]}' if flag in MOST else ''}")
@@ -92,6 +95,11 @@ def validate_options(config: StudyConfig) -> None:
     if runs > MOST_RUNS:
         raise StudyError(
             f"--seeds, --lr-points, --search-seeds: the plan has {runs:,} runs; give at most {MOST_RUNS:,}"
+        )
+    share = config.search_budget
+    if not (0 < share <= 1 or (1 < share <= config.budget and share % 1 == 0)):
+        raise StudyError(
+            f"--search-budget {share:g}: give a fraction of --budget in (0, 1], or a number of samples up to {config.budget}"
         )
     if not (0 < config.validation < 1 or (config.validation >= 1 and config.validation % 1 == 0)):
         raise StudyError(f"--validation {config.validation:g}: give a share between 0 and 1, or a number of examples")
@@ -115,10 +123,17 @@ def given_rates(config: StudyConfig) -> dict[str, float] | None:
     return config.lr if isinstance(config.lr, dict) else dict.fromkeys(config.methods, config.lr)
 
 
-def learning_rates(config: StudyConfig, method: str, batch_size: int) -> list[float]:
+def learning_rates(config: StudyConfig, method: str, batch_size: int, *, below: int = 0, above: int = 0) -> list[float]:
     """The grid of a method at a batch size: ``lr_points`` values a factor sqrt(10) apart around the recipe's centre.
 
     A recipe's centre is for SGD at batch size 64 and moves with ``(batch_size / 64) ** recipe.lr_exponent``.
+
+    Args:
+        config: The study.
+        method: The method.
+        batch_size: The batch size.
+        below: Points that the grid has in addition at its lower end.
+        above: Points at its upper end.
     """
     if (rates := given_rates(config)) is not None:
         return [rates[method]]
@@ -129,21 +144,61 @@ def learning_rates(config: StudyConfig, method: str, batch_size: int) -> list[fl
     factor = ADAM_FACTOR if config.optimizer.startswith("adam") and not recipe.own_optimizer else 1
     centre = recipe.lr * factor * (batch_size / 64) ** recipe.lr_exponent
     offset = (config.lr_points - 1) / 2
-    return [float(f"{centre * GRID_STEP ** (i - offset):.3g}") for i in range(config.lr_points)]
+    return [float(f"{centre * GRID_STEP ** (i - offset):.3g}") for i in range(-below, config.lr_points + above)]
 
 
-def slots(config: StudyConfig) -> list[Slot]:
-    """The whole plan, small batch sizes (long runs) first, so that the last runs to end are short ones."""
+def search_rates(config: StudyConfig, method: str, batch_size: int, searched: Iterable[TrialResult]) -> list[float]:
+    """The learning rates that a search tries, as far as its results say; it has ended when all of them have results.
+
+    The grid gains a point at its lower or upper end while the best rate is the one there, at most ``lr_extend`` at each end. A
+    search of one point has no ends.
+
+    Args:
+        config: The study.
+        method: The method.
+        batch_size: The batch size.
+        searched: Results of its search so far, in any order.
+    """
+    searched = list(searched)
+    below = above = 0
+    while True:
+        grid = learning_rates(config, method, batch_size, below=below, above=above)
+        done = [result for result in searched if result.key.lr in grid]
+        if len(grid) == 1 or len(done) < len(grid) * config.search_seeds:
+            return grid
+        best = choose_lr(done, higher_is_better=config.higher_is_better)
+        if best == grid[0] and below < config.lr_extend:
+            below += 1
+        elif best == grid[-1] and above < config.lr_extend:
+            above += 1
+        else:
+            return grid
+
+
+def search_slots(config: StudyConfig, method: str, batch_size: int, searched: Iterable[TrialResult]) -> list[Slot]:
+    """The slots of a search, as far as its results say; see ``search_rates``."""
+    rates = search_rates(config, method, batch_size, searched)
+    seeds = range(SEARCH_SEED, SEARCH_SEED + config.search_seeds)
+    return [Slot("search", method, batch_size, lr, seed) for seed in seeds for lr in rates]
+
+
+def slots(config: StudyConfig, results: Iterable[TrialResult] = ()) -> list[Slot]:
+    """The whole plan, small batch sizes (long runs) first, so that the last runs to end are short ones.
+
+    Args:
+        config: The study.
+        results: What has ended; the plan has the learning rates that its searches have come to.
+    """
+    searched = search_results(results)
     plan: list[Slot] = []
     rates = given_rates(config)
     sizes = sorted(config.batch_sizes)
     if rates is None:
         plan += [
-            Slot("search", method, size, lr, SEARCH_SEED + seed)
+            slot
             for size in sizes
-            for seed in range(config.search_seeds)
             for method in config.methods
-            for lr in learning_rates(config, method, size)
+            for slot in search_slots(config, method, size, searched.get((method, size), ()))
         ]
     plan += [
         Slot("final", method, size, None if rates is None else rates[method], seed)
@@ -152,6 +207,15 @@ def slots(config: StudyConfig) -> list[Slot]:
         for method in config.methods
     ]
     return plan
+
+
+def search_results(results: Iterable[TrialResult]) -> dict[tuple[str, int], list[TrialResult]]:
+    """Results of searches by method and batch size."""
+    by_cell: dict[tuple[str, int], list[TrialResult]] = {}
+    for result in results:
+        if result.key.phase == "search":
+            by_cell.setdefault((result.key.method, result.key.batch_size), []).append(result)
+    return by_cell
 
 
 def choose_lr(searched: Iterable[TrialResult], *, higher_is_better: bool = True) -> float | None:
@@ -184,7 +248,7 @@ def resolve(slot: Slot, results: Sequence[TrialResult], config: StudyConfig) -> 
     if slot.lr is not None:
         return TrialKey(slot.phase, slot.method, slot.batch_size, slot.lr, slot.seed)
     searched = [r for r in results if r.key.phase == "search" and (r.key.method, r.key.batch_size) == slot.cell]
-    if len(searched) < len(learning_rates(config, *slot.cell)) * config.search_seeds:
+    if len(searched) < len(search_rates(config, *slot.cell, searched)) * config.search_seeds:
         return None
     lr = choose_lr(searched, higher_is_better=config.higher_is_better)
     if lr is None:

@@ -160,7 +160,10 @@ def test_the_plan_says_what_runs_how_many_trials_and_where_to():
     text = plan_text(config, "digits: 1078 training", "digits-cnn", Path("runs/digits"))
     assert "methods: batch, none" in text
     assert "digits-cnn on digits: 1078 training" in text
-    assert f"{len(slots(config))} trials: 12 to search learning rates, 8 final" in text
+    assert (
+        f"{len(slots(config))} trials: 12 to search learning rates (more where the best rate lies at an end of its grid), 8 final"
+        in text
+    )
     assert str(Path("runs/digits/report.html")) in text
     costs = [Cost("batch", 64, step_seconds=0.1), Cost("batch", 8, step_seconds=0.01), Cost("none", 8, error="no")]
     expected = expected_seconds(config, costs)

@@ -25,7 +25,7 @@ if postgres.programs() is None:
     pytest.skip("PostgreSQL is not installed", allow_module_level=True)
 
 pytestmark = pytest.mark.slow
-CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), seeds=2, lr_points=2, budget=96)
+CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), seeds=2, lr_points=2, lr_extend=0, budget=96)
 
 
 @pytest.fixture(scope="module")

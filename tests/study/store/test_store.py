@@ -1,5 +1,7 @@
 """The store: slots are claimed once, nothing is lost, a dead worker's slot is run again."""
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -13,14 +15,14 @@ from normkit.study.config import StudyConfig
 from normkit.study.environment import redact
 from normkit.study.errors import StudyError
 from normkit.study.folder import StudyFolder
-from normkit.study.plan import Slot, slots
-from normkit.study.records import CurvePoint, TrialResult
+from normkit.study.plan import SEARCH_SEED, Slot, learning_rates, slots
+from normkit.study.records import CurvePoint, TrialKey, TrialResult
 from normkit.study.store.owner import alive, owner
 from normkit.study.store.store import Store
 from normkit.study.store.worker import lock_file
 from tests.study.store import idle_worker
 
-CONFIG = StudyConfig(methods=("batch",), batch_sizes=(8,), seeds=3, lr_points=2)
+CONFIG = StudyConfig(methods=("batch",), batch_sizes=(8,), seeds=3, lr_points=2, lr_extend=0)
 
 
 def make(folder, config=CONFIG):
@@ -62,6 +64,43 @@ def test_each_slot_is_claimed_once_and_finals_wait_for_the_search(tmp_path):
     assert store.claim() is None
 
 
+def test_a_search_whose_best_rate_is_at_an_end_adds_rates_before_the_final_runs(tmp_path):
+    config = dataclasses.replace(CONFIG, methods=("batch", "group"), lr_extend=1)
+    stores = [make(tmp_path, config), make(tmp_path, config)]
+    grid = learning_rates(config, "batch", 8)
+    for claim in [stores[0].claim(), stores[1].claim(), stores[0].claim(), stores[1].claim()]:
+        finish(
+            stores[claim.slot.method == "batch"],
+            claim,
+            0.1 * grid.index(claim.key.lr) if claim.slot.method == "batch" else 0.5,
+        )
+    added = [stores[0].claim(), stores[1].claim()]
+    assert {c.key.lr for c in added if c.slot.method == "batch"} == {learning_rates(config, "batch", 8, above=1)[-1]}
+    assert all(c.slot.phase == "search" for c in added)
+    assert stores[0].claim() is None  # finals wait for what was added
+    assert not stores[0].has_ended()
+    for claim in added:
+        finish(stores[0], claim, 0.0)
+    finals = [stores[1].claim() for _ in range(6)]
+    assert {c.key.lr for c in finals if c.slot.method == "batch"} == {grid[-1]}
+    for claim in finals:
+        finish(stores[0], claim)
+    assert all(store.claim() is None and store.has_ended() for store in stores)
+
+
+def test_what_a_search_adds_is_queued_by_the_next_claim_where_its_worker_was_killed_before(tmp_path):
+    config = dataclasses.replace(CONFIG, lr_extend=1)
+    store = make(tmp_path, config)
+    searches = [store.claim(), store.claim()]
+    for claim in searches:
+        result = TrialResult(claim.key, "finished", validation_score=claim.key.lr, validation_loss=1.0)
+        store.storage.set_trial_user_attr(claim.trial_id, "result", json.dumps(result.to_dict()))
+    store.requeue({owner(): None})
+    assert store.claim().key == TrialKey(
+        "search", "batch", 8, learning_rates(config, "batch", 8, above=1)[-1], SEARCH_SEED
+    )
+
+
 def test_a_result_comes_back_equal(tmp_path):
     store = make(tmp_path)
     claim = store.claim()
@@ -81,7 +120,7 @@ def test_opening_again_adds_nothing(tmp_path):
 def test_another_configuration_is_refused_with_the_difference(tmp_path):
     make(tmp_path)
     with pytest.raises(StudyError, match="seeds: kept 3, given 4"):
-        make(tmp_path, StudyConfig(methods=("batch",), batch_sizes=(8,), seeds=4, lr_points=2))
+        make(tmp_path, StudyConfig(methods=("batch",), batch_sizes=(8,), seeds=4, lr_points=2, lr_extend=0))
 
 
 @pytest.mark.slow
@@ -136,7 +175,9 @@ def curve_point(examples, accuracy):
 
 
 def test_only_search_runs_below_the_median_of_their_peers_are_pruned(tmp_path):
-    config = StudyConfig(methods=("batch", "group"), batch_sizes=(8,), seeds=1, lr_points=4, budget=300, prune=True)
+    config = StudyConfig(
+        methods=("batch", "group"), batch_sizes=(8,), seeds=1, lr_points=4, lr_extend=0, budget=300, prune=True
+    )
     store = make(tmp_path, config)
     claims = {(c.slot.method, c.slot.lr): c for c in iter(store.claim, None)}
     batch = [c for (method, _), c in sorted(claims.items()) if method == "batch"]

@@ -16,7 +16,7 @@ from normkit.study.plan import slots
 from normkit.study.store.worker import StoreAddress, run_workers
 
 pytestmark = pytest.mark.slow  # each test starts processes
-CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), seeds=2, lr_points=2, budget=96)
+CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), seeds=2, lr_points=2, lr_extend=0, budget=96)
 
 _RUN = """
 import pathlib

@@ -25,7 +25,7 @@ _GAP = 2  # between columns
 
 
 def expected_seconds(config: StudyConfig, costs: Sequence[Cost]) -> dict[tuple[str, int], float]:
-    """Seconds that a trial of each method and batch size takes, from the measured time of a step.
+    """Seconds that a final trial of each method and batch size takes, from the measured time of a step.
 
     Args:
         config: The study.
@@ -54,9 +54,14 @@ def plan_text(config: StudyConfig, task: str, model: str, folder: Path) -> str:
         f"methods: {', '.join(config.methods)}",
         f"{model} on {task}",
         f"batch size{'s' if len(config.batch_sizes) > 1 else ''} {sizes}, {config.budget:,} training samples a trial",
-        f"{pluralize(len(planned), 'trial')}: {len(planned) - finals} to search learning rates, {finals} final",
+        f"{pluralize(len(planned), 'trial')}: {len(planned) - finals} to search learning rates{_more(config)}, {finals} final",
         f"report: {folder / 'report.html'}",
     ])
+
+
+def _more(config: StudyConfig) -> str:
+    grows = config.lr == "auto" and config.lr_points > 1 and config.lr_extend
+    return " (more where the best rate lies at an end of its grid)" if grows else ""
 
 
 def time_text(config: StudyConfig, expected: Mapping[tuple[str, int], float], workers: int) -> str:
@@ -67,7 +72,8 @@ def time_text(config: StudyConfig, expected: Mapping[tuple[str, int], float], wo
         expected: What ``expected_seconds`` returned.
         workers: Trials that run side by side.
     """
-    took = sum(expected.get(slot.cell, 0.0) for slot in slots(config)) / workers
+    search = config.budget_of("search") / config.budget
+    took = sum((search if s.phase == "search" else 1) * expected.get(s.cell, 0.0) for s in slots(config)) / workers
     return f"about {format_duration(took)} of training, {pluralize(workers, 'trial')} side by side"
 
 
@@ -92,6 +98,7 @@ class Display:
         self.console = console or Console()
         self.quiet, self.metric = quiet, metric
         self.clock = clock
+        self._config: StudyConfig | None = None
         self.planned: Sequence[Slot] = ()
         self._live: Live | None = None
         self._results: dict[TrialKey, TrialResult] = {}
@@ -104,16 +111,22 @@ class Display:
         self._least_left = math.inf
 
     def plan(
-        self, planned: Sequence[Slot], expected: Mapping[tuple[str, int], float] | None = None, workers: int = 1
+        self,
+        planned: Sequence[Slot],
+        expected: Mapping[tuple[str, int], float] | None = None,
+        workers: int = 1,
+        config: StudyConfig | None = None,
     ) -> None:
         """Say which trials the study has.
 
         Args:
             planned: The trials.
-            expected: Seconds that one takes, by method and batch size, as far as known.
+            expected: Seconds that a final one takes, by method and batch size, as far as known.
             workers: Trials that run side by side.
+            config: The study, whose searches may add trials.
         """
-        self.planned, self._expected, self._workers = planned, expected or {}, workers
+        self.planned, self._config = planned, config
+        self._expected, self._workers = expected or {}, workers
 
     def __enter__(self) -> "Display":
         self._start = self.clock()
@@ -144,6 +157,10 @@ class Display:
         new = [result for result in results if result.key not in self._results]
         self._results |= {result.key: result for result in new}
         self._running = running
+        if self._config and any(result.key.phase == "search" for result in new):  # which may add to the plan
+            grown = slots(self._config, results)
+            if len(grown) > len(self.planned):
+                self.planned, self._least_left = grown, math.inf
         if not self._updated:
             self._updated = True
             self._before = set(self._results)
@@ -166,13 +183,15 @@ class Display:
         """
         by_cell: dict[tuple[str, int], list[float]] = defaultdict(list)
         by_size: dict[int, list[float]] = defaultdict(list)
-        waiting: dict[tuple[str, int], int] = defaultdict(int)
+        waiting: dict[tuple[str, int], float] = defaultdict(float)  # counted in final trials
+        config = self._config or StudyConfig()
+        share = {"search": config.budget_of("search") / config.budget, "final": 1.0}
         for slot in self.planned:
-            waiting[slot.method, slot.batch_size] += 1
+            waiting[slot.cell] += share[slot.phase]
         for key, result in self._results.items():
-            waiting[key.method, key.batch_size] -= 1
-            by_cell[key.method, key.batch_size].append(result.seconds)
-            by_size[key.batch_size].append(result.seconds)
+            waiting[key.method, key.batch_size] -= share[key.phase]
+            by_cell[key.method, key.batch_size].append(result.seconds / share[key.phase])
+            by_size[key.batch_size].append(result.seconds / share[key.phase])
         here = sum(result.seconds for key, result in self._results.items() if key not in self._before)
         pairs = [(fmean(took), self._expected[cell]) for cell, took in by_cell.items() if cell in self._expected]
         slower = sum(took for took, _ in pairs) / max(sum(steps for _, steps in pairs), 1e-9) if pairs else 1.0
@@ -189,7 +208,7 @@ class Display:
                 seconds = fmean(by_size[near]) * math.sqrt(near / size)
             else:
                 return None
-            work += max(0, count) * seconds
+            work += max(0.0, count) * seconds
         return work / max(self._workers, here / elapsed if elapsed > 0 else 1.0)
 
     def _shown_left(self) -> float | None:

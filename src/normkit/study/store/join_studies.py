@@ -37,7 +37,8 @@ def waiting_studies(url: str) -> dict[str, StudyConfig]:
                 continue  # another program's
             config = unpack(kept, f"study {name}")
             validate(config)
-            if len(store.results()) < len(slots(config)):
+            store.config = config
+            if not store.has_ended():
                 found[name] = config
         except (StudyError, TypeError) as error:
             logger.warning("skipped study %s: %s", name, error)
@@ -99,7 +100,7 @@ def join(
             nonlocal ended
             if len(results) > ended:
                 ended = len(results)
-                logger.info("%s: %d of %d trials have ended", name, ended, len(slots(config)))
+                logger.info("%s: %d of %d trials have ended", name, ended, len(slots(config, results)))
 
         run_workers(address, config, count, on_progress)
     return len(waiting)

@@ -170,6 +170,9 @@ class Rows:
         """The trial of each slot, in the plan's order: of several, the first with a result, else the first not dead."""
         return iter(self._chosen.values())
 
+    def __contains__(self, slot: Slot) -> bool:
+        return slot in self._chosen
+
     def waiting(self) -> Iterator[Row]:
         """The trials that can be claimed, searches first, since final runs wait for them."""
         return (self._chosen[slot] for slots in self._waiting.values() for slot in slots)
@@ -231,12 +234,10 @@ class Rows:
             connection.execute(
                 select(_STUDIES.c.study_id).where(_STUDIES.c.study_id == self.study_id).with_for_update()
             )
-            ids = list(connection.execute(select(_TRIALS.c.trial_id).where(mine)).scalars())
-            have = set()
-            for attributes in self._attributes(connection, ids).values():
-                kept = _json(attributes.get("slot", "null"), "slot")
-                if isinstance(kept, dict):
-                    have.add(json.dumps(kept, sort_keys=True))
+            of_mine = _ATTRIBUTES.c.trial_id.in_(select(_TRIALS.c.trial_id).where(mine))
+            kept = connection.execute(select(_ATTRIBUTES.c.value_json).where(of_mine, _ATTRIBUTES.c.key == "slot"))
+            known = (_json(text, "slot") for text in kept.scalars())
+            have = {json.dumps(slot, sort_keys=True) for slot in known if isinstance(slot, dict)}
             missing = [text for slot in planned if (text := json.dumps(asdict(slot), sort_keys=True)) not in have]
             if not missing:
                 return

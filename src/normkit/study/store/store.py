@@ -22,7 +22,7 @@ from normkit.study.config import StudyConfig
 from normkit.study.environment import redact
 from normkit.study.errors import StudyError
 from normkit.study.identity import difference, pack, unpack
-from normkit.study.plan import Slot, resolve, slots
+from normkit.study.plan import Slot, resolve, search_slots, slots
 from normkit.study.records import CurvePoint, TrialKey, TrialResult
 from normkit.study.store import connection
 from normkit.study.store.connection import connect, patient
@@ -118,6 +118,7 @@ class Store:
     def _take_next(self) -> Claim | None:
         self._rows.refresh()
         blocked: set[tuple[str, int]] = set()  # cells whose search has not ended
+        added = False
         for row in self._rows.waiting():
             slot = row.slot
             if slot.lr is None and slot.cell in blocked:
@@ -125,12 +126,20 @@ class Store:
             resolved = self._resolve(slot)
             if resolved is None:
                 blocked.add(slot.cell)
+                added |= self._extend(slot.cell)
             elif self._rows.claim(row.trial_id, owner()):
                 if isinstance(resolved, TrialKey):
                     return Claim(row.trial_id, slot, resolved)
                 key = TrialKey(slot.phase, slot.method, slot.batch_size, 0.0, slot.seed)
                 self.record(Claim(row.trial_id, slot, key), TrialResult(key, "failed", error=resolved))
-        return None
+        return self._take_next() if added else None
+
+    def _extend(self, cell: tuple[str, int]) -> bool:
+        """Queue what a search has added to the plan by its results; False if that is nothing."""
+        grown = search_slots(self.config, *cell, self._rows.searched(cell))
+        if added := [slot for slot in grown if slot not in self._rows]:
+            self._rows.plan(added)
+        return bool(added)
 
     def _resolve(self, slot: Slot) -> TrialKey | str | None:
         return resolve(slot, self._rows.searched(slot.cell) if slot.lr is None else (), self.config)
@@ -140,6 +149,9 @@ class Store:
         """Keep the result of a claimed slot; a result that arrived first (after a takeover) is not overwritten."""
         with self._lock:
             self._rows.end(claim.trial_id, result)
+            if claim.slot.phase == "search":  # what it adds to the plan is tried before final runs
+                self._rows.refresh()
+                self._extend(claim.slot.cell)
 
     @contextlib.contextmanager
     def heartbeat(self, claim: Claim) -> Iterator[None]:
@@ -233,7 +245,7 @@ class Store:
             return False
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self.storage.set_trial_intermediate_value(claim.trial_id, point.examples, point.validation_score)
-        if 3 * point.examples < self.config.budget:
+        if 3 * point.examples < self.config.budget_of("search"):
             return False
         self._rows.refresh()
         peers = [
@@ -252,6 +264,11 @@ class Store:
         """Results of all slots that ended, in the plan's order."""
         self._rows.refresh()
         return [row.result for row in self._rows.chosen() if row.result is not None]
+
+    def has_ended(self) -> bool:
+        """Return whether every slot of the plan has a result."""
+        results = self.results()
+        return len(results) >= len(slots(self.config, results))
 
     @patient
     def running(self) -> list[Slot]:

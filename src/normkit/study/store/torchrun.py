@@ -11,6 +11,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,7 +19,6 @@ import torch.distributed as dist
 
 from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
-from normkit.study.plan import slots
 from normkit.study.records import CurvePoint, TrialKey
 from normkit.study.store.fingerprint import fingerprint
 from normkit.study.store.store import Claim, Store
@@ -53,14 +53,14 @@ def lead(address: StoreAddress, config: StudyConfig, task: Task, on_progress: Pr
         task: Its task.
         on_progress: Called with results and running slots.
     """
-    store, planned = address.store(), len(slots(config))
+    store = address.store()
     store.open(config)
     store.requeue()
     found = fingerprint(task, config.device)
     with _process_group(config):
-        while len(results := store.results()) < planned:
+        while not store.has_ended():
             claim = store.claim()
-            on_progress(results, store.running())
+            on_progress(store.results(), store.running())
             if claim is None:
                 time.sleep(SHORTEST_POLL)
                 store.requeue()
@@ -104,11 +104,11 @@ def _process_group(config: StudyConfig) -> Generator[None, None, None]:
     else:
         torch.set_num_threads(1)
     ranks = int(os.environ["WORLD_SIZE"])
-    for size in config.batch_sizes:
-        last = config.budget % size or size
+    for size, budget in product(config.batch_sizes, {config.budget, config.budget_of("search")}):
+        last = budget % size or size
         if last < ranks:
             raise StudyError(
-                f"--batch-sizes: {ranks} ranks cannot share a batch of {last} (batch size {size}, budget {config.budget}); "
+                f"--batch-sizes: {ranks} ranks cannot share a batch of {last} (batch size {size}, budget {budget}); "
                 "start fewer ranks, or give batch sizes that divide the budget and are not smaller"
             )
     dist.init_process_group("nccl" if cuda else "gloo", timeout=_WAIT)

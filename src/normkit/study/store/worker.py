@@ -95,7 +95,6 @@ def work(
     on_progress: Progress | None = None,
 ) -> None:
     """Claim, train and record until every slot of the plan has ended."""
-    planned = len(slots(config))
     found = None
     while True:
         claim = store.claim()
@@ -107,7 +106,7 @@ def work(
                 watch = partial(store.below_median, claim) if config.prune else None
                 result = run_trial(config, claim.key, task, folder=checkpoints, fingerprint=found, on_point=watch)
             store.record(claim, result)
-        elif len(store.results()) >= planned:
+        elif store.has_ended():
             return
         else:  # what is left runs elsewhere, or waits for a search that does
             time.sleep(SHORTEST_POLL)
@@ -191,7 +190,6 @@ def run_workers(
     store = address.store()
     store.open(config)
     store.requeue()
-    planned = len(slots(config))
 
     def start() -> _Worker:
         receiver, sender = context.Pipe(duplex=False)
@@ -207,6 +205,7 @@ def run_workers(
         while True:
             looking = time.perf_counter()
             results = store.results()
+            planned = len(slots(config, results))
             if len(results) >= planned:
                 break
             on_progress(results, store.running())

@@ -200,7 +200,8 @@ class Loop:
         self.network = prepare(config, model, task.training_loss)
         self.average = WeightAverage(model, config.ema) if config.ema else None
         self.best = BestWeights(model, config.higher_is_better) if config.best_weights else None
-        self.steps = math.ceil(config.budget / key.batch_size)
+        self.budget = config.budget_of(key.phase)
+        self.steps = math.ceil(self.budget / key.batch_size)
         self.schedule = LambdaLR(optimizer, lambda step: lr_factor(config.schedule, step, self.steps, config.warm_up))
         self.curve: list[CurvePoint] = []
         self.seen, self.seconds, self.validation_seconds = 0, 0.0, 0.0
@@ -224,7 +225,7 @@ class Loop:
         rank, world = ranks()
         stream = self.task.training_batches(
             batch_size=size,
-            budget=config.budget,
+            budget=self.budget,
             seed=self.key.seed,
             device=config.device,
             start=self.seen,
@@ -238,7 +239,7 @@ class Loop:
         started = saved = time.perf_counter()
         earlier = self.seconds
         for step, batch in enumerate(stream, start=self.seen // size + 1):
-            examples = min(size, config.budget - self.seen)
+            examples = min(size, self.budget - self.seen)
             loss = training_step(self.network, self.optimizer, batch, config, examples)
             self._total.add_(loss, alpha=sum(micro.samples for micro in batch) * world / examples)
             self.schedule.step()
