@@ -1,6 +1,7 @@
 """Help and lists: complete, and whole on a terminal of 80 columns."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import normkit
 from normkit.cli.main import COMMANDS, GROUPS, main
 from normkit.cli.recipes import declared, listed
+from normkit.study.config import StudyConfig
 
 WIDTH = 80
 
@@ -48,6 +50,24 @@ def test_help_of_a_command_has_examples_and_fits_the_terminal(name, capsys):
     assert "Examples:\n  normkit " in text
     assert max(map(len, text.splitlines())) <= WIDTH
     assert printed(capsys, *name.split(), "--help") == text
+
+
+def test_compare_lists_the_studys_own_options_first_and_the_others_under_headings(capsys):
+    boxes = re.split(r"^[^\w\n]*((?:\w+ )?options)[^\w\n]*$", printed(capsys, "help", "compare"), flags=re.MULTILINE)[
+        1:
+    ]
+    options = {
+        heading: re.findall(r"^[│ ] {1,2}(--\w[\w-]+)", box, re.MULTILINE)
+        for heading, box in zip(boxes[::2], boxes[1::2], strict=True)
+    }
+    others = ["selection options", "loading options", "training options", "execution options"]
+    assert list(options) == ["options", *others]
+    own = ["--task", "--data", "--model", "--methods", "--batch-sizes", "--budget", "--lr", "--seeds", "--out"]
+    assert options["options"][: len(own)] == own
+    listed = [name for names in options.values() for name in names]
+    assert {name for name in listed if listed.count(name) > 1} == set()
+    fields = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(StudyConfig)}
+    assert fields - {"--higher-is-better"} <= set(listed)
 
 
 @pytest.mark.parametrize("example", [line for kind in COMMANDS.values() for line in kind.examples])

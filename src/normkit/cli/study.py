@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -10,13 +10,35 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from normkit.cli.recipes import check_names
 from normkit.cli.stop import stopped
-from normkit.study.config import StudyConfig
+from normkit.study.config import Comparison, Flag, Loading, Selection, StudyConfig, Training
 
 RESUME = "nothing is lost: the same command resumes"
 
 
 @dataclass(frozen=True)
-class Compare:
+class Execution:
+    """Where and how the trials run, and what is printed.
+
+    Attributes:
+        workers: Trials side by side; 0: one per core, one on a GPU.
+        storage: Any Optuna storage, to share the work with other processes; by default a SQLite file in the output folder.
+        track: Experiment trackers that get every trial: tensorboard, wandb, mlflow, trackio.
+        landscape: Train every method once more under the instruments, and add loss band, beta, covariate shift and so on to
+            the report.
+        retry_failed: Run trials that were closed as failed again, for example once their cause is removed.
+        quiet: Print nothing but the result.
+    """
+
+    workers: Annotated[int, arg(metavar="COUNT")] = 0
+    storage: Annotated[str | None, arg(metavar="URL", help_behavior_hint="")] = None
+    track: Annotated[tuple[str, ...], arg(metavar="TRACKER,...", help_behavior_hint="")] = ()
+    landscape: Flag = False
+    retry_failed: Flag = False
+    quiet: Flag = False
+
+
+@dataclass(frozen=True)
+class Compare(Comparison):
     """Compare methods fairly on one model and data, and write a report."""
 
     examples: ClassVar = (
@@ -26,54 +48,57 @@ class Compare:
         "normkit compare --data mine.py:data --model mine.py:model",
     )
 
-    study: OmitArgPrefixes[StudyConfig] = field(default_factory=StudyConfig)
-    landscape: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Train every method once more under the instruments, and add loss band, beta, covariate shift and so on to the report."""
     out: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Output folder, where the same command resumes; by default runs/ and the study's name."""
-    storage: Annotated[str | None, arg(metavar="URL", help_behavior_hint="")] = None
-    """Any Optuna storage, to share the work with other processes; by default a SQLite file in the output folder."""
-    track: Annotated[tuple[str, ...], arg(metavar="TRACKER,...", help_behavior_hint="")] = ()
-    """Experiment trackers that get every trial: tensorboard, wandb, mlflow, trackio."""
-    workers: Annotated[int, arg(metavar="COUNT")] = 0
-    """Trials side by side; 0: one per core, one on a GPU."""
-    thorough: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Run the full comparison: ten methods, five batch sizes, five seeds, 20,000 samples a run; takes hours."""
-    dry_run: Annotated[bool, arg(help_behavior_hint="")] = False
+    dry_run: Flag = False
     """Print what would run, how many trials, about how long and where to, and stop."""
-    retry_failed: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Run trials that were closed as failed again, for example once their cause is removed."""
-    quiet: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Print nothing but the result."""
+    thorough: Flag = False
+    """Run the full comparison: ten methods, five batch sizes, five seeds, 20,000 samples a run; takes hours."""
+    selection: OmitArgPrefixes[Selection] = field(default_factory=Selection)
+    loading: OmitArgPrefixes[Loading] = field(default_factory=Loading)
+    training: OmitArgPrefixes[Training] = field(default_factory=Training)
+    execution: OmitArgPrefixes[Execution] = field(default_factory=Execution)
+
+    @property
+    def study(self) -> StudyConfig:
+        """The configuration that the options make."""
+        own = {option.name: getattr(self, option.name) for option in fields(Comparison)}
+        return StudyConfig(**own, **vars(self.selection), **vars(self.loading), **vars(self.training))
+
+    @property
+    def quiet(self) -> bool:
+        """Whether to print nothing but the result."""
+        return self.execution.quiet
 
     def run(self, arguments: list[str]) -> int:
         """Run the study."""
         from normkit.study.plan import validate_options
 
-        validate_options(self.study)
-        check_names("--methods", self.study.methods)  # these two without torch, and so at once
-        if sys.stdout.isatty() and not self.quiet:
+        study, how = self.study, self.execution
+        validate_options(study)
+        check_names("--methods", study.methods)  # these two without torch, and so at once
+        if sys.stdout.isatty() and not how.quiet:
             print("loading ...", flush=True)  # torch takes a second or more
         from normkit.study.compare import assist, compare, preview
         from normkit.study.environment import command_line
         from normkit.study.store.torchrun import launched_rank
 
         if launched_rank():  # rank 0 does what a single process does, the others help it train
-            assist(self.study, self.out)
+            assist(study, self.out)
             return 0
         if self.dry_run:
-            print(preview(self.study, self.out, workers=self.workers))
+            print(preview(study, self.out, workers=how.workers))
             return 0
         try:
             record, folder = compare(
-                self.study,
+                study,
                 self.out,
-                storage=self.storage,
-                workers=self.workers,
-                quiet=self.quiet,
-                landscape=self.landscape,
-                track=self.track,
-                retry_failed=self.retry_failed,
+                storage=how.storage,
+                workers=how.workers,
+                quiet=how.quiet,
+                landscape=how.landscape,
+                track=how.track,
+                retry_failed=how.retry_failed,
                 command=command_line(arguments),
             )
         except KeyboardInterrupt as stop:
@@ -83,17 +108,14 @@ class Compare:
 
 
 THOROUGH = Compare(
-    StudyConfig(
-        methods=(
-            *("none", "batch", "group", "layer", "batch-renorm"),
-            *("bnp", "group+bnp", "batchless", "sgd-g", "revisited"),
-        ),
-        batch_sizes=(128, 32, 8, 2, 1),
-        seeds=5,
-        budget=20_000,
-        lr_points=6,
-        search_seeds=2,
+    methods=(
+        *("none", "batch", "group", "layer", "batch-renorm"),
+        *("bnp", "group+bnp", "batchless", "sgd-g", "revisited"),
     ),
+    batch_sizes=(128, 32, 8, 2, 1),
+    budget=20_000,
+    seeds=5,
+    selection=Selection(lr_points=6, search_seeds=2),
     thorough=True,
 )
 

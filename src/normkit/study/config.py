@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Suppress, arg
+from tyro.conf import arg
 
 from normkit._errors import nearest
 from normkit.study.errors import StudyError
@@ -51,6 +51,89 @@ OF_NAMED_DATA = (  # options of classification by name, which a task of one's ow
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        task: Your own task, FILE.py:name or package.module:name: a normkit.Task, or a function that returns one. It takes the
+            place of data and model.
+        data: digits, spiral, a Hugging Face name, a local folder, or your own: FILE.py:factory, package.module:factory.
+        model: A name such as resnet20, or your own: FILE.py:factory, package.module:factory.
+        methods: Recipes, see `normkit recipes`, with settings if need be: revisited:scale=0.2:scale_lr_divisor=10.
+        batch_sizes: Samples per optimizer step.
+        budget: Training samples that a run sees, the same for every method and batch size.
+        lr: auto (searched for every method and batch size), one learning rate for all, or one for each method
+            (batch=0.1,sgd-g=0.2).
+        seeds: Final runs per method and batch size.
+    """
+
+    task: OptionalPlace = None
+    data: Data = "digits"
+    model: Model = "digits-cnn"
+    methods: Methods = ("none", "batch", "group", "bnp", "group+bnp")
+    batch_sizes: Sizes = (64, 8, 1)
+    budget: Samples = 1500
+    lr: Rates = "auto"
+    seeds: Count = 3
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How learning rates and weights are chosen, and how methods are tested against the reference.
+
+    Attributes:
+        lr_points: Grid points of the learning-rate search, a factor sqrt(10) apart.
+        lr_extend: Points that the search may add at each end of a grid, until the best rate lies inside.
+        search_seeds: Runs per grid point.
+        search_budget: Training samples that a run of the search sees: a fraction of the budget, or a number > 1 of samples.
+        prune: Stop search runs that are below the median of the other learning rates at the same point.
+        validation: Fraction of the training data held out for validation; a number >= 1 counts samples. A validation split
+            that comes with the data is used as it is.
+        best_weights: Test the best checkpoint by validation score (checked every epoch) instead of the last.
+        alternative: Alternative hypothesis of the paired test.
+        primary: Methods whose comparisons are named beforehand: they alone are tested, the others are exploratory. By default
+            all methods are tested, batch size by batch size.
+        margin: Largest difference that counts as none, in points of a score in percent, else in the score's unit: the report
+            says which methods are the same within it, no worse, or not decided.
+    """
+
+    lr_points: Count = 5
+    lr_extend: Count = 3
+    search_seeds: Count = 1
+    search_budget: Fraction = 1.0
+    prune: Flag = False
+    validation: Fraction = 0.2
+    best_weights: Flag = False
+    alternative: Literal["two-sided", "greater"] = "two-sided"
+    primary: OptionalMethods = ()
+    margin: OptionalNumber = None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the data are read.
+
+    Attributes:
+        train_split: Split that trains, or several joined by +: train+extra of SVHN.
+        limit: Use at most this many samples of each split.
+        image_column: Column with the images; by default found by its type.
+        label_column: Column with the classes; by default found by its type.
+        image_size: Resize images to this height and width.
+        scaling: Images standardized by the training data's mean and deviation per channel, or brought to [0, 1] (unit) or
+            [-1, 1] (symmetric).
+        data_workers: Processes that fetch samples of a task ahead, for each trial; 0 to fetch them in the trial itself.
+    """
+
+    train_split: Split = "train"
+    limit: OptionalSamples = None
+    image_column: OptionalColumn = None
+    label_column: OptionalColumn = None
+    image_size: OptionalPixels = None
+    scaling: Scaling = "standardized"
+    data_workers: Count = 0
+
+
+@dataclass(frozen=True)
 class Training:
     """How every run is trained, whatever the method.
 
@@ -68,6 +151,7 @@ class Training:
         channels_last: Use the memory layout NHWC.
         compile: Compile the model for training.
         micro_batch: Split each batch into micro-batches of this size whose gradients accumulate; 0 for whole batches.
+        device: cpu, or a CUDA device.
     """
 
     optimizer: Literal["sgd", "nesterov", "adam", "adamw"] = "sgd"
@@ -83,6 +167,7 @@ class Training:
     channels_last: Flag = False
     compile: Flag = False
     micro_batch: Size = 0
+    device: Device = "cpu"
 
     @property
     def augmentation(self) -> "Augmentation":
@@ -113,72 +198,17 @@ class Training:
 
 
 @dataclass(frozen=True)
-class StudyConfig(Training):
+class StudyConfig(Training, Loading, Selection, Comparison):
     """What is compared, and how; studies with equal configurations are the same study.
 
+    Its options are those of [`Comparison`][normkit.study.config.Comparison], [`Selection`][normkit.study.config.Selection],
+    [`Loading`][normkit.study.config.Loading] and [`Training`][normkit.study.config.Training].
+
     Attributes:
-        task: Your own task, FILE.py:name or package.module:name: a normkit.Task, or a function that returns one. It takes the
-            place of data and model.
-        data: digits, spiral, a Hugging Face name, a local folder, or your own: FILE.py:factory, package.module:factory.
-        model: A name such as resnet20, or your own: FILE.py:factory, package.module:factory.
-        methods: Recipes, see `normkit recipes`, with settings if need be: revisited:scale=0.2:scale_lr_divisor=10.
-        batch_sizes: Samples per optimizer step.
-        seeds: Final runs per method and batch size.
-        budget: Training samples that a run sees, the same for every method and batch size.
-        lr: auto (searched for every method and batch size), one learning rate for all, or one for each method
-            (batch=0.1,sgd-g=0.2).
-        lr_points: Grid points of the learning-rate search, a factor sqrt(10) apart.
-        lr_extend: Points that the search may add at each end of a grid, until the best rate lies inside.
-        search_seeds: Runs per grid point.
-        search_budget: Training samples that a run of the search sees: a fraction of the budget, or a number > 1 of samples.
-        validation: Fraction of the training data held out for validation; a number >= 1 counts samples. A validation split
-            that comes with the data is used as it is.
-        best_weights: Test the best checkpoint by validation score (checked every epoch) instead of the last.
-        alternative: Alternative hypothesis of the paired test.
-        primary: Methods whose comparisons are named beforehand: they alone are tested, the others are exploratory. By default
-            all methods are tested, batch size by batch size.
-        margin: Largest difference that counts as none, in points of a score in percent, else in the score's unit: the report
-            says which methods are the same within it, no worse, or not decided.
-        device: cpu, or a CUDA device.
-        image_column: Column with the images; by default found by its type.
-        label_column: Column with the classes; by default found by its type.
-        image_size: Resize images to this height and width.
-        train_split: Split that trains, or several joined by +: train+extra of SVHN.
-        scaling: Images standardized by the training data's mean and deviation per channel, or brought to [0, 1] (unit) or
-            [-1, 1] (symmetric).
-        limit: Use at most this many samples of each split.
-        prune: Stop search runs that are below the median of the other learning rates at the same point.
-        data_workers: Processes that fetch samples of a task ahead, for each trial; 0 to fetch them in the trial itself.
         higher_is_better: Whether a higher score of the task is a better one; the task says it.
     """
 
-    task: OptionalPlace = None
-    data: Data = "digits"
-    model: Model = "digits-cnn"
-    methods: Methods = ("none", "batch", "group", "bnp", "group+bnp")
-    batch_sizes: Sizes = (64, 8, 1)
-    seeds: Count = 3
-    budget: Samples = 1500
-    lr: Rates = "auto"
-    lr_points: Count = 5
-    lr_extend: Count = 3
-    search_seeds: Count = 1
-    search_budget: Fraction = 1.0
-    validation: Fraction = 0.2
-    best_weights: Flag = False
-    alternative: Literal["two-sided", "greater"] = "two-sided"
-    primary: OptionalMethods = ()
-    margin: OptionalNumber = None
-    device: Device = "cpu"
-    image_column: OptionalColumn = None
-    label_column: OptionalColumn = None
-    image_size: OptionalPixels = None
-    train_split: Split = "train"
-    scaling: Scaling = "standardized"
-    limit: OptionalSamples = None
-    prune: Flag = False
-    data_workers: Count = 0
-    higher_is_better: Annotated[bool, Suppress] = True
+    higher_is_better: bool = True
 
     def judged_by(self, higher_is_better: bool) -> "StudyConfig":
         """The same study with its direction, which the task says.
