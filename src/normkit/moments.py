@@ -128,30 +128,39 @@ def weighted_sums(x: Tensor, weights: Tensor, dtype: torch.dtype | None = None) 
         [[4.5], [9.5]]
     """
     x, dtype = x.detach(), dtype or statistics_dtype(x.dtype)
-    weights = weights.to(dtype)
+    if weights.dtype != dtype:
+        weights = weights.to(dtype)
     if x.dim() == weights.dim() + 1:
         x = x.unsqueeze(0)
     if torch.compiler.is_compiling():  # one reduction that reads x once
         x, others = x.to(dtype), [0, *range(2, x.dim())]
         return (x * weights).sum(others), (x.square() * weights).sum(others)
+    if x.is_cpu and x.numel() <= _FITS_CACHE:
+        x = x if x.dtype == dtype else x.to(dtype)
+        return _products(x, x * weights)
     channels_last = x.movedim(1, -1).is_contiguous()
     rows = (x.movedim(1, -1) if channels_last else x).flatten(1)
     if x.is_cpu:
         rows = rows.to(dtype)
-        if rows.numel() > _FITS_CACHE:
-            # the gradients of a batch normalization at (0, 1): sum and sum of squares of each column in one pass
-            zero, one = torch.zeros(rows.shape[1], dtype=dtype), torch.ones(rows.shape[1], dtype=dtype)
-            _, square, total = torch.ops.aten.native_batch_norm_backward(
-                rows, rows, None, zero, one, None, None, False, 0.0, [False, True, True]
-            )
-        else:
-            total, square = rows.sum(0), rows.square().sum(0)
+        total, square = _products(rows, rows)
     else:
         total, square = rows.sum(0, dtype=dtype), torch.linalg.vector_norm(rows, dim=0, dtype=dtype).square_()
     channels, flat = x.shape[1], weights.flatten()
     maps = (m.view(-1, channels).t() if channels_last else m.view(channels, -1) for m in (total, square))
     total, square = (m @ flat for m in maps)
     return total, square
+
+
+def _products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of ``y`` and of ``x y`` over all dimensions but the second, in one pass on a CPU.
+
+    They are the gradients of shift and scale of a batch normalization with mean 0 and variance 1.
+    """
+    zero = torch.zeros(x.shape[1], dtype=x.dtype)  # the mean, and with 1 added to it the variance
+    _, product, total = torch.ops.aten.native_batch_norm_backward.default(
+        y, x, None, zero, zero, None, None, False, 1.0, [False, True, True]
+    )
+    return total, product
 
 
 def observe(x: Tensor, feature_dim: int = -1, mask: Tensor | None = None) -> Moments:

@@ -410,7 +410,7 @@ def test_a_bounded_step_changes_no_unit_by_more_than_its_share(case, bias):
     rows_of = Layout(layer.weight.shape, shape.groups, shape.transposed)
     bias_grad = rows_of.units(layer.bias.grad) if bias else None
     mu, sigma = rows_of.along_in(mean), rows_of.along_in(variance.sqrt())
-    z = into_z_(rows_of.rows(layer.weight.grad.clone()), bias_grad, mu, sigma)
+    z = into_z_(rows_of.rows(layer.weight.grad.clone()), bias_grad, mu, 1 / sigma)
     changes, spreads = (t.flatten() for t in unit_changes(z, bias_grad, rows_of.rows(layer.weight.detach()), sigma))
     factors = bounding_factors(changes * rate / 2, spreads, limit)
 

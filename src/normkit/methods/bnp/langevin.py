@@ -56,8 +56,8 @@ def preconditioned_noise(
     xi_bias = None
     if bias is not None:
         xi_bias = layout.units(torch.randn(bias.shape, dtype=mean.dtype, device=bias.device, generator=generator))
-    mu, sigma = None if mean_removed and bias is None else layout.along_in(mean), layout.along_in(variance.sqrt())
-    noise, bias_noise = out_of_z_(xi, xi_bias, mu, sigma)
+    mu, scale = None if mean_removed and bias is None else layout.along_in(mean), layout.along_in(variance.rsqrt())
+    noise, bias_noise = out_of_z_(xi, xi_bias, mu, scale)
     q = torch.as_tensor(divisor).sqrt()
     return layout.weight(noise) / q, None if bias_noise is None else bias_noise.reshape(-1) / q
 

@@ -25,7 +25,7 @@ Layer: TypeAlias = nn.Linear | _ConvNd
 Statistics: TypeAlias = Literal["patches", "channels"]
 
 
-_SHAPES = 64  # input shapes of a layer whose tap shares are kept
+_SHAPES = 64  # input shapes of a layer whose weighing is kept
 
 
 class Sums(NamedTuple):
@@ -35,6 +35,24 @@ class Sums(NamedTuple):
     positions: Tensor | float
     total: Tensor
     square: Tensor
+
+
+class _Weighing(NamedTuple):
+    """How the rows of an input are summed.
+
+    Attributes:
+        rows: Number of rows.
+        positions: Number of output positions.
+        dtype: Dtype of the sums.
+        weights: How often each position counts, None where all count alike.
+        scale: How often all count.
+    """
+
+    rows: float
+    positions: float
+    dtype: torch.dtype
+    weights: Tensor | None
+    scale: float
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -150,7 +168,7 @@ class Observed(InputCounter[Sums]):
         self.norm: nn.Module | None = None
         self._mask = mask
         self._statistics = statistics
-        self._shares: dict[object, Tensor | float] = {}  # of the input shapes seen lately
+        self._weighings: dict[object, _Weighing] = {}  # of the input shapes seen lately
         self._accumulator: Tensor | None = None  # what compiled forwards add to: rows, positions, sums, squares
         self._compiled = False
         self.allocate()
@@ -229,13 +247,7 @@ class Observed(InputCounter[Sums]):
 
     def _sums(self, layer: Layer, x: Tensor, output: Tensor) -> Sums:
         dim = self.geometry.feature_dim
-        positions = output.numel() / output.shape[dim]
-        # data may lie far from zero (pixels, years), where sums of squares lose their digits in fp32
-        dtype = statistics_dtype(x.dtype) if x.requires_grad else wide_dtype(x.device)
-        rows, weights, scale = x.numel() / x.shape[dim], None, 1.0
-        if not isinstance(layer, nn.Linear) and self._statistics == "patches":
-            rows, shares = positions, self._tap_shares(layer, x, output, dtype)
-            weights, scale = (shares, 1.0) if isinstance(shares, Tensor) else (None, shares)
+        rows, positions, dtype, weights, scale = self._weighing_of(layer, x, output)
         mask = self._matching_mask(x, dim)
         if mask is not None:
             counted = mask.to(wide_dtype(x.device))
@@ -247,6 +259,29 @@ class Observed(InputCounter[Sums]):
             Sums(rows, positions, total, square) if scale == 1 else Sums(rows, positions, total * scale, square * scale)
         )
 
+    def _weighing_of(self, layer: Layer, x: Tensor, output: Tensor) -> _Weighing:
+        """How the rows of ``x`` are summed, found once per shape: a small layer costs its Python, not its sums."""
+        if torch.compiler.is_compiling():
+            return self._weigh(layer, x, output)
+        key = layer, x.shape, output.shape, x.dtype, x.requires_grad, x.device, type(x)
+        weighing = self._weighings.get(key)
+        if weighing is None:
+            if len(self._weighings) >= _SHAPES:
+                self._weighings.clear()
+            weighing = self._weighings[key] = self._weigh(layer, x, output)
+        return weighing
+
+    def _weigh(self, layer: Layer, x: Tensor, output: Tensor) -> _Weighing:
+        dim = self.geometry.feature_dim
+        positions = output.numel() / output.shape[dim]
+        # data may lie far from zero (pixels, years), where sums of squares lose their digits in fp32
+        dtype = statistics_dtype(x.dtype) if x.requires_grad else wide_dtype(x.device)
+        if isinstance(layer, nn.Linear) or self._statistics != "patches":
+            return _Weighing(x.numel() / x.shape[dim], positions, dtype, None, 1.0)
+        shares = self._tap_shares(layer, x, output, dtype)
+        weights, scale = (shares, 1.0) if isinstance(shares, Tensor) else (None, shares)
+        return _Weighing(positions, positions, dtype, weights, scale)
+
     def _tap_shares(self, layer: _ConvNd, x: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor | float:
         """Share of the taps that meet each position of the input, one number where it is the same for all."""
         spatial = len(layer.kernel_size)
@@ -257,19 +292,12 @@ class Observed(InputCounter[Sums]):
             return _outer([
                 tap_shares(layer, *sides, x.device) for sides in zip(sizes, outputs, range(spatial), strict=True)
             ])
-        key = layer, sizes, outputs, dtype, x.device, type(x)
-        if key not in self._shares:
-            if len(self._shares) >= _SHAPES:
-                self._shares.clear()
-            shares = _outer([tap_shares(layer, *sides) for sides in zip(sizes, outputs, range(spatial), strict=True)])
-            first = shares.flatten()[0].item()
-            if (shares == first).all():
-                self._shares[key] = first
-            else:
-                shares = shares.to(dtype)
-                pinned = shares.pin_memory() if x.is_cuda else shares
-                self._shares[key] = pinned.to(x.device, non_blocking=True)
-        return self._shares[key]
+        shares = _outer([tap_shares(layer, *sides) for sides in zip(sizes, outputs, range(spatial), strict=True)])
+        first = shares.flatten()[0].item()
+        if (shares == first).all():
+            return first
+        shares = shares.to(dtype)
+        return (shares.pin_memory() if x.is_cuda else shares).to(x.device, non_blocking=True)
 
     def _matching_mask(self, x: Tensor, dim: int) -> Tensor | None:
         mask = self._mask.value

@@ -143,15 +143,15 @@ def precondition(
     """
     layout = Layout(weight_grad.shape, groups, transposed)
     _check(weight_grad, bias_grad, mean, variance, layout)
-    bias = None if bias_grad is None else layout.units(bias_grad.to(mean.dtype))
+    bias = None if bias_grad is None else layout.units(bias_grad.to(mean.dtype, copy=True))
     mu = None if mean_removed and bias is None else layout.along_in(mean)
-    sigma = layout.along_in(variance.sqrt())
-    z = into_z_(layout.rows(weight_grad.to(mean.dtype, copy=True)), bias, mu, sigma)
-    weight, bias = out_of_z_(z, bias, mu, sigma)
+    scale = layout.along_in(variance.rsqrt())
+    z = into_z_(layout.rows(weight_grad.to(mean.dtype, copy=True)), bias, mu, scale)
+    weight, bias = out_of_z_(z, bias, mu, scale)
     return layout.weight(weight) / divisor, None if bias is None else bias.reshape(-1) / divisor
 
 
-def into_z_(weight: Tensor, bias: Tensor | None, mean: Tensor | None, sigma: Tensor) -> Tensor:
+def into_z_(weight: Tensor, bias: Tensor | None, mean: Tensor | None, scale: Tensor) -> Tensor:
     """``P^T``: gradients of weights and biases become those of ``z``, the weights that normalized inputs would have.
 
     In ``a = beta + z . (h - mu) / sigma``, whose gradient in ``beta`` is ``G_b``::
@@ -164,18 +164,19 @@ def into_z_(weight: Tensor, bias: Tensor | None, mean: Tensor | None, sigma: Ten
         weight: Rows of ``G_W`` (see ``Layout``), ``(groups, out, in)``; overwritten.
         bias: ``G_b``, ``(groups, out, 1)``, or None.
         mean: ``(groups, 1, in)``, or None where what follows the layer removes the mean of each unit.
-        sigma: Square root of the guarded variance, ``(groups, 1, in)``.
+        scale: ``1 / sigma``, ``(groups, 1, in)``, for the square root sigma of the guarded variance: products take less
+            time than quotients.
 
     Returns:
         ``G_z``, in the memory of ``weight``.
     """
     if bias is None or mean is None:
-        weight.div_(sigma)
-        return weight if mean is None else _root_(weight, mean / sigma)
-    return weight.addcmul_(bias, mean, value=-1).div_(sigma)
+        weight.mul_(scale)
+        return weight if mean is None else _root_(weight, mean * scale)
+    return weight.addcmul_(bias, mean, value=-1).mul_(scale)
 
 
-def out_of_z_(z: Tensor, bias: Tensor | None, mean: Tensor | None, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+def out_of_z_(z: Tensor, bias: Tensor | None, mean: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor | None]:
     """``P``: a step of ``z`` and ``beta`` as one of weight and bias; arguments as for ``into_z_``.
 
     ::
@@ -184,18 +185,18 @@ def out_of_z_(z: Tensor, bias: Tensor | None, mean: Tensor | None, sigma: Tensor
         b = beta - W mu
 
     Returns:
-        Weight, in the memory of ``z``, and bias.
+        Weight, in the memory of ``z``, and bias, in the memory of ``bias``.
     """
     if bias is None or mean is None:
-        return (z if mean is None else _root_(z, mean / sigma)).div_(sigma), bias
-    weight = z.div_(sigma)
-    return weight, bias - torch.linalg.vecdot(weight, mean).unsqueeze(-1)
+        return (z if mean is None else _root_(z, mean * scale)).mul_(scale), bias
+    weight = z.mul_(scale)
+    return weight, bias.baddbmm_(weight, mean.mT, alpha=-1)
 
 
 def _root_(z: Tensor, v: Tensor) -> Tensor:
     """``z (I + v v^T)^(-1/2)``: along ``v`` divided by ``r = sqrt(1 + |v|^2)``, that is ``z - (z . v) v / (r (r + 1))``."""
     root = (1 + v.square().sum(-1, keepdim=True)).sqrt()
-    return z.addcmul_(torch.linalg.vecdot(z, v).unsqueeze(-1), v / (root * (root + 1)), value=-1)
+    return z.addcmul_(z @ v.mT, v / (root * (root + 1)), value=-1)
 
 
 def unit_changes(z: Tensor, bias: Tensor | None, weight: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,9 +221,19 @@ def unit_changes(z: Tensor, bias: Tensor | None, weight: Tensor, sigma: Tensor) 
         >>> [t.item() for t in unit_changes(z, b, w, torch.tensor([[[2.0, 2.0]]]))]
         [6.5, 5.0]
     """
-    change = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-    spread = torch.linalg.vector_norm(weight * sigma, dim=-1, keepdim=True)
+    change, spread = lengths_of_units(z, weight, sigma)
     return change if bias is None else torch.hypot(change, bias), spread
+
+
+def lengths_of_units(
+    z: Tensor, weight: Tensor, sigma: Tensor, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return ``|G_z|`` and ``|w sigma|`` of each unit; arguments as for ``unit_changes``, and where to write the two."""
+    change, spread = out or (None, None)
+    return (
+        torch.linalg.vector_norm(z, dim=-1, keepdim=True, out=change),
+        torch.linalg.vector_norm(weight * sigma, dim=-1, keepdim=True, out=spread),
+    )
 
 
 def bounding_factors(change: Tensor, spread: Tensor, max_change: float) -> Tensor:

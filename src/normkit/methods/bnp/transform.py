@@ -1,8 +1,8 @@
 """The gradients of many layers transformed with few operations.
 
-Layers of one shape, side by side, are one layer with more groups: their gradients are joined, transformed at once, and
-written back. A network has far fewer shapes than layers, and small operations cost their launch, not their arithmetic.
-What is one number per unit is computed for all shapes together.
+A gradient becomes that of ``z``, is bounded there, and comes back, in place. Layers of one shape, side by side, are one layer
+with more groups: small ones are joined, transformed at once, and written back, as small operations cost their launch, not their
+arithmetic. What is one number per unit is computed for all shapes together.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -14,13 +14,18 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from normkit.methods.bnp.preconditioning import Layout, bounding_factors, into_z_, out_of_z_, unit_changes
+from normkit.methods.bnp.preconditioning import Layout, bounding_factors, into_z_, lengths_of_units, out_of_z_
 from normkit.methods.bnp.statistics import LayerIndex, Preconditioners, compute_dtype
 
 Rate: TypeAlias = Tensor | float
 
 LARGEST_BATCH = 1 << 22
-"""Weights that are transformed together at most: larger ones gain nothing and would need memory."""
+"""Elements that are transformed together at most: more gain nothing and would need memory."""
+
+_STACKED = {"cpu": 1 << 11}
+"""Elements up to which layers of one shape are stacked, by device; larger ones are worked on where they lie.
+
+On a CPU a copy costs as much as the operations that it saves."""
 
 
 class LayerStep(NamedTuple):
@@ -39,6 +44,9 @@ class Transform:
     def __init__(self) -> None:
         self._key: object = None
         self._batches: list[_Batch] = []
+
+    def __reduce__(self) -> tuple[type["Transform"], tuple[()]]:
+        return Transform, ()  # a copy finds out anew
 
     def __call__(self, steps: Sequence[LayerStep], preconditioners: Preconditioners, max_change: float | None) -> None:
         """Transform the gradients of ``steps``, bounded by ``max_change`` where that is given."""
@@ -78,7 +86,8 @@ def _together(
         batch, total = [], 0
         for same_shape in of_a_kind.values():
             size = max(1, steps[same_shape[0]].weight_grad.numel())
-            most = max(1, LARGEST_BATCH // size)
+            limit = _STACKED.get(steps[same_shape[0]].weight_grad.device.type, LARGEST_BATCH)
+            most = max(1, LARGEST_BATCH // size) if size <= limit else 1
             for part in (same_shape[start : start + most] for start in range(0, len(same_shape), most)):
                 if batch and total + size * len(part) > LARGEST_BATCH:
                     yield batch
@@ -89,7 +98,27 @@ def _together(
 
 
 class _Part:
-    """Layers of one shape as one layer with more groups, and where its rows and units lie in the index's vectors."""
+    """Layers of one shape as one layer with more groups, and its part of the batch's vectors.
+
+    Attributes:
+        features: Of each column of the rows its place in the index's vectors of features.
+        owner: Of each unit the place of its layer.
+        mean: Mean of the inputs, ``(groups, 1, in)``, None where what follows removes the mean of each unit.
+        sigma: Square root of their guarded variance, likewise.
+        scale: ``1 / sigma``.
+        bias: Gradient of the bias, ``(groups, out, 1)``, or None.
+        factor: What each unit's step is multiplied by, likewise.
+        change: ``|z|`` of the gradient, likewise.
+        spread: ``|z|`` of the weight, likewise.
+    """
+
+    mean: Tensor | None
+    sigma: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    factor: Tensor
+    change: Tensor
+    spread: Tensor
 
     def __init__(self, steps: Sequence[LayerStep], index: LayerIndex) -> None:
         shape, geometry, self.count = steps[0].weight_grad.shape, index.layers[steps[0].place].geometry, len(steps)
@@ -99,7 +128,7 @@ class _Part:
         self.owner = torch.cat([torch.full((units,), step.place, device=index.device) for step in steps])
 
     def rows(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """Tensors shaped as the weights of the layers, as rows of the one."""
+        """Tensors shaped as the weights of the layers, as rows of the one; where they lie, if they lie as rows."""
         joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         return self.layout.rows(joined if joined.dtype == dtype else joined.to(dtype))
 
@@ -116,59 +145,61 @@ class _Batch:
     def __init__(self, same_shape: Sequence[Sequence[int]], steps: Sequence[LayerStep], index: LayerIndex) -> None:
         self.positions = [i for part in same_shape for i in part]
         first = steps[self.positions[0]]
-        self.dtype, self.device = compute_dtype(first.weight_grad), first.weight_grad.device
-        self.mean_removed = first.bias_grad is None and index.layers[first.place].mean_removed
+        self.dtype, device = compute_dtype(first.weight_grad), first.weight_grad.device
+        no_bias = first.bias_grad is None
         self.parts = [_Part([steps[i] for i in part], index) for part in same_shape]
         self.features = torch.cat([part.features for part in self.parts])
         self.owner = torch.cat([part.owner for part in self.parts])
-        self.widths = [len(part.features) for part in self.parts]
-        self.units = [len(part.owner) for part in self.parts]
+        self.columns = torch.empty(3, len(self.features), dtype=self.dtype, device=device)
+        self.units = torch.empty(4, len(self.owner), dtype=self.dtype, device=device)
+        columns = self.columns.split([len(part.features) for part in self.parts], 1)
+        units = self.units.split([len(part.owner) for part in self.parts], 1)
+        for part, of_columns, of_units in zip(self.parts, columns, units, strict=True):
+            groups = part.layout.groups
+            part.mean, part.sigma, part.scale = of_columns.view(3, groups, 1, -1)
+            part.bias, part.factor, part.change, part.spread = of_units.view(4, groups, -1, 1)
+            if no_bias:
+                part.bias = None
+                part.mean = None if index.layers[first.place].mean_removed else part.mean
 
     def transform_(
         self, steps: Sequence[LayerStep], preconditioners: Preconditioners, max_change: float | None
     ) -> None:
         """Precondition the gradients, bound them where ``max_change`` and the rate are given, and write them back."""
         grads, biases = [s.weight_grad for s in steps], [s.bias_grad for s in steps if s.bias_grad is not None]
-        bias_rows = torch.cat(biases).to(self.dtype).split(self.units) if biases else [None] * len(self.parts)
-        rate = steps[0].rate
-        bounded = max_change is not None and rate is not None
-        weights = [s.weight for s in steps]
-        done, changes, spreads, start = [], [], [], 0
-        for part, bias, mean, sigma in zip(self.parts, bias_rows, *self._features(preconditioners), strict=True):
-            layout, stop = part.layout, start + part.count
-            mean, sigma = (
-                None if self.mean_removed else mean.view(layout.groups, 1, -1),
-                sigma.view(layout.groups, 1, -1),
-            )
-            bias = None if bias is None else layout.units(bias)
-            z = into_z_(part.rows(grads[start:stop], self.dtype), bias, mean, sigma)
-            if bounded:
-                change, spread = unit_changes(z, bias, part.rows(weights[start:stop], self.dtype), sigma)
-                changes.append(change.reshape(-1))
-                spreads.append(spread.reshape(-1))
-            done.append(out_of_z_(z, bias, mean, sigma))
-            start = stop
-        factors = preconditioners.divisor.index_select(0, self.owner).reciprocal_().to(self.device, self.dtype)
-        if max_change is not None and rate is not None:
-            known = preconditioners.known.index_select(0, self.owner).to(self.device, self.dtype)
-            changes = torch.cat(changes) * factors * known * rate
-            factors = factors * bounding_factors(changes, torch.cat(spreads), max_change)
-        new = []
-        for part, (weight, _), factor in zip(self.parts, done, factors.split(self.units), strict=True):
-            new += part.layout.weight(weight.mul_(part.layout.units(factor))).chunk(part.count)
+        weights, rate = [s.weight for s in steps], steps[0].rate
+        bias, factor, change, spread = self.units
+        self._prepare(preconditioners, factor)
         if biases:
-            new += torch.cat([bias.view(-1) for _, bias in done]).mul_(factors).split([len(b) for b in biases])
+            torch.cat(biases, out=bias)
+        zs, start = [], 0
+        for part in self.parts:
+            stop = start + part.count
+            z = into_z_(part.rows(grads[start:stop], self.dtype), part.bias, part.mean, part.scale)
+            if max_change is not None and rate is not None:
+                lengths_of_units(z, part.rows(weights[start:stop], self.dtype), part.sigma, (part.change, part.spread))
+            zs.append(z)
+            start = stop
+        if max_change is not None and rate is not None:
+            known = preconditioners.known.index_select(0, self.owner).to(change.device, self.dtype)
+            change = torch.hypot(change, bias) if biases else change
+            factor.mul_(bounding_factors(change * factor * known * rate, spread, max_change))
+        if biases:
+            bias.mul_(factor)
+        new = []
+        for part, z in zip(self.parts, zs, strict=True):
+            weight, _ = out_of_z_(z.mul_(part.factor), part.bias, part.mean, part.scale)
+            new += part.layout.weight(weight).chunk(part.count)
         old = grads + biases
+        if biases:
+            new += bias.split([len(b) for b in biases])
         elsewhere = [i for i, (o, n) in enumerate(zip(old, new, strict=True)) if o.data_ptr() != n.data_ptr()]
         if elsewhere:
             torch._foreach_copy_([old[i] for i in elsewhere], [new[i] for i in elsewhere])
 
-    def _features(self, preconditioners: Preconditioners) -> Iterator[Sequence[Tensor]]:
-        """Mean and standard deviation of the inputs of each part, for every column of its rows."""
-        table = (
-            torch
-            .stack((preconditioners.mean, preconditioners.variance.sqrt()))
-            .to(self.dtype)
-            .index_select(1, self.features)
-        )
-        return (row.split(self.widths) for row in table.to(self.device).unbind())
+    def _prepare(self, preconditioners: Preconditioners, factor: Tensor) -> None:
+        """Fill in mean, sigma and 1 / sigma of every column, and ``1 / q^2`` of every unit."""
+        sigma = preconditioners.variance.sqrt()
+        table = torch.stack((preconditioners.mean, sigma, sigma.reciprocal())).to(self.dtype)
+        self.columns.copy_(table.index_select(1, self.features))
+        factor.copy_(preconditioners.divisor.index_select(0, self.owner).reciprocal_())
