@@ -35,7 +35,7 @@ def study(levels, seeds, **options):
 
 def cells(study, size, method):
     """Title -> text of one row of the report's tables."""
-    table = next(t for t in tables(study, summarize(study)) if t.batch_size == size)
+    table = next(t for t in tables(study, summarize(study)) if t.title == f"Batch size {size}")
     row = next(row for row in table.rows if row.method == method)
     return {title: str(cell) for (title, _), cell in zip(table.columns, row.cells, strict=True)}
 
@@ -93,7 +93,7 @@ def test_no_claim_against_a_second_reference_at_the_edge_of_its_grid():
     assert found["bnp", 1].paired.p_holm is not None
     assert verdict_of(edge).caveats[:2] == (
         "The best learning rate of `group` at batch size 1 lies at the edge of its grid (0.01): no claim against `group` is made "
-        "there; widen it with --lr-points or give --lr.",
+        "there; widen it with --lr-extend or --lr-points, or give --lr.",
         "`bnp` at batch size 64 (+3.2) is ahead of `group` beyond the noise.",
     )
 

@@ -154,7 +154,7 @@ def test_no_claim_is_made_where_the_reference_is_at_the_edge_of_its_grid():
     )
     assert verdict.caveats == (
         "The best learning rate of `batch` at batch size 8 lies at the edge of its grid (1): no claim is made there; widen it "
-        "with --lr-points or give --lr.",
+        "with --lr-extend or --lr-points, or give --lr.",
         "Differences are claimed at the 5 % level, Holm-corrected over the methods at each batch size.",
     )
 
@@ -201,7 +201,7 @@ def test_a_rate_beyond_which_runs_diverge_is_not_at_the_edge():
 
 def test_tables_tell_every_cell_of_the_plan_and_leave_empty_columns_out():
     whole = tables_of(realistic(seeds=5))
-    assert [table.batch_size for table in whole] == [64, 8, 1]
+    assert [table.title for table in whole] == ["Batch size 64", "Batch size 8", "Batch size 1"]
     assert [title for title, _ in whole[0].columns] == [
         *("test accuracy", "difference to batch", "p", "learning rate", "time", "memory", "train/eval gap")
     ]

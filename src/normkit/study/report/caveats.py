@@ -96,7 +96,7 @@ def _edges(record: StudyRecord, ran: Sequence[Summary]) -> tuple[str, ...]:
             f"The best learning rate{'' if one else 's'} of {quoted(reference)} at batch size{'' if one else 's'} {sizes} "
             f"{'lies at the edge of its grid' if one else 'lie at the edges of their grids'} "
             f"({enumerate_words([f'{s.lr:g}' for s in base])}): no claim{against} is made there; widen "
-            f"{'it' if one else 'them'} with --lr-points or give --lr."
+            f"{'it' if one else 'them'} with --lr-extend or --lr-points, or give --lr."
         )
     if others := [s for s in ran if s.at_edge and s not in named]:
         found.append(

@@ -1,7 +1,7 @@
-"""The three figures of a report: score against batch size, training curves, score against learning rate."""
+"""The figures of a report: score against batch size, training curves, score against learning rate."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -62,7 +62,7 @@ def by_batch_size(record: StudyRecord, summaries: Sequence[Summary]) -> list[Mar
         texts.append(f"{method}: {', '.join(words)}")
     sizes = sorted({s.batch_size for s in summaries}, reverse=True)
     x = Axis("batch size (log scale, small to the right)", sizes[0], sizes[-1], tuple(sizes), scale=math.log2)
-    y = _score_axis("test", metric, [value for s in series for _, value in (*s.points, *s.dots)])
+    y = score_axis("test", metric, [value for s in series for _, value in (*s.points, *s.dots)])
     chance = record.config["chance"]
     if chance is not None and y.low < chance < y.high:
         y = replace(y, mark=(chance, "chance"))
@@ -110,27 +110,42 @@ def _loss_lines(record: StudyRecord, size: int) -> list[Series]:
 
 def by_learning_rate(record: StudyRecord, summaries: Sequence[Summary]) -> list[Panel]:
     """Validation score of the search runs against learning rate, per batch size; the chosen rate is ringed."""
-    chosen, metric = {(s.method, s.batch_size): s.lr for s in summaries}, record.metric
-    tried = grids(record)
+    chosen = {(s.method, s.batch_size): s.lr for s in summaries}
+    return _rate_panels(record, "learning rate (log scale)", lambda cell: 1.0, chosen)
+
+
+def by_rate_factor(record: StudyRecord, summaries: Sequence[Summary]) -> list[Panel]:
+    """Validation score of the search runs against the multiple of each method's own chosen rate, per batch size."""
+    chosen = {(s.method, s.batch_size): s.lr for s in summaries}
+    return _rate_panels(record, "multiple of the best rate (log scale)", chosen.get, {})
+
+
+def _rate_panels(
+    record: StudyRecord,
+    title: str,
+    unit: Callable[[tuple[str, int]], float | None],
+    ringed: Mapping[tuple[str, int], float | None],
+) -> list[Panel]:
+    """Validation score against learning rate in units of its own for each method and batch size; no line without a unit."""
+    metric, tried = record.metric, grids(record)
     panels = []
     for size in plan_axes(record)[1]:
         series = []
         for method, index in series_index(record).items():
-            grid = tried.get((method, size), ())
-            points = tuple((rate.lr, rate.score) for rate in grid if rate.score is not None)
-            crosses = tuple(rate.lr for rate in grid if "diverged" in rate.lost)
+            one = unit((method, size))
+            grid = tried.get((method, size), ()) if one else ()
+            points = tuple((rate.lr / (one or 1.0), rate.score) for rate in grid if rate.score is not None)
+            crosses = tuple(rate.lr / (one or 1.0) for rate in grid if "diverged" in rate.lost)
             if points or crosses:
-                series.append(Series(method, index, points, crosses=crosses, ring=chosen.get((method, size))))
+                series.append(Series(method, index, points, crosses=crosses, ring=ringed.get((method, size))))
         rates = [value for s in series for value in (*(lr for lr, _ in s.points), *s.crosses)]
         if not rates:
             continue
-        x = Axis(
-            "learning rate (log scale)", min(rates), max(rates), log_ticks(min(rates), max(rates)), scale=math.log10
-        )
-        y = _score_axis("validation", metric, [value for s in series for _, value in s.points])
+        x = Axis(title, min(rates), max(rates), log_ticks(min(rates), max(rates)), scale=math.log10)
+        y = score_axis("validation", metric, [value for s in series for _, value in s.points])
         tops = [(s.label, *max(s.points, key=lambda point: metric.signed(point[1]))) for s in series if s.points]
         texts = [f"{method} is best at {lr:g} with {format_score(metric, score)}" for method, lr, score in tops]
-        alt = f"Validation {metric.name} against learning rate at batch size {size}. {', '.join(texts)}."
+        alt = f"Validation {metric.name} against {title.partition(' (')[0]} at batch size {size}. {', '.join(texts)}."
         panels.append(Panel(f"Batch size {size}", line_chart(series, x, y, size=PANEL, alt=alt)))
     return panels
 
@@ -148,7 +163,14 @@ def _band(trials: Sequence[TrialResult]) -> list[tuple[float, float, float, floa
     return [(at, float(np.mean(values)), min(values), max(values)) for at, values in rows if values]
 
 
-def _score_axis(split: str, metric: Metric, values: Sequence[float]) -> Axis:
+def score_axis(split: str, metric: Metric, values: Sequence[float]) -> Axis:
+    """The axis of a score, which covers the values.
+
+    Args:
+        split: What the score is of: ``validation`` or ``test``.
+        metric: What it measures.
+        values: The scores to be drawn.
+    """
     ticks = nice_ticks(min(values, default=0.0), max(values, default=1.0))
     better = "" if metric.higher_is_better else " (lower is better)"
     title = f"{split} {metric.name}{in_unit(metric.unit)}{better}"

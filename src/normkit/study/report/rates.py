@@ -57,3 +57,43 @@ def is_at_edge(grid: Sequence[Rate], lr: float | None) -> bool:
         (False, True, False)
     """
     return len(grid) > 1 and lr in {grid[0].lr, grid[-1].lr}
+
+
+def neighbour_change(grid: Sequence[Rate], lr: float | None, steps: int) -> float | State | None:
+    """Change of the mean validation score from a rate to one some points away on the grid.
+
+    Args:
+        grid: The rates that were tried, lowest first.
+        lr: The rate to start from.
+        steps: Points to go, up or (negative) down.
+
+    Returns:
+        The change, or what became of the runs there that did not finish; None where there is no such point, or no score at
+        ``lr``.
+
+    Examples:
+        >>> grid = [Rate(0.01, 0.75), Rate(0.1, 1.0), Rate(1.0, None, ("diverged",))]
+        >>> [neighbour_change(grid, 0.1, steps) for steps in (-1, 1, 2)]
+        [-0.25, 'diverged', None]
+    """
+    at = next((k for k, rate in enumerate(grid) if rate.lr == lr), None)
+    own = None if at is None else grid[at].score
+    if at is None or own is None or not 0 <= at + steps < len(grid):
+        return None
+    there = grid[at + steps]
+    if there.lost:
+        return there.lost[0]
+    return None if there.score is None else there.score - own
+
+
+def search_note(record: StudyRecord) -> str:
+    """Say how many examples a run of the search saw, where they were fewer than those of a final run; else empty.
+
+    Args:
+        record: A study, finished or not.
+    """
+    share, budget = record.config.get("search_budget", 1.0), record.config["budget"]
+    examples = max(round(share * budget) if share <= 1 else int(share), *record.config["batch_sizes"])
+    if examples >= budget or all(trial.key.phase != "search" for trial in record.trials):
+        return ""
+    return f"Search runs saw {examples:,} examples, final runs {budget:,}."

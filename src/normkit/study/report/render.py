@@ -13,10 +13,13 @@ from normkit.study.files import write_file
 from normkit.study.landscape.records import Trace
 from normkit.study.records import StudyRecord
 from normkit.study.report.caveats import correction
-from normkit.study.report.figures import by_batch_size, by_learning_rate, training_curves
+from normkit.study.report.equal_time import at_equal_time, equal_time_note, over_time
+from normkit.study.report.figures import by_batch_size, by_learning_rate, by_rate_factor, training_curves
 from normkit.study.report.format import format_duration
 from normkit.study.report.landscape import sections as landscape_sections
 from normkit.study.report.page import render_template
+from normkit.study.report.rates import search_note
+from normkit.study.report.robustness import robustness
 from normkit.study.report.statistics import Summary, summarize
 from normkit.study.report.tables import failed_runs, selection_note, tables
 from normkit.study.report.verdict import reach_verdict
@@ -59,6 +62,8 @@ def render_html(record: StudyRecord, summaries: Sequence[Summary]) -> str:
         by_batch_size=by_batch_size(record, summaries),
         curves=training_curves(record),
         by_learning_rate=by_learning_rate(record, summaries),
+        by_rate_factor=by_rate_factor(record, summaries),
+        over_time=over_time(record),
         landscape=landscape_sections([Trace.from_dict(trace) for trace in record.landscape]),
     )
 
@@ -95,6 +100,10 @@ def _render(template: str, record: StudyRecord, summaries: Sequence[Summary], **
         "verdict": reach_verdict(record, summaries),
         "tables": tables(record, summaries),
         "correction": correction(record),
+        "robustness": robustness(record, summaries),
+        "at_equal_time": at_equal_time(record),
+        "equal_time_note": equal_time_note(record),
+        "search_note": search_note(record),
         "selection_note": selection_note(record),
         "pruned": sum(trial.state == "pruned" for trial in record.trials),
         "failed_runs": failed_runs(record),

@@ -53,9 +53,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The methods at one batch size; ``columns`` (title, unit) head the cells, the method's own column left out."""
+    """One row per method; ``columns`` (title, unit) head the cells, the method's own column left out."""
 
-    batch_size: int
+    title: str
     columns: tuple[tuple[str, str], ...]
     rows: tuple[Row, ...]
 
@@ -150,7 +150,7 @@ def _table(record: StudyRecord, batch_size: int, here: Sequence[Summary]) -> Tab
         )
         for k, s in enumerate(here)
     ]
-    return Table(batch_size, tuple(kept), tuple(rows))
+    return Table(f"Batch size {batch_size}", tuple(kept), tuple(rows))
 
 
 def _standing(summary: Summary, second: str | None) -> str:

@@ -39,7 +39,7 @@ class _Fitted:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         wide = options.update(max_width=_NO_LIMIT)
-        yield Text(f"batch size {self.table.batch_size}", style="bold")
+        yield Text(self.table.title, style="bold")
         table = self._set((), quartiles=True)
         for count in range(len(_LEFT_OUT) + 1):
             if Measurement.get(console, wide, table).maximum <= options.max_width:
