@@ -1,0 +1,172 @@
+"""Draws the figures of README and of the cards from committed results, with the charts of the report.
+
+python -m benchmarks.figures                    # all of them, to docs/images/NAME-light.svg and NAME-dark.svg
+python -m benchmarks.figures bnp riemannian     # these alone
+
+A figure whose results are not committed yet is named and left out.
+"""
+
+import json
+import math
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.studies.fine_tuning import chosen
+from normkit.study.report.chart import COLOURS, Series, line_chart
+from normkit.study.report.figures import by_batch_size
+from normkit.study.report.render import read_results
+from normkit.study.report.scales import Axis, log_ticks, nice_ticks
+from normkit.study.report.statistics import summarize
+
+ROOT = Path(__file__).parents[1]
+IMAGES, REPORTS = ROOT / "docs" / "images", ROOT / "docs" / "results"
+STYLE = ROOT / "src/normkit/study/report/templates/report.css"
+FINE_TUNING = ROOT / "benchmarks" / "results" / "fine_tuning.jsonl"
+SIZE = (760, 340)
+INDICES = ("batch", "none", "group", "bnp", "group+bnp", "batch-renorm", "batchless-projected", "batchless")
+"""A method has the same colour and marker in every figure of a card."""
+
+Points = dict[str, dict[float, list[float]]]
+"""Method -> x -> values, one per seed or their mean alone."""
+
+
+def study(file: str) -> str:
+    """Accuracy against batch size, from a study's ``results.json`` in docs/results."""
+    record = read_results(REPORTS / file)
+    return str(by_batch_size(record, summarize(record))[0])
+
+
+def reports(files: tuple[str, ...], methods: tuple[str, ...]) -> str:
+    """Accuracy against batch size, from the tables of reports in docs/results: of `compare`, or of `reproduce`."""
+    points: Points = defaultdict(dict)
+    for text in ((REPORTS / file).read_text() for file in files):
+        for size, table in re.findall(r"^## Batch size (\d+)$(.*?)(?=^## |\Z)", text, re.M | re.S):
+            for method, score in re.findall(r"^\| `([^`]+)` \| ([\d.]+) %", table, re.M):
+                points[method][int(size)] = [float(score)]
+        for method, size, score in re.findall(r"^\| \S+ \| (\S+) \| (\d+) \| ([\d.]+) ±", text, re.M):
+            points[method][int(size)] = [float(score)]
+    return by_size({method: points[method] for method in methods}, "test accuracy, %")
+
+
+def fine_tuning(target: str) -> str:
+    """Accuracy of a trained network after fine-tuning, from the runs of ``benchmarks/studies/fine_tuning.py``."""
+    runs = defaultdict(list)
+    for line in FINE_TUNING.read_text().splitlines():
+        run = json.loads(line)
+        if run["target"] == target:
+            runs[run["method"], run["batch_size"]].append(run)
+    points: Points = defaultdict(dict)
+    for (method, size), found in runs.items():
+        lr = chosen({run["lr"]: run for run in found if run["seed"] == 0})
+        points[method][size] = [run["best"] for run in found if run["lr"] == lr]
+    before = mean(run["start"] for (method, _), found in runs.items() if method == "batch" for run in found)
+    return by_size(points, "test accuracy after fine-tuning, %", (before, "before"))
+
+
+def by_size(points: Points, title: str, mark: tuple[float, str] | None = None) -> str:
+    """A score against batch size, small to the right."""
+    sizes = sorted({size for values in points.values() for size in values}, reverse=True)
+    x = Axis("batch size (log scale, small to the right)", sizes[0], sizes[-1], tuple(sizes), scale=math.log2)
+    values = [v for scores in points.values() for found in scores.values() for v in found]
+    ticks = nice_ticks(min(values), max(values))
+    shown = mark if mark and ticks[0] < mark[0] < ticks[-1] else None
+    return lines(points, x, Axis(title, ticks[0], ticks[-1], ticks, mark=shown))
+
+
+def beta(file: str) -> str:
+    """Effective beta-smoothness over the steps, from a ``landscape.json`` in docs/results."""
+    traces = json.loads((REPORTS / file).read_text())["traces"]
+    points: Points = {
+        trace["method"]: {r["step"]: [r["landscape"]["beta"]] for r in trace["records"] if r["landscape"]["beta"]}
+        for trace in traces
+        if not trace["diverged"]
+    }
+    ticks = nice_ticks(0, max(step for steps in points.values() for step in steps), 4)
+    x = Axis("step", 0, ticks[-1], ticks, "{:,.0f}".format)
+    return lines(points, x, log_axis("effective beta-smoothness (log scale)", points), markers=False)
+
+
+def condition_numbers() -> str:
+    """Condition number of each layer before and after preconditioning, from bnp_conditioning.json."""
+    layers = json.loads((ROOT / "benchmarks/results/bnp_conditioning.json").read_text())["result"]["layers"]
+    names = [f"{place}. convolution" for place in range(1, 5)] + ["classifier", "loss Hessian"]
+    points: Points = {
+        label: {place: [layer[when]] for place, layer in enumerate(layers.values())}
+        for label, when in (("plain", "before"), ("preconditioned", "after"))
+    }
+    x = Axis("layer", 0, len(names) - 1, tuple(range(len(names))), lambda place: names[int(place)])
+    return lines(points, x, log_axis("condition number (log scale)", points))
+
+
+def log_axis(title: str, points: Points) -> Axis:
+    """A logarithmic axis for all values."""
+    values = [v for found in points.values() for seeds in found.values() for v in seeds]
+    return Axis(title, min(values), max(values), log_ticks(min(values), max(values)), "{:.0e}".format, scale=math.log10)
+
+
+def lines(points: Points, x: Axis, y: Axis, *, markers: bool = True) -> str:
+    """One line per method through the means, with a dot per seed."""
+    indices = {method: INDICES.index(method) for method in points if method in INDICES}
+    free = (index for index in reversed(range(COLOURS)) if index not in indices.values())
+    indices |= {method: next(free) for method in points if method not in INDICES}
+    backwards = x.low > x.high  # lines are labelled at their last point
+    series = [
+        Series(
+            method,
+            indices[method],
+            points=tuple((at, mean(values)) for at, values in sorted(found.items(), reverse=backwards)),
+            dots=tuple((at, value) for at, values in found.items() for value in values if len(values) > 1),
+            markers=markers,
+        )
+        for method, found in points.items()
+    ]
+    ends = [f"{s.label}: {', '.join(f'{value:.4g} at {x.show(at)}' for at, value in s.points)}" for s in series]
+    return str(line_chart(series, x, y, size=SIZE, alt=f"{y.title} against {x.title}. {'. '.join(ends)}."))
+
+
+def standalone(chart: str, dark: bool) -> str:
+    """A chart as a file of its own, with the colours of the report's style sheet."""
+    css = STYLE.read_text(encoding="utf-8")
+    colours = re.findall(r":root \{.*?\}", css, re.DOTALL)[dark]
+    shapes = css[css.index(".c0 {") : css.index(".scroll {")]
+    style = f"<style>\n{colours}\nsvg {{ font-family: system-ui, sans-serif; }}\n{shapes}</style>"
+    head, rest = chart.split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{rest}\n'
+
+
+RESNET20 = ("cifar10-resnet20-five.md",)
+FIGURES: dict[str, Callable[[], str]] = {
+    "accuracy": lambda: study("digits.json"),
+    "fine-tuning": lambda: fine_tuning("colours"),
+    "fine-tuning-classes": lambda: fine_tuning("classes"),
+    "baselines": lambda: reports(("digits-batch-sizes.md",), ("batch", "none", "group", "batch-renorm")),
+    "bnp": lambda: reports(
+        ("cifar10-batch-sizes.md", "cifar10-batch-sizes-32-8.md"), ("batch", "none", "group", "batch-renorm", "bnp")
+    ),
+    "bnp-convergence": condition_numbers,
+    "batchless": lambda: reports(("batchless-spiral.md",), ("batch", "none", "batch-renorm", "batchless-adam")),
+    "riemannian": lambda: reports(RESNET20, ("batch", "sgd-g")),
+    "revisited": lambda: reports(RESNET20, ("batch", "revisited")),
+    "filter-response": lambda: reports(("digits-filter-response.md",), ("batch", "group", "filter-response")),
+    "how-bn-helps": lambda: beta("how-bn-helps-dln/landscape.json"),
+}
+
+
+def main(names: list[str]) -> None:
+    """Draw these figures, or all."""
+    for name in names or FIGURES:
+        try:
+            chart = FIGURES[name]()
+        except FileNotFoundError as missing:
+            print(f"{name}: no {Path(missing.filename).relative_to(ROOT)} yet")
+            continue
+        for theme, dark in (("light", False), ("dark", True)):
+            (IMAGES / f"{name}-{theme}.svg").write_text(standalone(chart, dark), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
