@@ -469,6 +469,7 @@ def test_data_larger_than_the_memory_is_split_checked_and_read(tmp_path, monkeyp
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     count = int(1.5 * memory) // (3 * 128**2)
     (tmp_path / "huge").mkdir()
+    monkeypatch.setattr(images, "_choose", lambda *_: None)
     monkeypatch.setattr(images, "_decode", lambda *arguments: sparse_cache(arguments[-1], count))
     monkeypatch.setattr(images, "load_source", lambda _: None)
     monkeypatch.setattr("normkit.study.data.dataset.SAMPLE", 50)

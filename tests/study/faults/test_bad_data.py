@@ -90,7 +90,7 @@ def images(folder, classes=("ant", "bee", "cat"), count=6):
     return folder
 
 
-@pytest.mark.parametrize("name", ["a b", "{x}", "ä", "q%41"])
+@pytest.mark.parametrize("name", ["a b", "{x}", "ä", "q%41", "a[b]", "what?", "st*r"])
 def test_a_path_with_any_plain_name_is_read(name, tmp_path):
     data = load_data(str(images(tmp_path / name)))
     assert (data.classes, len(data.train), len(data.test)) == (3, 18, 18)
@@ -98,16 +98,46 @@ def test_a_path_with_any_plain_name_is_read(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["a[b]", "what?", "st*r", os.fsdecode(b"b\xffd")])
 def test_a_path_that_would_be_read_as_a_pattern_is_named(name, tmp_path):
+    folder = images(tmp_path / name)
+    (folder / "train" / "notes.txt").touch()  # so that it is not plain SPLIT/CLASS/FILE
     with pytest.raises(DataError, match=r"its path has .*; rename the folder"):
-        load_data(str(images(tmp_path / name)))
+        load_data(str(folder))
 
 
-@pytest.mark.parametrize("place", ["train/cat", "test"])
-def test_a_folder_that_is_a_link_is_named_instead_of_dropped(place, tmp_path):
+def test_names_that_are_no_utf_8_are_named(tmp_path):
+    with pytest.raises(DataError, match="its path has a byte that is no UTF-8, so"):
+        load_data(str(images(tmp_path / os.fsdecode(b"b\xffd"))))
+
+
+def linked(folder, place, elsewhere):
+    """Move a part of a folder and leave a link to it."""
+    (folder / place).rename(elsewhere)
+    (folder / place).symlink_to(elsewhere, target_is_directory=elsewhere.is_dir())
+    return folder
+
+
+@pytest.mark.parametrize("place", ["train/cat", "test", "train/cat/0.png"])
+def test_links_are_followed(place, tmp_path, monkeypatch):
+    whole = load_data(str(images(tmp_path / "whole")))
+    data = load_data(str(linked(images(tmp_path / "data"), place, tmp_path / "elsewhere")))
+    for split, expected in ((data.train, whole.train), (data.test, whole.test)):
+        assert torch.equal(split.inputs, expected.inputs)
+        assert torch.equal(split.labels, expected.labels)
+
+
+def test_images_behind_a_link_are_decoded_again_when_they_change(tmp_path):
+    folder = linked(images(tmp_path / "data"), "train/cat", tmp_path / "elsewhere")
+    assert len(load_data(str(folder)).train) == 18
+    (tmp_path / "elsewhere" / "0.png").unlink()
+    assert len(load_data(str(folder)).train) == 17
+
+
+def test_a_link_to_its_own_parent_is_named(tmp_path):
     folder = images(tmp_path / "data")
-    (folder / place).rename(tmp_path / "elsewhere")
-    (folder / place).symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    with pytest.raises(DataError, match=f"{place} is a link to a folder, which is not followed"):
+    (folder / "train" / "cat" / "again").symlink_to(folder / "train", target_is_directory=True)
+    with pytest.raises(
+        DataError, match="again is a link to a folder, which is followed only where all files are images"
+    ):
         load_data(str(folder))
 
 

@@ -166,9 +166,17 @@ def test_a_worker_that_is_asked_to_end_is_replaced_as_often_as_it_takes(tmp_path
     assert [result.state for result in address(tmp_path).store().results()] == ["finished"]
 
 
-def started(out, *prefix, arguments=LONG):
+@pytest.fixture
+def heeds_hangups():
+    """Processes that are started do not ignore SIGHUP, as they would where the tests run under ``nohup``."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def started(out):
     """A command that works on a trial, in a process group of its own."""
-    command = [*prefix, sys.executable, "-m", "normkit", "compare", *arguments, "--out", str(out)]
+    command = [sys.executable, "-m", "normkit", "compare", *LONG, "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)
     while process.poll() is None:
         time.sleep(0.2)
@@ -183,6 +191,7 @@ def started(out, *prefix, arguments=LONG):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("heeds_hangups")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_long_trial_stopped_three_times_finishes_and_no_trial_stays_running(number, tmp_path):
     out = tmp_path / "out"

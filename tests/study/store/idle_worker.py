@@ -26,18 +26,21 @@ def work(
     name: str = "idle",
     trials: int | None = None,
 ) -> None:
-    """Work until the study ends, or ``trials`` of it have ended.
+    """Work until the study ends, or for ``trials`` trials.
 
-    A trial takes up to ``pause`` seconds, and in one of them the worker is killed.
+    A trial takes up to ``pause`` seconds, and in one of them the worker is killed. What the storage cost this process, from its
+    second claim on, is kept beside the trials: seconds of the processor and number of trials.
     """
     connection.HEARTBEAT_SECONDS = 1
     connection.GRACE_SECONDS = 10
     store = Store(url, name, lock_file(url))
     store.open(config)
-    claimed, wanted = 0, len(slots(config)) if trials is None else trials
-    while len(store.results()) < wanted:
+    planned, claimed, began = len(slots(config)), 0, 0.0
+    while claimed != trials:
         claim = store.claim()
         if claim is None:
+            if len(store.results()) >= planned:
+                break
             store.requeue()
             time.sleep(0.05)
             continue
@@ -48,6 +51,10 @@ def work(
             time.sleep(random.random() * pause)
             result = TrialResult(claim.key, "finished", validation_score=0.5, validation_loss=1.0, curve=CURVE)
             store.record(claim, result)
+        if claimed == 1:  # the first claim has read the plan
+            began = time.process_time()
+    if claimed > 1:
+        store.set_attr(f"cost of {os.getpid()}", [time.process_time() - began, claimed - 1])
 
 
 def starter(*arguments: object) -> Callable[[], BaseProcess]:

@@ -14,7 +14,8 @@ import numpy as np
 
 from normkit.study.errors import DataError
 
-_VALIDATION = ("validation", "valid", "val", "dev")
+IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+VALIDATION = ("validation", "valid", "val", "dev")
 
 
 def cache_folder() -> Path:
@@ -30,16 +31,29 @@ def cache_folder() -> Path:
     return base / "normkit"
 
 
+def hugging_face_datasets(name: str) -> Any:
+    """The package ``datasets``.
+
+    Args:
+        name: What the user called the data that needs it.
+
+    Raises:
+        DataError: It is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"data {name!r} needs Hugging Face datasets; install normkit[study]") from error
+    return datasets
+
+
 def load_source(name: str) -> Any:
     """The data set with all its splits, nothing decoded.
 
     Raises:
         DataError: There is none, or it cannot be reached or read.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"data {name!r} needs Hugging Face datasets; install normkit[study]") from error
+    datasets = hugging_face_datasets(name)
     local = Path(name).expanduser()
     if local.is_file():
         raise DataError(
@@ -59,18 +73,15 @@ def load_source(name: str) -> Any:
         raise DataError(_load_failed(name, error, local.exists())) from error
 
 
-_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-
-
 def check_tree(name: str, folder: Path) -> None:
     """Refuse what would be read otherwise than it looks.
 
-    Those are links to folders or to nothing, images below the folder of their class, and a path whose characters stand for
-    others or are no UTF-8: ``datasets`` takes it for a pattern.
+    Those are links to nothing, or to folders (which are followed in SPLIT/CLASS/FILE alone), images below the folder of their
+    class, and a path whose characters stand for others or are no UTF-8: ``datasets`` takes it for a pattern.
 
     Args:
         name: What the user called the data.
-        folder: A folder with images as SPLIT/CLASS/FILE, or with anything else.
+        folder: A folder that is not plain SPLIT/CLASS/FILE.
 
     Raises:
         DataError: There is such a link, image or path.
@@ -86,13 +97,13 @@ def check_tree(name: str, folder: Path) -> None:
         for child in folders:
             if os.path.islink(os.path.join(here, child)):
                 raise DataError(
-                    f"data {name!r}: {os.path.join(here, child)} is a link to a folder, which is not followed; copy or mount "
-                    "the folder there"
+                    f"data {name!r}: {os.path.join(here, child)} is a link to a folder, which is followed only where all "
+                    "files are images in SPLIT/CLASS/; copy or mount the folder there"
                 )
         for file in files:
             if not os.path.exists(os.path.join(here, file)):
                 raise DataError(f"data {name!r}: {os.path.join(here, file)} is a link to nothing; mend or remove it")
-        if depth > 2 and any(Path(file).suffix.lower() in _IMAGES for file in files):
+        if depth > 2 and any(Path(file).suffix.lower() in IMAGES for file in files):
             raise DataError(
                 f"data {name!r}: {here} holds images deeper than SPLIT/CLASS/, so their class is not clear; move them up"
             )
@@ -168,7 +179,7 @@ def roles_of(name: str, dataset: Any, train: str = "train") -> tuple[dict[str, s
         remedy = "name one split 'train'" if train == "train" else "change train_split"
         raise DataError(f"data {name!r} has no {missing[0]} split (it has {', '.join(splits)}); {remedy}")
     told = set() if train == "train" else {f"trained on its splits {train}"}
-    validation = next((s for s in _VALIDATION if s in splits), None)
+    validation = next((s for s in VALIDATION if s in splits), None)
     if "test" in splits and not _unlabelled(dataset["test"]):
         return {"train": train, "test": "test"} | ({"validation": validation} if validation else {}), told
     if validation is None:

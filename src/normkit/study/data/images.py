@@ -12,13 +12,15 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from normkit.study.data.class_folders import class_folders
 from normkit.study.data.dataset import Data, Split, make_data
 from normkit.study.data.decode import decode_split
 from normkit.study.data.hub import cache_folder, class_numbers, columns, examples_of, load_source, roles_of
@@ -48,10 +50,16 @@ def load_images(
     """
     if not name:
         raise DataError("data '' is no name; give one, for example digits, or a folder")
-    local = Path(name).expanduser()
-    dataset = None
-    if local.exists():
-        fingerprint = _fingerprint(local)
+
+    def choose(dataset: Any) -> _Chosen:
+        return _choose(name, dataset, image_column, label_column, train_split, limit)
+
+    local, chosen, dataset = Path(name).expanduser(), None, None
+    if local.is_dir() and (listed := class_folders(name, local)) is not None:
+        chosen = choose(listed)
+        fingerprint = _fingerprint(local, chosen.files(), chosen.class_names)
+    elif local.exists():
+        fingerprint = _fingerprint(local, sorted(p for p in local.rglob("*") if p.is_file()) or [local])
     else:
         dataset = load_source(name)
         fingerprint = "/".join(f"{split}:{part._fingerprint}" for split, part in sorted(dataset.items()))
@@ -59,34 +67,63 @@ def load_images(
     key = json.dumps(parts if train_split == "train" else [*parts, train_split])
     entry = cache_folder() / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
     if not entry.is_dir():
-        dataset = dataset if dataset is not None else load_source(name)
-        _decode(name, dataset, image_column, label_column, size, train_split, limit, entry)
+        _decode(name, chosen or choose(dataset or load_source(name)), size, entry)
     return _open(name, entry)
 
 
-def _fingerprint(path: Path) -> str:
-    """Changes when a file of the folder is added, removed, resized or written again."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    stats = ((os.fsencode(p.relative_to(path)), p.stat()) for p in files)
-    lines = b"\n".join(b"%s %d %d" % (file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
-    return f"{path.resolve()} {hashlib.blake2b(lines).hexdigest()}"
+@dataclass(frozen=True)
+class _Chosen:
+    """The samples that are used: role -> the name of its split, its rows and their class numbers."""
+
+    splits: dict[str, tuple[str, Any, np.ndarray]]
+    image_column: str
+    class_names: list[str]
+    classes: int
+    notes: set[str]
+
+    def files(self) -> list[Path]:
+        """The files of images that are stored by their path."""
+        from datasets import Image
+
+        column = self.image_column
+        parts = [part.cast_column(column, Image(decode=False)) for _, part, _ in self.splits.values()]
+        return [Path(image["path"]) for part in parts for image in part[column]]
 
 
-def _decode(
-    name: str,
-    dataset: Any,
-    image_column: str | None,
-    label_column: str | None,
-    size: int | None,
-    train_split: str,
-    limit: int | None,
-    entry: Path,
-) -> None:
-    # Write one cache entry: ROLE.npy, ROLE_labels.npy and meta.json, renamed into place when complete.
+def _choose(
+    name: str, dataset: Any, image_column: str | None, label_column: str | None, train_split: str, limit: int | None
+) -> _Chosen:
     roles, notes = roles_of(name, dataset, train_split)
     examples = {role: examples_of(dataset, split) for role, split in roles.items()}
     image, label = columns(name, examples["train"], image_column, label_column)
     labels = {role: class_numbers(name, part, label) for role, part in examples.items()}
+    values = labels["train"][1]
+    classes = len(values) or 1 + max(int(numbers.max()) for numbers, _ in labels.values())
+    splits = {}
+    for role, split in roles.items():
+        numbers, names = labels[role]
+        if names != values:
+            raise DataError(
+                f"data {name!r}: {split} has classes {names[:5]} ..., train has {values[:5]} ...; make them alike"
+            )
+        part = examples[role]
+        if limit is not None and limit < len(numbers):
+            places = stratified(torch.from_numpy(numbers), limit, 0).numpy()
+            numbers, part = numbers[places], part.select(places)
+        splits[role] = split, part, numbers
+    return _Chosen(splits, image, values, classes, notes)
+
+
+def _fingerprint(path: Path, files: Iterable[Path], class_names: Sequence[str] = ()) -> str:
+    """Changes when a class, or one of the files, is added, removed, resized or written again."""
+    stats = ((os.fsencode(p.relative_to(path)), p.stat()) for p in files)
+    lines = b"\n".join(b"%s %d %d" % (file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
+    names = json.dumps(list(class_names)).encode() if class_names else b""
+    return f"{path.resolve()} {hashlib.blake2b(lines + names).hexdigest()}"
+
+
+def _decode(name: str, chosen: _Chosen, size: int | None, entry: Path) -> None:
+    # Write one cache entry: ROLE.npy, ROLE_labels.npy and meta.json, renamed into place when complete.
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".part-"))
@@ -95,21 +132,13 @@ def _decode(
             f"the cache folder {entry.parent} is not writable ({error}); set NORMKIT_CACHE to one that is"
         ) from error
     try:
-        values = labels["train"][1]
-        for role, split in roles.items():
-            numbers, names = labels[role]
-            if names != values:
-                raise DataError(
-                    f"data {name!r}: {split} has classes {names[:5]} ..., train has {values[:5]} ...; make them alike"
-                )
-            part = examples[role]
-            if limit is not None and limit < len(numbers):
-                chosen = stratified(torch.from_numpy(numbers), limit, 0).numpy()
-                numbers, part = numbers[chosen], part.select(chosen)
-            notes |= decode_split(f"data {name!r}, split {split}", part, image, size, work / f"{role}.npy")
+        notes = set(chosen.notes)
+        for role, (split, part, numbers) in chosen.splits.items():
+            where = f"data {name!r}, split {split}"
+            notes |= decode_split(where, part, chosen.image_column, size, work / f"{role}.npy")
             np.save(work / f"{role}_labels.npy", numbers)
-        classes = len(values) or 1 + max(int(numbers.max()) for numbers, _ in labels.values())
-        (work / "meta.json").write_text(json.dumps({"notes": sorted(notes), "roles": list(roles), "classes": classes}))
+        meta = {"notes": sorted(notes), "roles": list(chosen.splits), "classes": chosen.classes}
+        (work / "meta.json").write_text(json.dumps(meta))
         try:
             work.rename(entry)
         except OSError:
