@@ -149,6 +149,11 @@ def test_margin_is_in_the_scores_unit_and_follows_its_direction():
     assert "within 0.5 mm" in cells(lower, 64, "low")
 
 
+def test_a_margin_of_one_is_one_point():
+    judged = study({"batch": {64: 0.95}, "bnp": {64: 0.95}}, 6, margin=1.0)
+    assert verdict_of(judged).caveats[0].startswith("`bnp` at batch size 64 is the same as `batch` within 1 point (")
+
+
 def test_no_equivalence_where_nothing_is_claimed():
     few = study(LEVELS, 4, margin=0.5)
     assert "Equivalence within 0.5 points is not judged with fewer than 5 seeds." in verdict_of(few).caveats

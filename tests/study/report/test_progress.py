@@ -158,7 +158,10 @@ def test_terminal_report_of_an_empty_study_says_so():
 def test_the_plan_says_what_runs_how_many_trials_and_where_to():
     config = StudyConfig(methods=("batch", "none"), batch_sizes=(64, 8), seeds=2, budget=640, lr_points=3)
     text = plan_text(config, "digits: 1078 training", "digits-cnn", Path("runs/digits"))
-    assert "methods: batch, none" in text
+    assert "methods: batch, none\n" in text
+    assert "beforehand" not in text
+    named = plan_text(dataclasses.replace(config, primary=("none",)), "", "", Path())
+    assert named.splitlines()[1] == "named beforehand: none; the others are exploratory"
     assert "digits-cnn on digits: 1078 training" in text
     assert (
         f"{len(slots(config))} trials: 12 to search learning rates (more where the best rate lies at an end of its grid), 8 final"

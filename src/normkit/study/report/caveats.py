@@ -59,7 +59,8 @@ def correction(record: StudyRecord) -> str:
 
 def margin_text(record: StudyRecord) -> str:
     """The margin of equivalence with its unit."""
-    return f"{record.config['margin']:g} {difference_unit(record.metric)}".rstrip()
+    margin, unit = record.config["margin"], difference_unit(record.metric)
+    return f"{margin:g} {'point' if (margin, unit) == (1, 'points') else unit}".rstrip()
 
 
 def _cell(summary: Summary) -> str:

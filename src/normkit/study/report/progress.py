@@ -50,8 +50,10 @@ def plan_text(config: StudyConfig, task: str, model: str, folder: Path) -> str:
     planned = slots(config)
     finals = sum(slot.phase == "final" for slot in planned)
     sizes = enumerate_words(config.batch_sizes)
+    named = [f"named beforehand: {', '.join(config.primary)}; the others are exploratory"] if config.primary else []
     return "\n".join([
         f"methods: {', '.join(config.methods)}",
+        *named,
         f"{model} on {task}",
         f"batch size{'s' if len(config.batch_sizes) > 1 else ''} {sizes}, {config.budget:,} training samples a trial",
         f"{pluralize(len(planned), 'trial')}: {len(planned) - finals} to search learning rates{_more(config)}, {finals} final",
