@@ -1,4 +1,4 @@
-"""The pure functions of the methods, without state.
+"""The methods as pure functions, without state.
 
 - BNP (arXiv 2108.01110): ``precondition``, ``guarded_variance``, ``step_divisor``, ``update_running``; our bound on its steps,
   ``unit_changes`` and ``bounding_factors``; ``preconditioned_noise`` (Lange, Deng, Ye, Lin, J. Mach. Learn. 2(1), 2023).

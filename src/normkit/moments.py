@@ -41,7 +41,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def keep_fp32(new: Tensor, old: Tensor) -> Tensor:
-    """Undo a cast of a statistic (``module.half()``) to less than fp32, in which small steps would round away.
+    """Undo a cast of a statistic below fp32 (``module.half()``), where small steps would round to nothing.
 
     Args:
         new: The statistic after the cast.
@@ -111,7 +111,7 @@ _FITS_CACHE = 1 << 20
 
 
 def weighted_sums(x: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Sum and sum of squares per channel over instances and positions, where positions weigh differently.
+    """Return sum and sum of squares per channel over samples and positions, with a weight for each position.
 
     The instances are summed first, whatever the layout, so that only sums the size of one instance meet the weights.
 
@@ -187,7 +187,7 @@ def observe(x: Tensor, feature_dim: int = -1, mask: Tensor | None = None) -> Mom
 
 
 def observe_unchecked(x: Tensor, feature_dim: int = -1, mask: Tensor | None = None) -> Moments:
-    """[`normkit.moments.observe`][] for callers that judge many layers' moments at once: what is not finite stays so."""
+    """[`normkit.moments.observe`][] without its check: moments that are not finite stay so, to be checked together later."""
     x = x.detach()
     dtype = statistics_dtype(x.dtype)
     features = x.shape[feature_dim]
@@ -211,7 +211,7 @@ def observe_unchecked(x: Tensor, feature_dim: int = -1, mask: Tensor | None = No
 
 
 def finite(moments: Moments) -> Moments:
-    """The moments, or moments of no rows when any of them is not finite (decided on the device)."""
+    """Return the moments, or moments of no rows when any of them is not finite (decided on the device)."""
     ok = torch.isfinite(moments.mean).all() & torch.isfinite(moments.m2).all()
     zero = moments.mean.new_zeros(())
     return Moments(
@@ -238,7 +238,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def reduce(moments: Sequence[Moments], group: dist.ProcessGroup | None = None) -> list[Moments]:
-    """Moments of all ranks' rows, for all layers together, in ONE all-reduce.
+    """Return the moments of all ranks' rows, for all layers together, in one all-reduce.
 
     Args:
         moments: One entry per layer, in the same order on every rank (a layer that saw nothing contributes no rows).
@@ -253,7 +253,7 @@ def reduce(moments: Sequence[Moments], group: dist.ProcessGroup | None = None) -
 def reduce_together(
     moments: Sequence[Moments], sums: Sequence[Tensor], group: dist.ProcessGroup | None = None
 ) -> tuple[list[Moments], list[Tensor]]:
-    """Moments of all ranks' rows, and tensors summed over ranks, in ONE all-reduce.
+    """Return the moments of all ranks' rows, and tensors summed over ranks, in one all-reduce.
 
     Sums of squares about a zero pivot would cancel in fp32, so the flattened vector ``(count, count mean, m2 + count
     mean^2)`` travels in float64. Without an initialised process group, or with one rank, everything comes back unchanged.
@@ -298,6 +298,6 @@ class Tally:
         self.pending = moments if self.pending is None else merge(self.pending, moments)
 
     def take(self) -> Moments | None:
-        """What was counted since the last call; the tally starts anew."""
+        """Return the moments since the last call, and start anew."""
         pending, self.pending = self.pending, None
         return pending

@@ -20,7 +20,7 @@ WIDTH = 80  # columns of the terminal that the list is set for
 
 @dataclass(frozen=True)
 class Entry:
-    """What the list says of one recipe; see ``normkit.recipes`` for the fields."""
+    """One recipe of the list, with the fields of ``normkit.recipes``."""
 
     name: str
     summary: str
@@ -30,12 +30,12 @@ class Entry:
 
 
 def listed() -> list[Entry]:
-    """All recipes, in the order in which they are shown."""
+    """Return all recipes, in the order in which they are shown."""
     return [Entry(**values) for values in json.loads(LIST.read_text(encoding="utf-8"))]
 
 
 def check_names(flag: str, methods: Iterable[str]) -> None:
-    """Check the names of methods at once; their settings, as in ``revisited:scale=0.2``, are checked with torch.
+    """Check the names of methods; their settings (``revisited:scale=0.2``) are checked later, with torch.
 
     Args:
         flag: The option that gave them.
@@ -52,7 +52,7 @@ def check_names(flag: str, methods: Iterable[str]) -> None:
 
 
 def declared() -> list[Entry]:
-    """The same from the methods themselves, which loads torch."""
+    """Return all recipes as the methods declare them, which loads torch."""
     from normkit._apply import recipes
 
     return [Entry(r.name, r.summary, r.paper, r.group, r.ablation) for r in recipes().values()]
@@ -79,12 +79,12 @@ class Recipes:
 
 
 def as_json(entries: list[Entry]) -> str:
-    """The entries as JSON."""
+    """Return the entries as JSON."""
     return json.dumps([asdict(entry) for entry in entries], indent=1)
 
 
 def as_text(entries: list[Entry]) -> str:
-    """The entries in groups, each with its name, what it does and its paper."""
+    """Return the entries in groups, each with its name, summary and paper."""
     width = max(len(entry.name) for entry in entries)
     lines = []
     for group in dict.fromkeys(entry.group for entry in entries):

@@ -1,4 +1,4 @@
-"""How a command ends that is asked to: SIGTERM and SIGHUP as Ctrl-C, with a line and 128 + the signal's number."""
+"""End a command on SIGTERM and SIGHUP as on Ctrl-C: with one line, and 128 + the signal's number as exit code."""
 
 import signal
 import sys

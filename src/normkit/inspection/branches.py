@@ -1,4 +1,4 @@
-"""Where residual branches end, and which linear layers make the output: read off the data flow."""
+"""Find the ends of residual branches and the linear layers that make the output, from the data flow."""
 
 from torch import nn
 
@@ -9,7 +9,7 @@ _PASSES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 def branch_ends(model: nn.Module, flow: Dataflow | None = None) -> list[str]:
-    """Paths of the normalization, linear or convolution layers whose output ends the residual branch of a block.
+    """Return the paths of the normalization, linear or convolution layers that end a residual branch.
 
     Of the tensors that an addition joins, the branch is the one with most linear and convolutional layers since they
     parted; where two have equally many, the sum is no residual block. Identities and dropout behind the last layer are
@@ -48,7 +48,7 @@ def _skip(flow: Dataflow, modules: dict[str, nn.Module], index: int) -> int:
 
 
 def classifiers(model: nn.Module, flow: Dataflow | None = None) -> list[nn.Linear]:
-    """The linear layers from which the model's output comes without another layer with a weight in between.
+    """Return the linear layers whose output reaches the model's output without passing another layer with weights.
 
     Args:
         model: Any module. Of one that traces only in parts, the last linear layer is taken.

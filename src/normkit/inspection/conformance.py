@@ -1,4 +1,4 @@
-"""Whether a subclass still computes what the layer does that it derives from; where its forward is its own, by trying it out."""
+"""Decide whether a subclass computes what its base layer computes; a forward of its own is tried out."""
 
 import copy
 from typing import Any, Literal
@@ -15,7 +15,7 @@ _SPACES = ((6,), (3, 2), (3, 2, 1))
 
 @torch.no_grad()
 def computes_as_its_type(layer: nn.Module) -> bool:
-    """Whether ``layer`` computes what torch's layer would, or this package's, of which its type is a subclass.
+    """Return whether ``layer`` computes what its base class, torch's or this package's, would compute.
 
     A type with a forward of its own is tried out, on a copy whose tensors are all neither zero nor alike: a normalization in
     eval mode, a linear or convolution layer, whose weight may be masked, standardised or noisy, in both modes.
@@ -50,7 +50,7 @@ def computes_as_its_type(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def applies_children(norm: nn.Module) -> bool:
-    """Whether ``norm`` computes in eval mode what its type's parent does, then its children in their order.
+    """Return whether ``norm`` computes in eval mode what its base class does, followed by its children in order.
 
     So do layers with an activation built in (BatchNormAct2d of timm). The children may have no parameters.
     """
@@ -89,7 +89,7 @@ def _inputs(layer: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def linear_map(module: nn.Module) -> Literal["rows", "columns"] | None:
-    """How a layer that is linear but no ``nn.Linear`` holds its weight, or None of any other module.
+    """Return how a linear layer other than ``nn.Linear`` holds its weight, or None for other modules.
 
     ``rows``: ``x W^T + b``, as PyTorch Geometric's layer; ``columns``: ``x W + b``, as the Conv1D of transformers. It is tried
     out, on a copy.
@@ -120,7 +120,7 @@ def linear_map(module: nn.Module) -> Literal["rows", "columns"] | None:
 
 
 def has_torch_forward(layer: nn.Module) -> bool:
-    """Whether the layer computes as torch's own does, so that a bias it is given takes effect."""
+    """Return whether the layer uses torch's own forward, so that a bias given to it takes effect."""
     plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     names = ("forward", "_conv_forward")
     return any(
@@ -131,7 +131,7 @@ def has_torch_forward(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def scales_with_its_filters(layer: nn.Linear | _ConvNd) -> bool:
-    """Whether a positive factor on a filter is one on its output, or none at all (a standardised weight); the bias apart.
+    """Return whether scaling a filter scales its output without bias, or (standardized weight) leaves it unchanged.
 
     Args:
         layer: A linear or (not transposed) convolution layer.

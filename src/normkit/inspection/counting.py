@@ -60,7 +60,7 @@ def no_counting() -> Iterator[None]:
 
 
 def is_counting() -> bool:
-    """Return whether forward passes count at present; a layer spares itself the statistics when they do not.
+    """Return whether forward passes count at present; layers skip their statistics when they do not.
 
     Inside transforms of torch.func nothing counts: what a forward sees there lives no longer than the transform.
     """
@@ -98,7 +98,7 @@ def _is_filled(leaf: Node) -> bool:
 
 
 class Collector:
-    """Who takes the rows that counters count.
+    """The receiver of the rows that counters count.
 
     In a copy nobody takes them, until the copy of their owner, which steps with the copy of the optimizer, calls
     :meth:`claim`. So a model and an optimizer that are copied together go on together, and a model that is copied alone warns.
@@ -121,15 +121,15 @@ class Collector:
         return _unclaimed, (self.owner, self.remedy, self.collects or self.copied)
 
     def claim(self) -> None:
-        """Collect, here and from now on."""
+        """Start to collect."""
         self.collects, self.copied = True, False
 
     def release(self) -> None:
-        """Collect no longer."""
+        """Stop collecting."""
         self.collects = False
 
     def warn(self, passes: int) -> None:
-        """Warn, once, where rows are counted and nobody takes them.
+        """Warn once that rows are counted and nothing takes them.
 
         Args:
             passes: How many backward passes there were since the last step.
@@ -311,14 +311,14 @@ class InputCounter(RowCounter[Rows]):
         self._handles: list[RemovableHandle] = []
 
     def watch(self, layer: nn.Module) -> None:
-        """Hook into ``layer``; hooks that came along when it was copied, and that nobody claimed, go."""
+        """Hook into ``layer``, and remove unclaimed hooks that a copy brought along."""
         for other in input_counters(layer):
             if other.collector.copied:
                 other.remove()
         self._handles.append(layer.register_forward_hook(self._after_forward, with_kwargs=True))
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 

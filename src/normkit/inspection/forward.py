@@ -19,7 +19,7 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
-    """The model's output: a mapping goes in as keyword arguments, of a tuple or list the first entry."""
+    """Return the model's output on a batch: keyword arguments from a mapping, the first entry of a tuple or list."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
@@ -37,7 +37,7 @@ def check_batches(batches: Any, caller: str) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into eval mode, with constant parameters and without being observed; all modes come back.
+    """Put ``model`` into eval mode, unobserved and with constant parameters, within the block; then restore all modes.
 
     Gradients are enabled: a model may differentiate by its input (forces). With constant parameters nothing else is recorded.
 
@@ -157,7 +157,7 @@ def watched(
 
 
 def in_order(probe: Probe) -> list[tuple[str, nn.Module]]:
-    """Modules that own parameters themselves, in the order in which one forward pass first reaches them."""
+    """Return the modules with parameters of their own, in the order in which a forward pass first reaches them."""
     owners = [(n, m) for n, m in probe.model.named_modules() if next(m.parameters(recurse=False), None) is not None]
     seen: dict[str, nn.Module] = {}
 

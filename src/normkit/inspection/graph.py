@@ -1,4 +1,4 @@
-"""Who feeds whom: the data flow of a model, as far as it can be known.
+"""Trace the data flow of a model, as far as it can be known.
 
 A model is traced symbolically with torch.fx; where it does not trace (control flow on data, keyword-only calls,
 ...) its children are traced one by one and what is found is united, so that a convolution and the normalization
@@ -39,7 +39,7 @@ _METADATA = {"shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_cud
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a trace treats ``module`` as one step: torch.nn's layers, subclasses of weight and norm layers, ours."""
+    """Return whether a trace treats ``module`` as one step: layers of torch.nn, their subclasses, and ours."""
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return False
     if isinstance(module, PRODUCERS) or is_norm(module) or is_frozen_norm(module):
@@ -65,7 +65,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Dataflow:
-    """The steps of a model in the order in which they run; several pieces in a row where it traced only in part.
+    """The steps of a model in execution order; several pieces in a row where only parts of it traced.
 
     Each piece begins with its own ``input`` steps and ends with an ``output`` step: what comes before and after is
     unknown.
@@ -87,19 +87,19 @@ class Dataflow:
         return tuple(map(tuple, table))
 
     def consumers(self, index: int) -> tuple[int, ...]:
-        """Indices of the steps that take the output of step ``index``."""
+        """Return the indices of the steps that take the output of step ``index``."""
         return self._consumers[index]
 
     @cached_property
     def ancestors(self) -> tuple[frozenset[int], ...]:
-        """For each step, all steps that its output depends on."""
+        """Return for each step all steps that its output depends on."""
         table: list[frozenset[int]] = []
         for step in self.steps:
             table.append(frozenset(step.inputs).union(*(table[i] for i in step.inputs)))
         return tuple(table)
 
     def calls(self, path: str) -> tuple[int, ...]:
-        """Indices of the steps at which the module ``path`` is called (empty where the trace did not reach it)."""
+        """Return the indices of the steps that call the module ``path`` (none where the trace did not reach it)."""
         return self._calls.get(path, ())
 
     @cached_property
@@ -112,7 +112,7 @@ class Dataflow:
 
 
 def dataflow(model: nn.Module) -> Dataflow:
-    """The data flow of ``model``; the model is neither run nor changed.
+    """Return the data flow of ``model``, which is neither run nor changed.
 
     Examples:
         >>> flow = dataflow(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
@@ -131,7 +131,7 @@ def dataflow(model: nn.Module) -> Dataflow:
 
 
 def producers(model: nn.Module, flow: Dataflow | None = None) -> dict[str, str]:
-    """For each normalization layer, the linear or convolutional layer whose output it, and nothing else, takes.
+    """Return for each normalization layer the linear or convolution layer that feeds it alone.
 
     A layer that is called several times counts when each of its calls is consumed by that normalization alone. A batch
     normalization over another dimension than the outputs of a linear layer (L channels of ``(N, L, C)``) has no producer.
@@ -159,7 +159,7 @@ def producers(model: nn.Module, flow: Dataflow | None = None) -> dict[str, str]:
 
 
 def works_on_positions(flow: Dataflow, modules: dict[str, nn.Module], path: str) -> bool:
-    """Whether ``path`` is a linear layer known to take maps ``(N, C, ...)``: its features are no channels then."""
+    """Return whether ``path`` is a linear layer that takes maps ``(N, C, ...)``; its features are then not channels."""
     return isinstance(modules[path], nn.Linear) and any(_is_map(flow, modules, call) for call in flow.calls(path))
 
 
@@ -183,12 +183,12 @@ def _keeps_dimensions(module: nn.Module) -> bool:
 
 
 def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Normalization, linear and convolution layers with their paths."""
+    """Return the normalization, linear and convolution layers with their paths."""
     return [(name, m) for name, m in model.named_modules() if is_norm(m) or isinstance(m, PRODUCERS)]
 
 
 def rectified(model: nn.Module) -> frozenset[str]:
-    """Paths of the layers whose output goes through a ReLU and nowhere else, as far as the model traces."""
+    """Return the paths of the layers whose output goes to a ReLU alone, as far as the model traces."""
     flow, modules = dataflow(model), dict(model.named_modules())
 
     def rectifies(index: int) -> bool:
@@ -205,7 +205,7 @@ def rectified(model: nn.Module) -> frozenset[str]:
 
 
 def source_of(flow: Dataflow, modules: dict[str, nn.Module], path: str) -> str | None:
-    """The module whose output ``path``, and nothing else, takes, at every call of either; identities are skipped.
+    """Return the module that feeds ``path`` alone at every call of both; identities are skipped.
 
     Args:
         flow: A data flow.
@@ -221,7 +221,7 @@ def source_of(flow: Dataflow, modules: dict[str, nn.Module], path: str) -> str |
 
 
 def sole_consumer(flow: Dataflow, modules: dict[str, nn.Module], path: str) -> str | None:
-    """The only module that takes the output of ``path``, at every call of it; identities are skipped."""
+    """Return the only module that takes the output of ``path``, at every call; identities are skipped."""
     consumers = {_after(flow, modules, call) for call in flow.calls(path)}
     return consumers.pop() if len(consumers) == 1 else None
 
@@ -330,7 +330,7 @@ def _name(node: fx.Node) -> str:
 
 
 def plain_name(name: str) -> str:
-    """One name per operation: ``add_``, ``__add__``, ``iadd`` and ``add`` are all ``add``."""
+    """Return one name per operation: ``add`` for ``add_``, ``__add__``, ``iadd`` and ``add``."""
     name = name.strip("_")
     aliases = {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "isub": "sub", "itruediv": "truediv"}
     return aliases.get(name, name)

@@ -1,4 +1,4 @@
-"""Marks by which this package knows its own modules and hooks; a file may move without changing what they are."""
+"""Mark this package's own modules and hooks, whatever file defines them."""
 
 from typing import Any, TypeVar
 
@@ -6,15 +6,15 @@ _Hook = TypeVar("_Hook")
 
 
 class Leaf:
-    """A module of this package that a trace takes as one step; a mixin."""
+    """A module of this package that a trace treats as one step; a mixin."""
 
 
 def attachment(hook: _Hook) -> _Hook:
-    """Mark a hook, or a class of hooks, as attached by this package for training: a model to deploy is left without it."""
+    """Mark a hook, or a class of hooks, as attached for training: a model to deploy loses it."""
     hook.normkit_attachment = True  # pyright: ignore[reportAttributeAccessIssue]
     return hook
 
 
 def is_attachment(hook: Any) -> bool:
-    """Whether :func:`attachment` marked the hook (torch wraps the hooks of state dicts)."""
+    """Return whether :func:`attachment` marked the hook (torch wraps the hooks of state dicts)."""
     return getattr(getattr(hook, "hook", hook), "normkit_attachment", False)

@@ -1,4 +1,4 @@
-"""Normalization layers: this package's say of themselves what they are, torch's own types are described here.
+"""Describe normalization layers: this package's layers declare their traits, and torch's are described here.
 
 Whoever asks about a layer asks the functions of this module, so that none needs to know which layers there are.
 """
@@ -27,14 +27,14 @@ Source: TypeAlias = Literal["batch", "instance", "running", "learned", "none"]
 
 
 class Statistics(NamedTuple):
-    """Mean and variance per channel, the variance with the layer's eps in it: its root is what the layer divides by."""
+    """Mean and variance per channel; the variance includes the layer's eps, so its root is the divisor."""
 
     mean: Tensor
     variance: Tensor
 
 
 class NormTraits(Leaf):
-    """What a normalization layer of this package says of itself; a mixin.
+    """The traits that a normalization layer of this package declares; a mixin.
 
     A class that states ``statistics`` in its own body defines what its subclasses compute: a user's subclass whose forward
     computes something else is told from it. The methods are batch normalization's; a layer with other statistics
@@ -86,7 +86,7 @@ def _traits(norm: nn.Module) -> Any:
 
 
 def statistics_of(module: nn.Module) -> Source:
-    """What ``module`` normalizes by in train mode; ``none`` for a module that is no normalization."""
+    """Return which statistics ``module`` uses in train mode; ``none`` for a module that is no normalization."""
     if isinstance(module, NormTraits):
         return module.statistics
     if isinstance(module, _BatchNorm):
@@ -95,33 +95,33 @@ def statistics_of(module: nn.Module) -> Source:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is a normalization between layers: torch's, this package's, or a subclass of one."""
+    """Return whether ``module`` is a normalization between layers: torch's, this package's, or a subclass."""
     return statistics_of(module) != "none" and (not isinstance(module, NormTraits) or module.hidden)
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is a batch normalization without parameters: all four of its tensors are buffers."""
+    """Return whether ``module`` is a batch normalization without parameters: all four of its tensors are buffers."""
     names = {name for name, _ in module.named_buffers()} - {"num_batches_tracked"}
     return names == {"weight", "bias", "running_mean", "running_var"} and not any(True for _ in module.parameters())
 
 
 def is_batchnorm(norm: nn.Module) -> bool:
-    """Whether ``norm`` is torch's batch normalization or a user's subclass of it, and not one of this package's."""
+    """Return whether ``norm`` is torch's batch normalization or a user's subclass, and not one of this package."""
     return isinstance(norm, _BatchNorm) and not isinstance(norm, NormTraits)
 
 
 def is_placeholder(module: nn.Module) -> bool:
-    """Whether ``module`` stands where a normalization was and normalizes nothing."""
+    """Return whether ``module`` replaces a normalization and normalizes nothing."""
     return isinstance(module, NormTraits) and module.statistics == "none"
 
 
 def is_noisy(norm: nn.Module) -> bool:
-    """Whether ``norm`` adds noise in train mode."""
+    """Return whether ``norm`` adds noise in train mode."""
     return isinstance(norm, NormTraits) and norm.noisy
 
 
 def stated_type(norm: nn.Module) -> Any:
-    """The class that says what ``norm`` computes: torch's, or one of this package's, of which its type is a subclass."""
+    """Return the class, torch's or this package's, that defines what ``norm`` computes."""
     return next(
         c
         for c in type(norm).__mro__
@@ -130,7 +130,7 @@ def stated_type(norm: nn.Module) -> Any:
 
 
 def features_of(norm: nn.Module) -> int:
-    """Number of features of a normalization layer."""
+    """Return the number of features of a normalization layer."""
     if isinstance(norm, nn.GroupNorm):
         return norm.num_channels
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
@@ -141,30 +141,30 @@ def features_of(norm: nn.Module) -> int:
 
 
 def feature_dim(module: nn.Module) -> int:
-    """The dimension of a layer's output that holds its features."""
+    """Return the dimension of a layer's output that holds its features."""
     return -1 if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm) else getattr(module, "feature_dim", 1)
 
 
 def outputs(layer: nn.Linear | _ConvNd) -> int:
-    """Number of output features or channels of a layer."""
+    """Return the number of output features or channels of a layer."""
     return layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
 
 
 def takes_maps(norm: nn.Module) -> bool:
-    """Whether the channels of ``norm`` are never the last dimension of its input."""
+    """Return whether the channels of ``norm`` are never the last dimension of its input."""
     several = isinstance(norm, NormTraits) and bool(norm.dimensions) and 2 not in norm.dimensions
     return feature_dim(norm) != -1 and (several or isinstance(norm, _SPATIAL))
 
 
 def aligned(layer: nn.Linear | _ConvNd, norm: nn.Module) -> bool:
-    """Whether the channels of the normalization, as far as it tells them, can be the outputs of the layer."""
+    """Return whether the channels of the normalization, as far as they are known, can be the outputs of the layer."""
     if isinstance(layer, nn.Linear) and takes_maps(norm):
         return False  # maps have their channels in dimension 1, a linear layer its outputs in the last
     return getattr(norm, "num_features", getattr(norm, "num_channels", 0)) in (0, outputs(layer))
 
 
 def scale_obstacle(norm: nn.Module) -> str | None:
-    """Why ``norm`` does not remove a factor on one channel of its input, or None where it does."""
+    """Return why ``norm`` does not remove a factor on one channel of its input, or None where it does."""
     if isinstance(norm, nn.GroupNorm):
         channels = norm.num_channels // norm.num_groups
         several = f"GroupNorm normalizes {channels} channels together: one filter may not be scaled"
@@ -179,30 +179,30 @@ def scale_obstacle(norm: nn.Module) -> str | None:
 
 
 def removes_mean(norm: nn.Module) -> bool:
-    """Whether a constant added to a channel of its input makes no difference to a normalization per channel."""
+    """Return whether a normalization per channel removes a constant that is added to a channel."""
     return not isinstance(norm, NormTraits) or norm.centers
 
 
 def uses_batch_statistics(module: nn.Module) -> bool:
-    """Whether the module normalizes with statistics of the batch in its present mode."""
+    """Return whether the module normalizes by statistics of the batch in its present mode."""
     return statistics_of(module) == "batch" and (module.training or module.running_mean is None)
 
 
 def normalizes_own_input(norm: nn.Module) -> bool:
-    """Whether ``norm`` uses the statistics of each instance in eval mode, too."""
+    """Return whether ``norm`` uses the statistics of each sample in eval mode, too."""
     tracks = isinstance(norm, _InstanceNorm) and norm.running_mean is not None
     return statistics_of(norm) == "instance" and not tracks
 
 
 def running_tensors(norm: nn.Module) -> dict[str, Tensor]:
-    """The tensors ``norm`` evaluates with beside its parameters, by the names that batch normalization gives them."""
+    """Return the tensors beside parameters that ``norm`` evaluates with, by their names in batch normalization."""
     names = ("running_mean", "running_var", "num_batches_tracked")
     tensors = {name: t for name in names if (t := getattr(norm, name, None)) is not None}
     return {name: t.detach().clone() if isinstance(t, nn.Parameter) else t for name, t in tensors.items()}
 
 
 def running_statistics(module: nn.Module) -> Statistics | None:
-    """A copy of the statistics with which a layer evaluates, or None where it has none of its own."""
+    """Return a copy of the statistics with which a layer evaluates, or None where it has none."""
     if statistics_of(module) not in ("batch", "running", "learned"):
         return None
     mean, var, eps = (getattr(module, name) for name in ("running_mean", "running_var", "eps"))
@@ -211,7 +211,7 @@ def running_statistics(module: nn.Module) -> Statistics | None:
 
 @torch.no_grad()
 def has_initial_statistics(norm: nn.Module) -> bool:
-    """Whether the running statistics of ``norm`` are still mean 0 and variance 1.
+    """Return whether the running statistics of ``norm`` are still mean 0 and variance 1.
 
     ``num_batches_tracked`` cannot tell: converted and old checkpoints hold real statistics beside a counter of zero.
     """
@@ -222,23 +222,23 @@ def has_initial_statistics(norm: nn.Module) -> bool:
 
 
 def can_adopt_statistics(module: nn.Module) -> bool:
-    """Whether the running statistics of a normalization between layers can be set, see :func:`adopt_statistics`."""
+    """Return whether the running statistics of a normalization can be set, see :func:`adopt_statistics`."""
     follows = is_norm(module) and statistics_of(module) in ("batch", "running", "learned")
     return follows and getattr(module, "running_mean", None) is not None
 
 
 def batch_statistics(module: nn.Module, x: Tensor) -> tuple[Statistics, Tensor]:
-    """The statistics with which a layer would normalize ``x``, and the share of eps in its divisor, per channel."""
+    """Return the statistics with which a layer would normalize ``x``, and the share of eps in its divisor, per channel."""
     return _traits(module).batch_statistics(module, x)
 
 
 def normalize_by_batch(norm: nn.Module, x: Tensor) -> Tensor:
-    """The output of a layer for ``x`` by the statistics of ``x``, without noise; running statistics stay."""
+    """Return the output of a layer for ``x`` by the statistics of ``x``, without noise; running statistics stay."""
     return _traits(norm).normalize_by_batch(norm, x)
 
 
 def observe_input(norm: nn.Module, x: Tensor, mask: Tensor | None = None) -> Moments:
-    """What a layer's running statistics are made of, from one input; observations merge as moments do.
+    """Return the moments of one input from which a layer's running statistics are made; they can be merged.
 
     Args:
         norm: A layer; its features are in dimension ``feature_dim``, 1 where it has no such attribute.

@@ -1,4 +1,4 @@
-"""The rules that every instrument keeps, in one place.
+"""Measure a model without disturbing it: the rules that every instrument follows.
 
 A measurement works on private copies of parameters and buffers, so that the training it watches finds its own tensors,
 bit for bit, also when the measurement fails; gradients, random states, train/eval flags and what the methods have
@@ -24,7 +24,7 @@ Objective = Callable[[nn.Module, Any], Tensor]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``."""
+    """Return the model inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``."""
     while True:
         if isinstance(model, DistributedDataParallel | DataParallel):
             model = model.module
@@ -35,7 +35,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def random_states(model: nn.Module) -> Callable[[], None]:
-    """Remember every random state a forward pass may use; the returned function puts them back."""
+    """Save every random state that a forward pass may use; the returned function restores them."""
     cpu, python = torch.get_rng_state(), random.getstate()
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
@@ -131,17 +131,17 @@ class Probe:
             parameter.grad = None
 
     def move(self, directions: Sequence[Tensor], length: float, parameters: Sequence[Tensor] | None = None) -> None:
-        """Put ``parameters`` (default all trainable ones) to ``theta + length * direction``."""
+        """Set ``parameters`` (default all trainable ones) to ``theta + length * direction``."""
         for parameter, direction in zip(parameters or self.parameters, directions, strict=True):
             torch.add(self._weights[parameter], direction, alpha=length, out=parameter.data)
 
     def place(self, values: Mapping[Any, Tensor]) -> None:
-        """Give parameters other values; those not named go back to where they were."""
+        """Set parameters to other values; those not named are restored."""
         for parameter, original in self._weights.items():
             parameter.data.copy_(values.get(parameter, original))
 
     def loss(self) -> Tensor:
-        """The objective, from the same buffers and random states every time.
+        """Return the objective, from the same buffers and random states every time.
 
         Gradients are enabled, since an objective may differentiate inside (forces, gradient penalties).
 
@@ -164,7 +164,7 @@ class Probe:
         return loss.reshape(())
 
     def gradients(self, parameters: Sequence[Tensor] | None = None) -> tuple[float, list[Tensor]]:
-        """Loss and gradients.
+        """Return loss and gradients.
 
         Args:
             parameters: Default all trainable ones.
@@ -194,7 +194,7 @@ class Probe:
         return self.mean(loss), [self._mean(g.detach()) for g in found]
 
     def mean(self, value: Tensor) -> float:
-        """A scalar, averaged over the ranks."""
+        """Return a scalar averaged over the ranks."""
         return self._mean(value.detach().clone()).item()
 
     def _mean(self, value: Tensor) -> Tensor:
@@ -209,11 +209,11 @@ def _refill(target: dict[str, Any], content: dict[str, Any]) -> None:
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Inner product of two lists of tensors, accumulated in float64."""
+    """Return the inner product of two lists of tensors, accumulated in float64."""
     terms = [torch.sum(x * y, dtype=torch.float64) for x, y in zip(a, b, strict=True)]
     return torch.stack([term.to(terms[0].device) for term in terms]).sum().item() if terms else 0.0
 
 
 def norm(a: Sequence[Tensor]) -> float:
-    """Euclidean norm of a list of tensors."""
+    """Return the Euclidean norm of a list of tensors."""
     return dot(a, a) ** 0.5

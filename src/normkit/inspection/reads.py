@@ -1,4 +1,4 @@
-"""Layers whose tensors are read without calling the layer: tied decoders, penalties, fused paths.
+"""Find layers whose tensors are read without calling the layer: tied decoders, penalties, fused paths.
 
 Such a layer cannot be replaced, and its weights cannot be rescaled, as if it were only called. The data flow tells where a
 model traces. Where it does not, the source of its forward passes is read.
@@ -22,7 +22,7 @@ _ALL = {"parameters", "named_parameters", "state_dict", "get_parameter"}
 
 
 def tensors_read(model: nn.Module, flow: Dataflow) -> dict[nn.Module, str]:
-    """Layers whose weights or statistics are used as tensors by the model, or may be, each with who does it.
+    """Return the layers whose weights or statistics the model uses as tensors, or may use, each with the user.
 
     Args:
         model: Any module.
@@ -54,7 +54,7 @@ def tensors_read(model: nn.Module, flow: Dataflow) -> dict[nn.Module, str]:
 
 
 def attributes_read(model: nn.Module) -> dict[nn.Module, str]:
-    """Normalization layers whose attributes another module of ``model`` reads by name in its forward, with who does it.
+    """Return the normalization layers whose attributes another module reads by name in its forward, with that module.
 
     A layer that takes their place is not called there, or lacks the attribute: torch's fast path of transformer encoders,
     layers fused for quantization.
@@ -100,7 +100,7 @@ def _named(module: nn.Module, chain: tuple[str, ...]) -> list[nn.Module]:
 
 
 def attribute_chains(module: nn.Module) -> frozenset[tuple[str, ...]]:
-    """What the forward of a module, and the methods it calls, read: ``self.norm.weight`` is ``("self", "norm", "weight")``.
+    """Return what a module's forward, and the methods it calls, read: ``("self", "norm", "weight")`` for ``self.norm.weight``.
 
     The beginnings of a chain are among them. Reads of shapes, dtypes and devices are left out, and so are branches that a setting
     of the module excludes: ``if self.merged``. A base that is no name is ``"?"``.

@@ -1,4 +1,4 @@
-"""The data flow of a model as an example input takes it, for models that no symbolic trace gets through."""
+"""Record the data flow of a model on an example input, for models that cannot be traced symbolically."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from normkit.inspection.graph import Dataflow, Step, is_leaf, plain_name
 
 
 def record(model: nn.Module, batch: Any, *, forward: Forward = run_batch) -> tuple[Dataflow, Any]:
-    """Run ``model`` on ``batch`` in eval mode and write down every operation.
+    """Run ``model`` on ``batch`` in eval mode and record every operation.
 
     Args:
         model: Any module that runs eagerly.
@@ -83,7 +83,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested mappings, tuples and lists.
+    """Return all tensors in nested mappings, tuples and lists.
 
     Yields:
         The tensors, in order.
@@ -99,7 +99,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def tensor_in(value: Any) -> Tensor | None:
-    """The first floating-point tensor of two or more dimensions in what a module takes or returns."""
+    """Return the first floating-point tensor of two or more dimensions in a module's input or output."""
     if isinstance(value, Tensor):
         return value if value.ndim > 1 and value.is_floating_point() else None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Every reference to a module that can be reached from a model, so that a replaced layer is replaced everywhere.
+"""Find every reference to a module that a model reaches, so that a replaced layer is replaced everywhere.
 
 Beside its registered children a model reaches layers through plain attributes, containers nested to any depth, dataclasses,
 namespaces and other objects, modules that are not registered, partials, bound methods, closures and weak references.
@@ -19,26 +19,26 @@ _ATOMS = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleT
 
 
 def exchange(root: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put the modules of ``replaced`` in the place of its keys, wherever ``root`` reaches those; returns the new root."""
+    """Replace the keys of ``replaced`` by its values wherever ``root`` reaches them; return the new root."""
     return _Walk(replaced, write=True).run(root)
 
 
 def unwritable(root: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> set[nn.Module]:
-    """The keys of ``replaced`` that something refers to that cannot be written; nothing is changed."""
+    """Return the keys of ``replaced`` to which an object refers that cannot be written; nothing is changed."""
     walk = _Walk(replaced, write=False)
     walk.run(root)
     return walk.stuck
 
 
 def reached(root: nn.Module, others: Iterable[nn.Module]) -> set[nn.Module]:
-    """Which of ``others`` are reached from ``root``: what a copy shares with its original through functions, say."""
+    """Return which of ``others`` ``root`` reaches, for example what a copy shares with its original through functions."""
     walk = _Walk({module: module for module in others}, write=False)
     walk.run(root)
     return set(walk.found)
 
 
 def copy_detached(root: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy in which tensors of a graph, which torch does not copy, are detached.
+    """Return a deep copy in which tensors of a graph, which torch does not copy, are detached.
 
     Old ``weight_norm``, ``spectral_norm`` and pruning leave such tensors on their layers, and so do models that keep what they
     computed last.
@@ -53,7 +53,7 @@ def copy_detached(root: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mod
 
 
 def snapshot(root: nn.Module) -> Callable[[], None]:
-    """Remember what every module, container and object that ``root`` reaches holds; the returned function puts it back.
+    """Save the content of every module, container and object that ``root`` reaches; the returned function restores it.
 
     The values of tensors are not remembered. What was not written to in between is not written to.
     """

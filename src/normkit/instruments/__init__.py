@@ -1,4 +1,4 @@
-"""What is measured on a model while it trains, one file per instrument.
+"""Measure a model while it trains; one file per instrument.
 
 Every instrument leaves weights, buffers, gradients, random states and train/eval flags as it found them, bit for bit,
 also when the objective raises (see ``normkit.inspection.probe``).

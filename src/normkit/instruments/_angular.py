@@ -1,4 +1,4 @@
-"""How fast scale-invariant weights turn: effective learning rate and angle per step against the equilibrium.
+"""Measure how fast scale-invariant weights turn: effective learning rate, and angle per step against the equilibrium.
 
 A filter before a per-channel normalization matters by its direction alone. Its gradient is orthogonal to it and makes
 it longer, weight decay makes it shorter, and where both balance it turns by a fixed angle per step.
@@ -66,7 +66,7 @@ class Angular(Result):
 
 
 def equilibrium(optimizer: Optimizer, group: Mapping[str, Any]) -> float | None:
-    r"""Angle per step at which growth by the gradient and shrinkage by weight decay balance.
+    r"""Return the angle per step at which growth by the gradient and shrinkage by weight decay balance.
 
     SGD with momentum alpha: ``sqrt(2 eta lambda / (1 + alpha))``; AdamW: ``sqrt(2 eta lambda (1 - b1) / (1 + b1))``.
 

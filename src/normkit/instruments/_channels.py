@@ -43,17 +43,17 @@ class LayerChannels:
 
     @property
     def dead(self) -> tuple[int, ...]:
-        """Channels that the ReLU behind them shuts for the whole batch."""
+        """Channels that are zero behind their ReLU for the whole batch."""
         return tuple(c for c, p in enumerate(self.positive) if self.rectified and p == 0)
 
     @property
     def always_on(self) -> tuple[int, ...]:
-        """Channels for which the ReLU behind them does nothing on the whole batch."""
+        """Channels that their ReLU leaves unchanged for the whole batch."""
         return tuple(c for c, p in enumerate(self.positive) if self.rectified and p == 1)
 
     @property
     def eps_dominated(self) -> tuple[int, ...]:
-        """Channels that are divided by eps more than by their own variance."""
+        """Channels whose variance is smaller than eps."""
         return tuple(c for c, share in enumerate(self.eps_share) if share > 0.5)
 
     @property
@@ -121,7 +121,7 @@ def channels(model: nn.Module, objective: Objective, batch: Any) -> Channels:
 
 
 def watch_channels(probe: Probe, before_relu: frozenset[str], found: list[LayerChannels]) -> Any:
-    """A context in which every forward pass appends what it shows to ``found``."""
+    """Append the channels of every forward pass within the block to ``found``."""
 
     def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         x, y = tensor_in(inputs), tensor_in(output)

@@ -1,4 +1,4 @@
-"""Condition numbers of the layers' inputs: raw, centred, and as a preconditioner leaves them.
+"""Condition numbers of the layers' inputs: raw, centred and preconditioned.
 
 With ``h^ = [1; h]`` the Hessian of the loss in one unit's weights and bias is ``E[l'' h^ h^^T]``; where ``l''`` varies
 little, the condition number of ``M = E[h^ h^^T]`` says how slow gradient descent is. Gradients that are multiplied by

@@ -1,4 +1,4 @@
-"""What a model computes in train mode against eval mode, on one batch."""
+"""Compare what a model computes in train and in eval mode, on one batch."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any

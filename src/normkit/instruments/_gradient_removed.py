@@ -1,4 +1,4 @@
-"""How much of the gradient batch normalization takes away on its way back.
+"""Measure how much of the gradient batch normalization removes in the backward pass.
 
 How does batch normalization help optimization? Shibani Santurkar, Dimitris Tsipras, Andrew Ilyas, Aleksander Madry,
 NeurIPS 2018, arXiv 1805.11604, theorem 4.1, which is an equality: with ``g = dL/dz`` at the output of a channel with
@@ -65,7 +65,7 @@ def gradient_removed(model: nn.Module, objective: Objective, batch: Any) -> Grad
 
 
 def watch_gradients(probe: Probe, found: dict[str, tuple[Tensor, Tensor]]) -> Any:
-    """A context in which a backward pass leaves the removed and the whole squared gradient per channel in ``found``."""
+    """Within the block, store the removed and the whole squared gradient per channel of a backward pass in ``found``."""
 
     def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         x, y = tensor_in(inputs), tensor_in(output)
@@ -91,7 +91,7 @@ def watch_gradients(probe: Probe, found: dict[str, tuple[Tensor, Tensor]]) -> An
 
 
 def removed(found: dict[str, tuple[Tensor, Tensor]]) -> GradientRemoved:
-    """The shares, from what ``watch_gradients`` found."""
+    """Return the shares, from what ``watch_gradients`` stored."""
     forward = dict(reversed(found.items()))  # gradients arrive last layer first
     return GradientRemoved(
         {name: (taken.sum() / whole.sum()).nan_to_num(0.0).item() for name, (taken, whole) in forward.items()},

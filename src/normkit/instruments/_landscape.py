@@ -1,4 +1,4 @@
-"""How the loss and its gradient change along the gradient.
+"""Measure how the loss and its gradient change along the gradient.
 
 How does batch normalization help optimization? Shibani Santurkar, Dimitris Tsipras, Andrew Ilyas, Aleksander Madry,
 NeurIPS 2018, arXiv 1805.11604.
@@ -42,7 +42,7 @@ class Landscape(Result):
 
     @property
     def predictiveness(self) -> tuple[float, float]:
-        """Smallest and largest change of the gradient: the smaller, the further the gradient can be trusted."""
+        """Smallest and largest change of the gradient; the smaller, the better the gradient predicts the next one."""
         return _band(self.gradient_changes)
 
     @property
@@ -66,7 +66,7 @@ class Landscape(Result):
         return self.step_sizes[slopes.index(max(slopes))]
 
     def to_dict(self) -> dict[str, Any]:
-        """The measurement with what follows from it."""
+        """Return the measurement with the figures that follow from it."""
         return {**super().to_dict(), **plain({"beta": self.beta, "beta_step_size": self.beta_step_size})}
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
@@ -92,7 +92,7 @@ def landscape(
     steps: int = 8,
     span: tuple[float, float] = (1 / 8, 4),
 ) -> Landscape:
-    r"""Walk along the gradient of one batch and watch loss and gradient: loss band, predictiveness, beta-smoothness.
+    r"""Measure loss and gradient along the gradient of one batch: loss band, predictiveness, beta-smoothness.
 
     The walk is along the plain gradient ``g = grad L(theta)`` whatever the optimizer makes of it, in the modes the
     model is in (train mode is the paper's). It costs ``steps + 1`` forward and backward passes.
@@ -126,7 +126,7 @@ def landscape(
 
 
 def step_sizes(lr: float, steps: int = 8, span: tuple[float, float] = (1 / 8, 4)) -> tuple[float, ...]:
-    """Step sizes from ``span[0] * lr`` to ``span[1] * lr``, evenly spaced in the logarithm.
+    """Return step sizes from ``span[0] * lr`` to ``span[1] * lr``, evenly spaced in the logarithm.
 
     Raises:
         ValueError: One of them would not be positive.
@@ -139,7 +139,7 @@ def step_sizes(lr: float, steps: int = 8, span: tuple[float, float] = (1 / 8, 4)
 
 
 def walk(probe: Probe, loss: float, gradient: list[Tensor], sizes: tuple[float, ...]) -> Landscape:
-    """The measurement itself, for a probe that knows loss and gradient at ``theta`` already."""
+    """Measure with a probe that has loss and gradient at ``theta`` already."""
     losses, changes = [], []
     for eta in sizes:
         probe.move(gradient, -eta)

@@ -1,4 +1,4 @@
-"""One object that watches a training run: cheap figures at every step, the instruments on a cadence."""
+"""Watch a training run with one object: cheap figures at every step, the instruments at intervals."""
 
 import json
 from collections.abc import Iterator
@@ -98,7 +98,7 @@ class Monitor:
         self._fed_by: dict[str, str] | None = None
 
     def observe(self, batch: Any, loss: Tensor | float) -> None:
-        """Take note of one step: call it once per step, after ``backward()`` and before ``optimizer.step()``.
+        """Record one step: call it once per step, after ``backward()`` and before ``optimizer.step()``.
 
         With a GradScaler call ``scaler.unscale_(optimizer)`` first, else the norm of the gradient is the scaled one.
 
@@ -153,7 +153,7 @@ class Monitor:
             self._before = None
 
     def flush(self) -> None:
-        """Write what is waiting."""
+        """Write the records that are not written yet."""
         if not self._waiting:
             return
         figures = torch.stack([pair for _, pair in self._waiting])
@@ -174,7 +174,7 @@ class Monitor:
             self._file.flush()
 
     def close(self) -> None:
-        """Write what is waiting and let go of the optimizer and the files; a second call does nothing."""
+        """Write the remaining records, and release the optimizer and the files; a second call does nothing."""
         self.flush()
         self._hook.remove()
         for sink in (self._file, self._board):

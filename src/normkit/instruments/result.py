@@ -1,4 +1,4 @@
-"""What the results of all instruments share."""
+"""The base of the results of all instruments."""
 
 import math
 from dataclasses import fields, is_dataclass
@@ -12,7 +12,7 @@ class Result:
     """A measurement: a frozen dataclass of plain numbers that plots itself and becomes JSON."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain, JSON-ready data; non-finite numbers, which JSON lacks, become None."""
+        """Return plain, JSON-ready data; non-finite numbers, which JSON lacks, become None."""
         return plain(self)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
@@ -28,7 +28,7 @@ class Result:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, mappings and sequences as JSON-ready data; ``repr=False`` fields are left out."""
+    """Return dataclasses, mappings and sequences as JSON-ready data, without ``repr=False`` fields."""
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.repr}
     if isinstance(value, dict):
@@ -41,7 +41,7 @@ def plain(value: Any) -> Any:
 
 
 def axes(ax: "Axes | None") -> "Axes":
-    """The given axes, or those of a new figure.
+    """Return the given axes, or those of a new figure.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -56,7 +56,7 @@ def axes(ax: "Axes | None") -> "Axes":
 
 
 def label(ax: "Axes", title: str, x: str, y: str) -> "Axes":
-    """Name the axes, and show a legend when there is something to tell apart."""
+    """Label the axes, and show a legend for two or more lines."""
     ax.set(title=title, xlabel=x, ylabel=y)
     if len(ax.get_legend_handles_labels()[1]) > 1:
         ax.legend()

@@ -1,4 +1,4 @@
-"""For Hugging Face's ``Trainer``: a task of what it was made of; callbacks for BNP, batchless normalization and the Monitor.
+"""Use normkit with Hugging Face's ``Trainer``: callbacks for methods and the Monitor, and a task made from a Trainer.
 
 The Trainer clips before it calls anyone, so the BNP callback takes clipping over: it preconditions first and then clips to
 the same ``max_grad_norm``. fp16 is refused, because its gradients are still scaled at that point; bf16 works.
@@ -62,7 +62,7 @@ class MethodCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take everything off the model."""
+        """Detach from the model."""
         if self._attached is not None:
             self._attached.remove()
             self._attached = None
@@ -101,7 +101,7 @@ class BNPCallback(MethodCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the Trainer's optimizer and take clipping over.
+        """Attach to the Trainer's optimizer and take over clipping.
 
         Raises:
             ValueError: The Trainer trains in fp16.
@@ -135,7 +135,7 @@ class BNPCallback(MethodCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take everything off the model and give clipping back."""
+        """Detach from the model and return clipping to the Trainer."""
         if self.bnp is not None:
             args.max_grad_norm = self.max_grad_norm
         super().on_train_end(args, state, control)
@@ -179,7 +179,7 @@ class MonitorCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start watching; the Trainer shows its callbacks no batches, so a hook on the model takes note of them."""
+        """Start watching; a hook on the model records the batches, which the Trainer does not pass to callbacks."""
         self.on_train_end(args, state, control)  # a training that was interrupted did not come to it
         model = kwargs["model"]
         self.monitor = Monitor(model, self.objective, _unwrapped(kwargs["optimizer"]), **self.options)
@@ -192,7 +192,7 @@ class MonitorCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look, between backward and the step."""
+        """Measure between backward and the step."""
         assert self.monitor is not None
         if self._inputs is not None and self._loss is not None:
             self._looking = True
@@ -204,7 +204,7 @@ class MonitorCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write what is waiting."""
+        """Write the records that are not written yet."""
         if self.monitor is not None:
             self.monitor.close()
             self._hook.remove()
@@ -266,7 +266,7 @@ def task(
     higher_is_better: bool = True,
     name: str | None = None,
 ) -> Task:
-    """A task of a Trainer's model, datasets, collator and ``compute_metrics``; its own optimizer and schedule are not used.
+    """Make a task from a Trainer's model, datasets, collator and ``compute_metrics``; its optimizer and schedule are not used.
 
     With ``Trainer(model_init=...)`` each seed draws its own weights; otherwise every trial starts from a copy of the Trainer's
     model as it is now.

@@ -1,4 +1,4 @@
-"""For Lightning: a task of a module and its data, and callbacks in a ``Trainer`` that is otherwise as it was.
+"""Use normkit with Lightning: callbacks for methods and the Monitor, and a task made from a module and its data.
 
 Lightning runs forward and backward inside the optimizer's closure, then ``on_before_optimizer_step``, then clips. So BNP
 preconditions before clipping, as it should, and its statistics travel in the optimizer's part of a checkpoint. With manual
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def only_optimizer(trainer: Trainer, what: str) -> Optimizer:
-    """The trainer's optimizer.
+    """Return the trainer's only optimizer.
 
     Raises:
         ValueError: There are several, or none.
@@ -65,11 +65,11 @@ class MethodCallback(Callback):
         self._attached = self._attach(pl_module, only_optimizer(trainer, type(self).__name__))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take everything off the model."""
+        """Detach from the model."""
         self._remove(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take everything off the model."""
+        """Detach from the model."""
         self._remove(pl_module)
 
     def _remove(self, pl_module: LightningModule) -> None:
@@ -157,20 +157,20 @@ class MonitorCallback(Callback):
         self.monitor = Monitor(pl_module, self.objective, only_optimizer(trainer, "MonitorCallback"), **self.options)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember the batch."""
+        """Keep the batch."""
         self._batch = batch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
-        """Remember the loss, whole where Lightning divided it for accumulation."""
+        """Keep the loss, without Lightning's division for accumulation."""
         self._loss = loss.detach() * trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Look, between backward and the step."""
+        """Measure between backward and the step."""
         assert self.monitor is not None
         self.monitor.observe(self._batch, self._loss)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what is waiting."""
+        """Write the records that are not written yet."""
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -271,7 +271,7 @@ def task(
     unit: str = "",
     name: str | None = None,
 ) -> Task:
-    """A task of a module and its data: ``training_step`` is the loss, what ``validation_step`` logs as ``monitor`` the score.
+    """Make a task from a module and its data: ``training_step`` gives the loss, and what ``validation_step`` logs the score.
 
     The optimizers and schedules of ``configure_optimizers`` are not used: a study compares methods with their own.
 

@@ -24,7 +24,7 @@ from normkit.methods.method import (
 
 
 class Removed(NormTraits, nn.Identity):
-    """Stands where a normalization was: adds a trainable bias per channel, or does nothing.
+    """Replaces a normalization by a trainable bias per channel, or by nothing.
 
     The layer it replaced moves along with it (device, dtype), so that it can come back.
 
@@ -46,7 +46,7 @@ class Removed(NormTraits, nn.Identity):
         return self.channel_dim
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input``, plus the bias of its channel if there is one."""
+        """Return ``input``, plus the bias of its channel if there is one."""
         if self.bias is None:
             return input
         return input + (self.bias if self.channel_dim == -1 else self.bias.reshape(-1, *([1] * (input.ndim - 2))))
@@ -63,7 +63,7 @@ class Removed(NormTraits, nn.Identity):
 
 
 def group_count(features: int) -> int:
-    """Number of groups GroupNorm gets: the largest divisor of ``features`` up to 32 that leaves four channels each.
+    """Return the number of groups of GroupNorm: the largest divisor of ``features`` up to 32 that leaves four channels each.
 
     32 is the literature's choice from 128 channels on; narrower layers keep at least four channels per group, since a
     group of one channel at one position would be normalised to zero.

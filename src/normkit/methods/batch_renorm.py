@@ -16,7 +16,7 @@ from normkit.moments import statistics_dtype
 
 
 class Correction(NamedTuple):
-    """What ties a batch to the running statistics, per channel.
+    """The correction from statistics of the batch to running statistics, per channel.
 
     Attributes:
         r: Ratio of the standard deviations, clipped.

@@ -25,7 +25,7 @@ FIRST_EPSILON = 1e-4
 
 
 def filter_response(x: Tensor, eps: Tensor | float = 1e-6) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps)``, the mean over the positions of each channel of each sample.
+    """Return ``x / sqrt(mean(x^2) + eps)``, the mean over the positions of each channel of each sample.
 
     Args:
         x: Activations, ``(N, C, ...)``.
@@ -141,7 +141,7 @@ class ThresholdedLinearUnit(Leaf, nn.Module):
         self.threshold = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The larger of ``x`` and its channel's threshold."""
+        """Return the larger of ``x`` and its channel's threshold."""
         return torch.maximum(x, self.threshold.to(x.dtype).view(-1, *(1 for _ in x.shape[2:])))
 
     def extra_repr(self) -> str:

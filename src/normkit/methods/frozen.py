@@ -21,7 +21,7 @@ _logger = logging.getLogger("normkit")
 
 
 class FrozenBatchNorm(Successor, _BatchNorm):
-    """Batch normalization that uses its running statistics in train mode, too, and never changes them.
+    """Batch normalization with its running statistics in train mode, too; they never change.
 
     Arguments and state-dict keys are those of ``torch.nn.BatchNorm2d``. Scale and shift are trained.
     """

@@ -16,7 +16,7 @@ from normkit.moments import Moments, observe, statistics_dtype
 
 
 def lp_statistics(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    r"""Mean and l_p mean ``N_p = (mean |x|^p)^(1/p)`` of the *uncentred* values of every channel.
+    r"""Return mean and l_p mean ``N_p = (mean |x|^p)^(1/p)`` of the *uncentred* values of every channel.
 
     ``N_1`` is the mean magnitude, ``N_2`` the root mean square, ``N_inf`` the largest magnitude.
 

@@ -1,4 +1,4 @@
-"""What a method declares: recipes and conversion targets, as data; and the parts that layers are made of.
+"""Declare methods as data: recipes, conversion targets, and the parts that layers share.
 
 A method's file ends with ``METHOD = Method(recipes=..., targets=...)``; :mod:`normkit.methods.catalog` lists them.
 ``normkit.apply`` carries out recipes, ``normkit.convert`` builds targets.
@@ -39,7 +39,7 @@ _Layer = TypeVar("_Layer", bound="Successor")
 
 
 class Part:
-    """One step of a recipe: what does it, and which settings of it the user may change.
+    """One step of a recipe: the function, and the settings that the user may change.
 
     Args:
         does: The function, or the name of a conversion target.
@@ -51,13 +51,13 @@ class Part:
         self.does, self.options, self.preset = does, options, preset
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The keyword arguments, with those of the user's options that are this part's."""
+        """Return the keyword arguments, with the user's options that belong to this part."""
         return {**self.preset, **{name: given[name] for name in self.options if name in given}}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One method: its name, its source, and how a model is made to use it.
+    """One method: its name, its source, and how to apply it to a model.
 
     Attributes:
         name: The name on the command line.
@@ -134,7 +134,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Method:
-    """Everything that a method's file declares.
+    """All declarations of a method's file.
 
     Attributes:
         recipes: What ``normkit.apply`` can do.
@@ -167,7 +167,7 @@ class Request:
 
 
 def make_optimizer(request: Request, model: nn.Module, *, typed: bool = False) -> Optimizer:
-    """The user's optimizer over all parameters of ``model``.
+    """Build the user's optimizer over all parameters of ``model``.
 
     Args:
         request: What the user asked for.
@@ -201,12 +201,12 @@ def make_optimizer(request: Request, model: nn.Module, *, typed: bool = False) -
 
 
 def adam(request: Request, model: nn.Module) -> Adam:
-    """Adam with the usual betas, for methods that bring it; momentum is its own."""
+    """Build Adam with the usual betas, for methods that bring it; the request's momentum is not used."""
     return Adam(model.parameters(), lr=request.lr, weight_decay=request.weight_decay)
 
 
 class Successor(NormTraits):
-    """A layer that takes the place of a batch normalization; a mixin.
+    """A layer that replaces a batch normalization; a mixin.
 
     Attributes:
         carries: Settings that mean the same as batch normalization's of the same name.
@@ -216,7 +216,7 @@ class Successor(NormTraits):
 
     @classmethod
     def from_batchnorm(cls: type[_Layer], norm: nn.Module, *args: Any, **settings: Any) -> _Layer:
-        """A layer with the parameter objects, the running statistics and the mode of ``norm``.
+        """Build a layer with the parameter objects, the running statistics and the mode of ``norm``.
 
         In eval mode it computes what ``norm`` computes, if it evaluates by running statistics. Without such in ``norm``
         they start at (0, 1).
@@ -249,7 +249,7 @@ class Successor(NormTraits):
 
 
 class WideStatistics(nn.Module):
-    """A layer whose running statistics stay in fp32 or wider whatever ``half()`` makes of the rest; a mixin.
+    """A layer whose running statistics stay in fp32 or wider under ``half()``; a mixin.
 
     Attributes:
         wide: Names of the tensors that stay so.
@@ -267,7 +267,7 @@ class WideStatistics(nn.Module):
 
 
 def share_affine(source: nn.Module, new: nn.Module) -> None:
-    """Let ``new`` hold the ``weight`` and ``bias`` of ``source``, the same objects; None where there is none."""
+    """Give ``new`` the ``weight`` and ``bias`` objects of ``source``; None where there is none."""
     for name in ("weight", "bias"):
         setattr(new, name, source._parameters.get(name))
     if "affine" in vars(new):
@@ -281,7 +281,7 @@ FROM_START = "statistics start at (0, 1) where the replaced layer had none"
 
 
 def spatial_dims(path: str, norm: nn.Module, producer: nn.Module | None, model: nn.Module) -> int:
-    """Dimensions that ``norm`` sees, from itself, the layer before it, or the model's convolutions.
+    """Return the number of spatial dimensions of ``norm``: its own, of the layer before it, or of the model's convolutions.
 
     Raises:
         ValueError: They cannot be told.
@@ -305,7 +305,7 @@ def spatial_dims(path: str, norm: nn.Module, producer: nn.Module | None, model: 
 
 
 def to_batchnorm(source: nn.Module, dims: Dims) -> nn.Module:
-    """``source`` if it is a batch normalization, else one with its parameters and the statistics that it has.
+    """Return ``source`` if it is a batch normalization, else one with its parameters and statistics.
 
     One whose four tensors are buffers, as detectors have it, becomes one with parameters.
     """
@@ -329,7 +329,7 @@ def to_batchnorm(source: nn.Module, dims: Dims) -> nn.Module:
 def layer_target(
     classes: tuple[Any, Any, Any], lost: str = FROM_START, *, fixed: Mapping[str, Any] | None = None, **facts: Any
 ) -> Target:
-    """The target that three layers of this package are, for sequences, images and volumes.
+    """Return the conversion target of three layers of this package, for sequences, images and volumes.
 
     Args:
         classes: The layers, subclasses of :class:`Successor`.

@@ -14,7 +14,7 @@ from normkit.methods.method import Method, Part, Recipe, Successor, layer_target
 
 
 def moment_noise(x: Tensor) -> Tensor:
-    """``s x + m`` with scales and shifts that are drawn anew with every call.
+    """Return ``s x + m`` with scales and shifts that are drawn anew at every call.
 
     Per channel, ``mu ~ U(-0.5, 0.5)`` and ``sigma ~ U(1, 1.25)``; per element, ``m ~ U(mu - 0.1, mu + 0.1)`` and
     ``s ~ N(sigma, 0.1)``.

@@ -30,7 +30,7 @@ from normkit.moments import statistics_dtype
 
 
 def affine_recurrence(factor: Tensor, increment: Tensor, start: Tensor) -> Tensor:
-    """All states of ``state_t = factor_t state_{t-1} + increment_t``, by a parallel scan.
+    """Return all states of ``state_t = factor_t state_{t-1} + increment_t``, by a parallel scan.
 
     Args:
         factor: ``(N, ...)``.
@@ -55,7 +55,7 @@ def affine_recurrence(factor: Tensor, increment: Tensor, start: Tensor) -> Tenso
 
 
 def online_statistics(x: Tensor, mean: Tensor, variance: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """Running mean and variance before the first sample and after each.
+    """Return the running mean and variance before the first sample and after each.
 
     A sample that is not finite changes nothing.
 
@@ -80,7 +80,7 @@ def online_statistics(x: Tensor, mean: Tensor, variance: Tensor, decay: float) -
 def controlled_gradient(
     grad: Tensor, y: Tensor, scale: Tensor, error_y: Tensor, error_1: Tensor, decay: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the samples from that of their normalized values, by the control process.
+    """Return the gradient of the samples from that of their normalized values, by the control process.
 
     Args:
         grad: Gradient of ``y``, ``(N, C, ...)``.
@@ -140,7 +140,7 @@ class _Normalize(torch.autograd.Function):
 
 
 def layer_scaling(y: Tensor, eps: float = 1e-5) -> Tensor:
-    """``y / sqrt(mean(y^2) + eps)``, the mean over all features and positions of a sample.
+    """Return ``y / sqrt(mean(y^2) + eps)``, the mean over all features and positions of a sample.
 
     Args:
         y: ``(N, C, ...)``.

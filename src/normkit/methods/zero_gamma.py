@@ -14,7 +14,7 @@ from normkit.methods.method import Method, Part, Recipe
 
 
 def last_norms(model: nn.Module, flow: Dataflow | None = None) -> list[str]:
-    """Paths of the normalization layers whose output ends a residual branch, see ``branch_ends``.
+    """Return the paths of the normalization layers that end a residual branch, see ``branch_ends``.
 
     Args:
         model: Any module.

@@ -1,4 +1,4 @@
-"""How much of a model a method reaches: what it does to which layers or parameters, what it leaves alone, and why."""
+"""Describe how much of a model a method reaches: which layers or parameters it changes, which it leaves, and why."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from normkit.optim.step_hooks import attachments
 
 @dataclass(frozen=True)
 class Effect:
-    """What one part of a method does.
+    """The effect of one part of a method.
 
     Attributes:
         verb: What it does: "preconditioned".
@@ -38,12 +38,12 @@ class Effect:
 
     @property
     def reach(self) -> str:
-        """How much it reaches, in words."""
+        """Its reach, in words."""
         return f"{len(self.done)} of {len(self.done) + len(self.left)} {self.unit}"
 
     @property
     def share(self) -> str:
-        """The elements that it reaches, in words; empty where elements do not matter."""
+        """Its share of the elements, in words; empty where elements do not matter."""
         return "" if self.elements is None else f"{self.elements[0]:,} of {self.elements[1]:,} values"
 
     def __str__(self) -> str:
@@ -51,17 +51,17 @@ class Effect:
 
 
 def count(tensors: Iterable[Tensor]) -> int:
-    """Number of elements of the tensors; a lazy one has none yet."""
+    """Return the number of elements of the tensors; a lazy one has none yet."""
     return sum(tensor.numel() for tensor in tensors if not is_lazy(tensor))
 
 
 def trained_elements(modules: Iterable[nn.Module]) -> int:
-    """Number of trainable elements that the modules themselves hold, shared ones counted once."""
+    """Return the number of trainable elements that the modules themselves hold, shared ones counted once."""
     return count({p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad})
 
 
 def effects_of(model: nn.Module, optimizer: Optimizer) -> list[Effect]:
-    """What ``optimizer``, and what is attached to it, do to ``model``: what it trains first, then what a method adds.
+    """Return the effects on ``model`` of ``optimizer`` and its attachments: first the training, then a method's.
 
     An optimizer of a method, and the owner of an attachment, say so themselves in a method ``effects(model)``.
     """

@@ -1,4 +1,4 @@
-"""Which weights matter only through their direction.
+"""Find the weights that matter only through their direction.
 
 A filter whose output goes into a normalization of its own channel, and nowhere else, may be scaled by any positive
 number without changing the network's function. Riemannian approach to batch normalization, Minhyung Cho and Jaehyung
@@ -49,7 +49,7 @@ of a normalization leave, far below the ``1 / sqrt(fan-in)`` of a weight that is
 
 @dataclass(frozen=True)
 class Invariance:
-    """What is known about one weight.
+    """The scale invariance of one weight.
 
     Attributes:
         invariant: Whether each of its filters may be scaled without changing the network's function.
@@ -125,7 +125,7 @@ def scale_invariance(
 
 
 def weight_users(model: nn.Module) -> dict[str, list[str]]:
-    """Name of each weight and the paths of the layers that use it."""
+    """Return the name of each weight and the paths of the layers that use it."""
     names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
     users: dict[str, list[str]] = {}
     for path, module in model.named_modules():

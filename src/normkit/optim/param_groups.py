@@ -31,7 +31,7 @@ LR_MARK = "normkit_revision"
 
 
 def own_kinds(module: nn.Module) -> dict[str, Kind]:
-    """The kind of each parameter that ``module`` itself (not its children) declares.
+    """Return the kind of each parameter that ``module`` itself (not its children) declares.
 
     Weights of linear and convolution layers, recurrent layers and attention projections are ``weights``; their biases
     ``biases``; scale and shift of torch's and our normalization layers ``norm-scales`` and ``norm-shifts``. All else is
@@ -64,7 +64,7 @@ def own_kinds(module: nn.Module) -> dict[str, Kind]:
 
 
 def parameter_kinds(model: nn.Module) -> dict[nn.Parameter, tuple[Kind, float]]:
-    """Kind and learning-rate factor of every parameter of the model, each once, in the order of ``model.parameters()``.
+    """Return kind and learning-rate factor of every parameter, each once, in the order of ``model.parameters()``.
 
     A parameter shared between modules takes the most careful of its kinds (see ``KINDS``) and the smallest factor.
     """
@@ -155,7 +155,7 @@ def param_groups(
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
-    """Make sure that ``optimizer`` has to do with ``model``.
+    """Check that ``optimizer`` holds parameters of ``model``.
 
     Raises:
         ValueError: It holds none of the model's parameters.
@@ -168,7 +168,7 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
 
 
 def regroup(optimizer: Optimizer, before: dict[str, nn.Parameter], now: dict[str, nn.Parameter]) -> None:
-    """Let ``optimizer`` hold the parameters that the model has now.
+    """Update ``optimizer`` to hold the model's present parameters.
 
     Parameters that left the model are dropped with their state; state stays with every parameter that lives on. New
     ones that require a gradient go to the group of their layer's other parameters (those that it has or had), else

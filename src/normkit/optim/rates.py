@@ -1,4 +1,4 @@
-"""Notice when one learning rate is set for groups that have different ones."""
+"""Warn when one learning rate is set for groups that have different ones."""
 
 import warnings
 from typing import Any

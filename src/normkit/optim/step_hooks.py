@@ -1,4 +1,4 @@
-"""Work that must happen right before an optimizer's step, in any training loop.
+"""Attach work that happens right before an optimizer's step, in any training loop.
 
 ``optimizer.step()`` and ``optimizer.step(closure)`` are different: with a closure, forward and backward run INSIDE the step,
 after its pre-hooks. :func:`attach_to_step` serves both. What accumulates between steps follows the gradients: it is dropped
@@ -33,14 +33,14 @@ def effective_lr(optimizer: Optimizer, group: dict[str, Any]) -> Any:
 
 
 class Stateful(Protocol):
-    """Anything with a state that travels in an optimizer's."""
+    """An object whose state is saved in the optimizer's state_dict."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state."""
         ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Take a state."""
+        """Load a state."""
         ...
 
 
@@ -48,7 +48,7 @@ Callback = Callable[[Optimizer], None]
 
 
 class StepHandle:
-    """An attachment to an optimizer; ``remove()`` takes it off.
+    """An attachment to an optimizer; ``remove()`` detaches it.
 
     It is copied and pickled together with its optimizer, so that a model and an optimizer that are copied together train on
     alike. The callbacks must therefore be methods of objects that can be copied.
@@ -72,7 +72,7 @@ class StepHandle:
         self._install()
 
     def remove(self) -> None:
-        """Take the hooks off; a second call does nothing."""
+        """Remove the hooks; a second call does nothing."""
         if not self.attached:
             return
         self.attached = False
@@ -184,7 +184,7 @@ def _with_handles(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def can_hook(optimizer: object) -> bool:
-    """Whether an optimizer has the hooks of a torch optimizer; some wrappers do not call its constructor."""
+    """Return whether an optimizer has the hooks of a torch optimizer; some wrappers do not call its constructor."""
     return isinstance(optimizer, Optimizer) and all(name in vars(optimizer) for name in _HOOKS)
 
 

@@ -13,7 +13,7 @@ from normkit.optim.invariance import Invariance, weight_users
 
 
 def local(x: Tensor) -> Tensor:
-    """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
+    """Return this rank's part of a DTensor, sharing its memory; any other tensor as it is."""
     return x.to_local() if hasattr(x, "to_local") else x  # pyright: ignore[reportAttributeAccessIssue]
 
 

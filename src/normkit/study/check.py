@@ -77,7 +77,7 @@ def check(config: StudyConfig, task: Task | None = None) -> Task:
 
 
 def build(task: Task, device: str) -> nn.Module:
-    """A fresh model of the task on a device.
+    """Build a fresh model of the task on a device.
 
     Raises:
         StudyError: It cannot be built.
@@ -101,7 +101,7 @@ def build(task: Task, device: str) -> nn.Module:
 
 
 def check_fresh(task: Task, model: nn.Module, device: str) -> None:
-    """Check that a second model has weights of its own, and with the same seed the same ones.
+    """Check that a second model has its own weights, equal to the first's under the same seed.
 
     Args:
         task: The task.

@@ -22,7 +22,7 @@ RESIDENT_SHARE = 0.25  # of a GPU's free memory that data may take, to be there 
 
 @dataclass(frozen=True)
 class NamedClassification(Classification):
-    """The task of a data set and a model that are given by name.
+    """A task from a data set and a model that are given by name.
 
     Attributes:
         model_name: Name of the model.
@@ -69,7 +69,7 @@ class NamedClassification(Classification):
 def classification(
     data: Data, model: str, *, augmentation: Augmentation | None = None, label_smoothing: float = 0.0
 ) -> NamedClassification:
-    """The task of a data set and a model that are given by name.
+    """A task from a data set and a model that are given by name.
 
     Args:
         data: The data.

@@ -34,14 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 def assist(config: StudyConfig, out: Path | None = None) -> None:
-    """Do the part of the ranks other than 0 in ``compare`` under ``torchrun``: train, and report nothing."""
+    """Train on the ranks other than 0 under ``torchrun``; rank 0 reports."""
     task = load(config)
     config = config.judged_by(task.higher_is_better)
     follow(config, task, (out or Path("runs") / study_name(config)) / CHECKPOINTS)
 
 
 def preview(config: StudyConfig, out: Path | None = None, *, workers: int = 0) -> str:
-    """Say what ``compare`` would run, how many trials, about how long and where to; nothing is written.
+    """Return what ``compare`` would run, how many trials, about how long and where to; nothing is written.
 
     Args:
         config: What to compare.
@@ -179,7 +179,7 @@ def _described(method: str) -> dict[str, str]:
 
 
 def facts(task: Task) -> dict[str, Any]:
-    """What a report needs to know of a task, as plain data."""
+    """Return what a report needs of a task, as plain data."""
     found = {"data": task.name, "model": task.model_summary, "data_summary": task.summary}
     return found | {"metric": asdict(task.measure), "chance": task.chance, "chance_loss": task.chance_loss}
 
@@ -205,10 +205,10 @@ def check_workers(count: int) -> None:
 
 
 def default_workers(config: StudyConfig) -> int:
-    """Trials that run side by side where the user does not say: one per core, one on a GPU."""
+    """Return the default number of trials side by side: one per core, one on a GPU."""
     return 1 if config.device.startswith("cuda") else available_cores()
 
 
 def available_cores() -> int:
-    """Cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

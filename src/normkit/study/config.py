@@ -111,7 +111,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Loading:
-    """How the data are read.
+    """How data are read.
 
     Attributes:
         train_split: Split that trains, or several joined by +: train+extra of SVHN.
@@ -211,7 +211,7 @@ class StudyConfig(Training, Loading, Selection, Comparison):
     higher_is_better: bool = True
 
     def judged_by(self, higher_is_better: bool) -> "StudyConfig":
-        """The same study with its direction, which the task says.
+        """Return the study with the task's direction of the score.
 
         Args:
             higher_is_better: Whether a higher score is a better one.
@@ -276,7 +276,7 @@ class StudyConfig(Training, Loading, Selection, Comparison):
             raise StudyError(f"--margin {self.margin}: give a positive number, or leave it out")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain, JSON-ready data (tuples become lists)."""
+        """Return plain, JSON-ready data (tuples become lists)."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
@@ -327,7 +327,7 @@ class LandscapeConfig:
 
 @dataclass(frozen=True)
 class HowBNHelps:
-    """Which experiment of "How does batch normalization help optimization?", and how much of it.
+    """The experiment of "How does batch normalization help optimization?", and its size.
 
     Attributes:
         model: vgg on CIFAR-10, or dln, the deep linear network.

@@ -1,4 +1,4 @@
-"""Files that a reader never sees half written."""
+"""Write files that a reader never sees half written."""
 
 import contextlib
 import os
@@ -34,7 +34,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Generator[None, None, None]:
-    """Make a folder for the block; where the block raises, what was made and is still empty goes again.
+    """Make a folder for the block; where the block raises, remove what was made and is still empty.
 
     Args:
         path: The folder; its parents are made too.

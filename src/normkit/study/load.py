@@ -17,7 +17,7 @@ from normkit.study.task import Task
 
 
 def load(config: StudyConfig) -> Task:
-    """The task of a study, with a validation split.
+    """Return the task of a study, with a validation split.
 
     Raises:
         DataError: The data cannot be used.
@@ -29,7 +29,7 @@ def load(config: StudyConfig) -> Task:
 
 
 def load_unsplit(config: LandscapeConfig | DoctorConfig) -> Task:
-    """The task as it is, for what needs no validation split.
+    """Return the task without splitting off a validation split.
 
     Raises:
         StudyError: It cannot be used.
@@ -43,7 +43,7 @@ def load_unsplit(config: LandscapeConfig | DoctorConfig) -> Task:
 
 
 def with_validation(task: Task, config: StudyConfig) -> Task:
-    """The task with the validation split that the study asks for.
+    """Return the task with the validation split of the study.
 
     Raises:
         StudyError: It leaves no sample to train or to validate on.
@@ -58,7 +58,7 @@ _importing: ContextVar[bool] = ContextVar("importing", default=False)  # whether
 
 
 def load_task(spec: str) -> Task:
-    """The task that ``FILE.py:name`` or ``package.module:name`` names: a ``Task``, or a function that returns one.
+    """Return the task at ``FILE.py:name`` or ``package.module:name``: a ``Task``, or a function that returns one.
 
     Raises:
         StudyError: There is none.
@@ -84,7 +84,7 @@ def being_imported() -> bool:
 
 
 def as_task(value: Task | Callable[[], Any] | Any, where: str) -> Task:
-    """The task itself, or the one that a function returns.
+    """Return the task itself, or the one that a function returns.
 
     Args:
         value: A task, or a function that returns one.
@@ -104,7 +104,7 @@ def as_task(value: Task | Callable[[], Any] | Any, where: str) -> Task:
 
 
 def import_path(value: Any) -> str | None:
-    """Where other processes find a task, or a function that makes it: ``FILE.py:name`` or ``package.module:name``.
+    """Return the import path of a task, or of a function that makes it: ``FILE.py:name`` or ``package.module:name``.
 
     Args:
         value: The task or the function.

@@ -9,7 +9,7 @@ from normkit.study.errors import StudyError
 
 
 def parse_method(method: str) -> tuple[str, dict[str, Any]]:
-    """The recipe's name, and its options as ``normkit.apply`` takes them.
+    """Return the recipe's name, and its options as ``normkit.apply`` takes them.
 
     Examples:
         >>> parse_method("revisited:scale=0.2"), parse_method("batchless-adam:scale=inv"), parse_method("batch")

@@ -23,7 +23,7 @@ class TrialKey:
 
 @dataclass(frozen=True)
 class Metric:
-    """What a score is called, how it is shown and which way is better.
+    """The name, the unit and the direction of a score.
 
     Attributes:
         name: Its name.
@@ -106,7 +106,7 @@ class TrialResult:
     curve: tuple[CurvePoint, ...] = ()
 
     def to_dict(self, column: str = "score") -> dict[str, Any]:
-        """Plain, JSON-ready data.
+        """Return plain, JSON-ready data.
 
         Args:
             column: What scores are called in the keys, see ``Metric.column``.
@@ -156,7 +156,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """Everything a report is made from.
+    """All data of a report.
 
     Attributes:
         config: The configuration of the study, JSON-ready; has at least ``data``, ``model``, ``methods`` (list), ``batch_sizes``
@@ -189,7 +189,7 @@ class StudyRecord:
         return Metric(**self.config.get("metric", {}))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain, JSON-ready data."""
+        """Return plain, JSON-ready data."""
         return {**asdict(self), "trials": [trial.to_dict(self.metric.column) for trial in self.trials]}
 
     @classmethod

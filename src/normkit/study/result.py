@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """What a study found.
+    """The result of a study.
 
     Attributes:
         record: Everything the report is made from.
@@ -52,7 +52,7 @@ class Result:
         return reach_verdict(self.record, summarize(self.record))
 
     def table(self) -> "DataFrame":
-        """One row per method and batch size: test score, its difference to the reference, cost."""
+        """Return a table with one row per method and batch size: test score, difference to the reference, cost."""
         from pandas import DataFrame
 
         costs = {(cost.method, cost.batch_size): cost for cost in self.record.costs}

@@ -28,7 +28,7 @@ Collate = Callable[[list[Any]], Batch]
 
 @dataclass(frozen=True)
 class Task:
-    """What a study is about: it trains ``model`` on ``train`` with ``loss``, and compares methods by ``score``.
+    """The subject of a study: ``model`` is trained on ``train`` with ``loss``, and methods are compared by ``score``.
 
     Attributes:
         name: What a report calls it.
@@ -93,7 +93,7 @@ class Task:
         label_smoothing: float = 0.0,
         collate: Collate | None = None,
     ) -> "Task":
-        """The task of telling classes apart: cross-entropy, and accuracy in percent.
+        """Make a classification task: cross-entropy, and accuracy in percent.
 
         Args:
             name: What a report calls it.
@@ -131,7 +131,7 @@ class Task:
         unit: str = "",
         collate: Collate | None = None,
     ) -> "Task":
-        """The task of predicting numbers: mean squared error, and its root over a split (RMSE, lower is better).
+        """Make a regression task: mean squared error, and its root over a split (RMSE, lower is better).
 
         Args:
             name: What a report calls it.
@@ -326,7 +326,7 @@ class Classification(Task):
 
 
 def as_number(value: Any) -> float:
-    """A score as a number.
+    """Return a score as a number.
 
     Raises:
         StudyError: It is none, or several.
@@ -340,7 +340,7 @@ def as_number(value: Any) -> float:
 
 
 def length(dataset: Any) -> int:
-    """Number of samples of a map-style dataset; torch's ``Dataset`` does not declare it."""
+    """Return the number of samples of a map-style dataset; torch's ``Dataset`` does not declare it."""
     return len(dataset)
 
 

@@ -1,4 +1,4 @@
-"""Say what the normalization layers of a model are and where they come from."""
+"""Describe the normalization layers of a model and where they come from."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from normkit.surgery.conversion_state import origin_of
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """One normalization layer, or what stands in for one.
+    """One normalization layer, or its replacement.
 
     Attributes:
         path: Its path in the model.

@@ -1,4 +1,4 @@
-"""Statistics of the whole data for the weights as they are now."""
+"""Recompute running statistics over the data, for the present weights."""
 
 from collections.abc import Iterable
 from typing import Any, TypeAlias

@@ -36,7 +36,7 @@ class Affine:
 
 
 def affine_of(norm: nn.Module) -> Affine | str:
-    """The affine map that ``norm`` is in eval mode, or why it is none.
+    """Return the affine map that ``norm`` computes in eval mode, or why it is none.
 
     It is read off the layer's tensors and confirmed by a probe, since a subclass may compute something else.
     """
@@ -82,7 +82,7 @@ def _confirmed(layer: nn.Module, affine: Affine) -> bool:
 
 @torch.no_grad()
 def fold_behind(layer: Producer, affine: Affine) -> nn.Module | str:
-    """Let ``layer`` compute ``affine(layer(x))``.
+    """Change ``layer`` to compute ``affine(layer(x))``.
 
     Returns:
         What stands for the map, or why it cannot be; then the layer is unchanged.
@@ -106,7 +106,7 @@ def fold_behind(layer: Producer, affine: Affine) -> nn.Module | str:
 
 @torch.no_grad()
 def fold_before(layer: Producer, affine: Affine) -> nn.Module | str:
-    """Let ``layer`` compute ``layer(affine(x))``.
+    """Change ``layer`` to compute ``layer(affine(x))``.
 
     Zero padding puts zeros behind the map: where ``affine.zero`` says what becomes zero, padding with that before the
     map is the same, and the layer pads no more.

@@ -1,4 +1,4 @@
-"""What a converted layer remembers, and what it can give back: tensors on revert, and the loading of state dicts."""
+"""Keep the origin of converted layers, for revert and for loading state dicts of the original."""
 
 import copy
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ _HOOKS = (
 
 @dataclass
 class Origin:
-    """What stood where a converted layer stands now.
+    """The layer that a converted layer replaced.
 
     Attributes:
         module: The replaced layer.
@@ -50,12 +50,12 @@ class Origin:
 
 
 def origin_of(module: nn.Module) -> Origin | None:
-    """What ``module`` was converted from, or None."""
+    """Return the layer that ``module`` was converted from, or None."""
     return vars(module).get("normkit_origin")
 
 
 def transfer_hooks(source: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` what ``source`` has beside its function: hooks, training flag, marks."""
+    """Copy hooks, training flag and marks of ``source`` to ``new``."""
     tag(new, revision_of(source))
     for name in _HOOKS:
         vars(new)[name] = vars(source)[name]
@@ -76,12 +76,12 @@ def _apply_children(layer: nn.Module, args: Any, output: Any) -> Any:
 
 
 def reference(layer: nn.Module, model: nn.Module) -> Tensor | None:
-    """A parameter that tells where ``layer`` is and of which dtype: its own, or else one of the model."""
+    """Return a parameter with the device and dtype of ``layer``: its own, else one of the model."""
     return next((p for p in (*layer.parameters(recurse=False), *model.parameters()) if p.is_floating_point()), None)
 
 
 def restored(layer: nn.Module, origin: Origin, like: Tensor | None) -> nn.Module:
-    """A copy of the layer that ``layer`` replaced, holding the tensors it would have now.
+    """Return a copy of the layer that ``layer`` replaced, with the tensors it would have now.
 
     Args:
         layer: The layer.
@@ -147,7 +147,7 @@ def load_other_form(layer: nn.Module, state: dict[str, Any], prefix: str, *_: An
 
 @attachment
 def default_bias(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A state dict from before a normalization was removed has no bias for the layer before it: it is 0."""
+    """Add a bias of 0 where a state dict predates the removal of a normalization and has none."""
     weight: Tensor | None = state.get(prefix + "weight")
     if weight is not None and isinstance(layer.bias, Tensor):  # which may be on the meta device; the state is not
         state.setdefault(prefix + "bias", weight.new_zeros(layer.bias.shape))

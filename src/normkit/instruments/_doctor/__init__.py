@@ -1,1 +1,1 @@
-"""What is wrong with the normalization of a model: checks, the examination that feeds them, the diagnosis."""
+"""Find what is wrong with the normalization of a model: examination, checks, diagnosis."""

@@ -1,4 +1,4 @@
-"""The diseases the doctor knows: each a pure function from what was seen to a finding, or None."""
+"""The checks of the doctor: each a pure function from the examination to a finding, or None."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ MANY = 0.25  # share of a layer's channels
 
 @dataclass(frozen=True)
 class Finding:
-    """One disease.
+    """One finding.
 
     Attributes:
         disease: Its name.
@@ -136,7 +136,7 @@ def never_updated(seen: Examination) -> Finding | None:
 
 
 def disagreement(seen: Examination) -> Finding | None:
-    """Train and eval mode that compute different things, and the first layer that causes it."""
+    """Train and eval mode that compute different functions, and the first layer that causes it."""
     if not seen.discrepancies or any(not f.trained or f.poisoned for f in seen.norms.values()):
         return None  # without running statistics of its own eval mode means nothing yet
     count = len(seen.discrepancies)
@@ -170,7 +170,7 @@ def disagreement(seen: Examination) -> Finding | None:
 
 
 def dead_channels(seen: Examination) -> Finding | None:
-    """Channels that are shut for every batch."""
+    """Channels that are zero behind their ReLU for every batch."""
     return _sick(
         "dead channels",
         _many(seen, "dead", "are 0 behind the ReLU for every example"),
@@ -236,7 +236,7 @@ def recomputed(seen: Examination) -> Finding | None:
 
 
 def accumulation(seen: Examination) -> Finding | None:
-    """Gradient accumulation, which batch statistics do not see."""
+    """Gradient accumulation, which statistics of a micro-batch ignore."""
     if seen.accumulate == 1:
         return None
     layers = {
@@ -251,7 +251,7 @@ def accumulation(seen: Examination) -> Finding | None:
 
 
 def unsynchronised(seen: Examination) -> Finding | None:
-    """Ranks that keep their statistics to themselves."""
+    """Ranks that do not share their statistics."""
     if seen.ranks == 1:
         return None
     layers = {

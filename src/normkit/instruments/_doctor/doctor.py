@@ -1,4 +1,4 @@
-"""Names the sick layers of a model in plain words, with the evidence and the remedy."""
+"""Name the faulty layers of a model in plain words, with evidence and remedy."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing is sick; advice does not count."""
+        """Whether there is no fault; advice does not count."""
         return not any(finding.severity == "sick" for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain, JSON-ready data."""
+        """Return plain, JSON-ready data."""
         return {"healthy": self.healthy, **plain(self)}
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What the doctor looks at before it says anything: one pass over some batches, plain facts only."""
+"""Collect the facts for the doctor in one pass over some batches."""
 
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -35,7 +35,7 @@ MOST_BATCHES = 8
 
 @dataclass
 class NormFacts:
-    """What was seen of one normalization layer.
+    """The facts about one normalization layer.
 
     Attributes:
         kind: Name of its type.
@@ -64,7 +64,7 @@ class NormFacts:
 
 @dataclass
 class Examination:
-    """All that was seen.
+    """All facts about a model.
 
     Attributes:
         norms: Path -> facts of every normalization layer, in the order of the model.
@@ -95,7 +95,7 @@ def examine(
     optimizer: Optimizer | None,
     accumulate: int,
 ) -> Examination:
-    """Look at the model on at most ``MOST_BATCHES`` batches, and leave it as it was.
+    """Examine the model on at most ``MOST_BATCHES`` batches, and leave it as it was.
 
     Raises:
         ValueError: There is no batch.
@@ -219,7 +219,7 @@ def _decayed(model: nn.Module, optimizer: Optimizer | None) -> dict[str, float]:
 
 
 def effective_rows(batches: list[Statistics]) -> float | None:
-    """Independent values per channel, judged by how much the batch means wander: ``var / var(means)``, median over channels.
+    """Return the independent values per channel, estimated by ``var / var(batch means)``; the median over channels.
 
     Neighbouring pixels are alike, so it is often far less than the number of values. Needs four batches.
 

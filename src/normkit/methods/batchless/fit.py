@@ -1,4 +1,4 @@
-"""What batchless layers learn from one step.
+"""Fit batchless layers to the rows of one step.
 
 Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729: the natural gradient in closed form, for all layers in the
 same few operations (a layer has a few dozen numbers to move: launched one layer at a time, that would take longer than a
@@ -20,7 +20,7 @@ RATE, INSTANCES = 0.07, 6.0  # mu and sigma are running means of weight 0.07 fro
 
 
 class Fit:
-    """How the rows of a step lie in the layers' Gaussians, per feature of all layers together.
+    """The fit of the layers' Gaussians to the rows of a step, per feature of all layers together.
 
     Rows with anything that is not finite in them, in any of the layers, count for nothing.
 
@@ -76,7 +76,7 @@ class Fit:
 
 
 class LikelihoodParameters:
-    """What the model's optimizer trains of a layer with the plain gradient: mu, and log sigma, sigma or 1 / sigma.
+    """The parameters of a layer that the optimizer trains with the plain gradient: mu, and log sigma, sigma or 1 / sigma.
 
     Args:
         layer: The layer.
@@ -87,7 +87,7 @@ class LikelihoodParameters:
         self.rho = nn.Parameter(layer.sigma, requires_grad=False)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The mean, and rho."""
+        """Return the mean, and rho."""
         return [self.layer.running_mean, self.rho]
 
     def before(self, moments: Moments) -> None:
@@ -104,7 +104,7 @@ class LikelihoodParameters:
 
     @torch.no_grad()
     def after(self) -> None:
-        """Take over what the optimizer made of rho; sigma stays at sqrt(eps) or above."""
+        """Set sigma from the trained rho; it stays at sqrt(eps) or above."""
         sigma = {"log": self.rho.exp(), "abs": self.rho, "inv": 1 / self.rho.abs().clamp(min=SMALLEST_INVERSE)}[
             self.layer.scale
         ]

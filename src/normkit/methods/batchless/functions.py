@@ -59,7 +59,7 @@ def gaussian_nll_gradients(
 
 
 def moments_about(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Moments:
-    """Moments of the rows of ``x``, channels in dimension 1; [`normkit.moments.observe`][] at the price of less.
+    """Return the moments of the rows of ``x``, channels in dimension 1, faster than [`normkit.moments.observe`][].
 
     What is not finite stays so. Sums of ``n = (x - mu) / sigma`` and ``n^2`` cancel no digits as long as mu and sigma
     roughly fit, ``E x = mu + sigma E n`` and ``var x = sigma^2 (E n^2 - (E n)^2)``. Both sums are what the backward pass
@@ -93,7 +93,7 @@ def moments_about(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Mome
 def affine_map(
     x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """``(x - mu) / sqrt(variance + eps) * gamma + beta``, channels in dimension 1; saves ``x`` only if gamma is there.
+    """Return ``(x - mu) / sqrt(variance + eps) * gamma + beta``, channels in dimension 1; only gamma makes it save ``x``.
 
     Args:
         x: ``(N, C, ...)``.
@@ -144,5 +144,5 @@ def one_pass(
 
 
 def per_feature(values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """One value for each layer, ``()``, as one for each feature of all layers, ``(sum(sizes),)``."""
+    """Expand one value for each layer, ``()``, to one for each feature of all layers, ``(sum(sizes),)``."""
     return torch.cat([value.expand(size) for value, size in zip(values, sizes, strict=True)])

@@ -110,7 +110,7 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
 
     @property
     def affine(self) -> bool:
-        """Whether gamma and beta are there."""
+        """Whether the layer has gamma and beta."""
         return self.weight is not None
 
     @property
@@ -135,7 +135,7 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
 
     @torch.no_grad()
     def regauge(self, mean: Tensor, variance: Tensor) -> None:
-        """Set mu and sigma, and change gamma and beta so that the layer computes what it did.
+        """Set mu and sigma, and change gamma and beta so that the layer computes the same function.
 
         ``beta += gamma (mu' - mu) / sigma``, then ``gamma *= sigma' / sigma``.
 
@@ -206,15 +206,15 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
 
     @property
     def is_collected(self) -> bool:
-        """Whether an optimizer fits mu and sigma to what this very layer counts (a layer copied alone has none)."""
+        """Whether an optimizer fits mu and sigma to the rows that this layer counts (a layer copied alone has none)."""
         return self.counter.collector.collects
 
     def set_collector(self, collector: Collector | None) -> None:
-        """Count anew, for ``collector`` or for nobody."""
+        """Restart counting, for ``collector`` or for none."""
         self.counter = RowCounter(collector or self._no_collector())
 
     def take(self) -> tuple[Moments, Tensor]:
-        """Return the moments of the rows since the last call, if need be of none, and the number of instances, ``()``."""
+        """Return the moments of the rows since the last call, possibly none, and the number of samples, ``()``."""
         like, counted = self.running_mean.detach(), self.counter.take()
         start = empty(self.num_features, dtype=like.dtype, device=like.device)
         rows = functools.reduce(merge, [moments for moments, _ in counted]) if counted else start
@@ -273,5 +273,5 @@ class BatchlessNorm3d(BatchlessNorm):
 
 
 def batchless_layers(model: nn.Module) -> list[BatchlessNorm]:
-    """All batchless layers of ``model``, each once."""
+    """Return all batchless layers of ``model``, each once."""
     return [module for module in model.modules() if isinstance(module, BatchlessNorm)]

@@ -176,7 +176,7 @@ class _Fitter:
 
 @torch.no_grad()
 def collect(layers: list[BatchlessNorm], feeding: Sequence[FeedingLayer] = ()) -> list[Fit]:
-    """Take what every layer counted, over all ranks; write the mismatch, project the weights' gradients.
+    """Collect the rows of every layer over all ranks, write the mismatch and project the weights' gradients.
 
     Args:
         layers: The layers, in the same order on every rank.
@@ -207,7 +207,7 @@ def collect(layers: list[BatchlessNorm], feeding: Sequence[FeedingLayer] = ()) -
 
 @torch.no_grad()
 def clip_by_trust_ratio(optimizer: Optimizer, fits: list[Fit], feeding: Sequence[FeedingLayer] = ()) -> None:
-    """Multiply all gradients by ``1 / max(1, m2 / 1.5, c)``: a step counts for less where the next ones could not follow it.
+    """Multiply all gradients by ``1 / max(1, m2 / 1.5, c)``: a step is shorter where mu and sigma could not follow it.
 
     - m2 = E n^2 of the projected layer that is fitted worst. Batch normalization divides an inflated activation by its own
       standard deviation in the same step; here it passes on, grows from layer to layer and inflates the gradients, until

@@ -1,4 +1,4 @@
-"""The gradient of the weights in front of a batchless layer, without what the normalization undoes.
+"""Project the gradient of the weights in front of a batchless layer: remove what the normalization undoes.
 
 Our own addition to Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729; see docs/batchless.md.
 
@@ -108,7 +108,7 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
         self._along: Tensor | None = None
 
     def discard(self) -> None:
-        """Forget the rows and the gradients since the last step."""
+        """Discard the rows and the gradients since the last step."""
         super().discard()
         self._from_output = self._elsewhere = self._along = None
 
@@ -216,7 +216,7 @@ def project_weights(producers: Sequence[FeedingLayer], sums: Sequence[tuple[Tens
 
 
 def feeding_layers(model: nn.Module, collector: Collector) -> list[FeedingLayer]:
-    """One for each projected layer of ``model`` that a linear or convolution layer alone feeds.
+    """Return one ``FeedingLayer`` for each projected layer of ``model`` that only one linear or convolution layer feeds.
 
     The weight must be a parameter of that layer alone, which multiplies its input by it and by nothing else: what another
     layer, or the model, does with it may depend on its scale, and what it is computed from has gradients of its own.

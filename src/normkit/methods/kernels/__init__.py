@@ -1,1 +1,1 @@
-"""Triton kernels that several methods use, and what decides where kernels run."""
+"""Triton kernels that several methods use, and the choice where kernels run."""

@@ -1,4 +1,4 @@
-"""Where Triton kernels take the place of readable code, and how a kernel walks over the rows of a tensor.
+"""Choose where Triton kernels replace the readable code, and how a kernel walks over the rows of a tensor.
 
 Kernels run on CUDA devices. The environment variable ``NORMKIT_TRITON`` is the one switch: ``0`` turns them off, ``1`` uses them
 on a CPU too, where ``TRITON_INTERPRET=1`` lets Triton's interpreter run them.
@@ -20,12 +20,12 @@ _PROGRAMS = 1024  # enough to fill a GPU; each leaves one partial sum per featur
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is installed."""
+    """Return whether Triton is installed."""
     return find_spec("triton") is not None
 
 
 def use_triton(*tensors: Tensor) -> bool:
-    """Whether kernels work on these tensors: by device, unless ``NORMKIT_TRITON`` says otherwise.
+    """Return whether kernels run on these tensors: by device, unless ``NORMKIT_TRITON`` says otherwise.
 
     ``torch.compile`` fuses the readable code itself, and function transforms cannot see into a kernel.
     """
@@ -68,7 +68,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(x: Tensor, feature_dim: int) -> Rows | None:
-    """How a kernel finds the rows of ``x``; None if ``x`` is empty, not dense, or of a type that kernels do not take.
+    """Return the layout of ``x`` as rows; None if ``x`` is empty, not dense, or of a type that kernels do not take.
 
     Examples:
         >>> rows_of(torch.zeros(2, 3, 4, 4), 1)

@@ -113,7 +113,7 @@ class InputNorm(WideStatistics, NormTraits, nn.Module):
 
 
 def with_input_norm(model: nn.Module, batches: Iterable[Any] | None = None) -> nn.Module:
-    """The model behind an [`normkit.InputNorm`][] on its device: a Sequential of ``input_norm`` and ``model``.
+    """Put an [`normkit.InputNorm`][] in front of the model, on its device: a Sequential of ``input_norm`` and ``model``.
 
     Args:
         model: Any module that takes one floating-point tensor.

@@ -29,7 +29,7 @@ Arm: TypeAlias = Literal["paper", "logit_scale", "shift_lr", "both", "scale_lr"]
 
 @dataclass(frozen=True)
 class Revision:
-    """What is done to every batch normalization of a model.
+    """The changes to every batch normalization of a model.
 
     Attributes:
         arm: Which arm this is.
@@ -58,7 +58,7 @@ class Revision:
 
 
 def revision(arm: Arm, scale: float, scale_lr_divisor: float) -> Revision:
-    """The revision of an arm, with ``s = scale`` and ``c = scale_lr_divisor``.
+    """Return the revision of an arm, with ``s = scale`` and ``c = scale_lr_divisor``.
 
     ``paper``: gamma_0 = s, gamma's rate / c. ``logit_scale``: features times s. ``shift_lr``: beta's rate / s^2.
     ``both``: these two, and gamma's rate / (c s^2), which together are the paper's network (at s = 0.1, c = 100 gamma
@@ -91,13 +91,13 @@ class FeatureScale:
 
 
 def tag(module: nn.Module, change: Revision | None) -> None:
-    """Note on a normalization layer what was done to it; survives ``deepcopy`` and pickling."""
+    """Record on a normalization layer how it was revised; the record survives ``deepcopy`` and pickling."""
     if change is not None:
         setattr(module, LR_MARK, change)
 
 
 def revision_of(model: nn.Module) -> Revision | None:
-    """What [`normkit.revisit`][] did to a model (or to one normalization layer), or None."""
+    """Return the revision that [`normkit.revisit`][] applied to a model or a normalization layer, or None."""
     return next((m for module in model.modules() if (m := vars(module).get(LR_MARK)) is not None), None)
 
 

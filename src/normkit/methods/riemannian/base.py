@@ -1,4 +1,4 @@
-"""What SGD-G and Adam-G (arXiv 1709.09603) share: groups of weights on the unit sphere beside ordinary groups."""
+"""The base of SGD-G and Adam-G (arXiv 1709.09603): groups of weights on the unit sphere beside ordinary groups."""
 
 # pyright: reportPrivateImportUsage=false
 # (torch's optimizers are written with the same _foreach functions)
@@ -88,7 +88,7 @@ class SphereOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step for all groups.
+        """Take one step for all groups.
 
         Args:
             closure: Evaluates the model again and gives the loss.
@@ -142,7 +142,7 @@ class SphereOptimizer(Optimizer):
         return None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; what is float32 beside a half-precision weight stays so.
+        """Load a state; float32 state beside half-precision weights stays float32.
 
         Args:
             state_dict: What ``state_dict`` gave.
@@ -256,7 +256,7 @@ class SphereOptimizer(Optimizer):
 
 
 def check_group(group: dict[str, Any], where: str) -> None:
-    """Say what is wrong with a group before anything is changed.
+    """Check a group before anything is changed.
 
     Args:
         group: The group, defaults filled in.

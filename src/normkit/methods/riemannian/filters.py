@@ -18,7 +18,7 @@ from normkit.optim.unit_filters import local
 
 @dataclass(slots=True)
 class Filters:
-    """One weight on the sphere, with what moves it.
+    """One weight on the sphere, with its gradient and state.
 
     Attributes:
         y: The weight, shape ``(C_out, ...)``, dimensions in the order of memory; shares memory with the parameter.
@@ -46,7 +46,7 @@ class Filters:
 
 
 def memory_order(x: Tensor) -> tuple[int, ...] | None:
-    """Dimensions of ``x`` by falling stride, the first kept first, or None where they are in that order already.
+    """Return the dimensions of ``x`` by falling stride, the first kept first, or None where they are in that order already.
 
     Examples:
         >>> x = torch.zeros(8, 3, 5, 5)
@@ -57,13 +57,13 @@ def memory_order(x: Tensor) -> tuple[int, ...] | None:
 
 
 def arranged(x: Tensor, order: tuple[int, ...] | None) -> Tensor:
-    """This rank's part of ``x`` with its dimensions in the given order."""
+    """Return this rank's part of ``x`` with its dimensions in the given order."""
     x = local(x)
     return x if order is None else x.permute(order)
 
 
 def rows(x: Tensor) -> Tensor:
-    """``(C_out, ...)`` as ``(C_out, fan-in)``."""
+    """View ``(C_out, ...)`` as ``(C_out, fan-in)``."""
     return x.flatten(1)
 
 
@@ -104,5 +104,5 @@ def orthogonality_gradient(y: Tensor, alpha: float, others: Tensor | None = None
 
 
 def wide(x: Tensor) -> Tensor:
-    """Half precision as float32."""
+    """Return half precision as float32, other dtypes unchanged."""
     return x.to(statistics_dtype(x.dtype))

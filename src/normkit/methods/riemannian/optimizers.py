@@ -246,7 +246,7 @@ def on_sphere(
     rule: Rule = "exact",
     **options: Any,
 ) -> Optimizer:
-    """The optimizer over typed groups: the request's rate is the manifold's, the other weights' a proportion of it.
+    """Build the optimizer over typed groups: the request's rate on the sphere, a proportion of it elsewhere.
 
     Args:
         request: What the user asked for.

@@ -32,17 +32,17 @@ def _widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
-    """Inner product of rows, the last dimension kept: shape ``(..., 1)``."""
+    """Return the inner product of rows, the last dimension kept: shape ``(..., 1)``."""
     return (x * y).sum(-1, keepdim=True)
 
 
 def norm(x: Tensor) -> Tensor:
-    """Euclidean length of rows, the last dimension kept: shape ``(..., 1)``."""
+    """Return the Euclidean length of rows, the last dimension kept: shape ``(..., 1)``."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
 def sinc(t: Tensor) -> Tensor:
-    """``sin(t) / t``, 1 at zero."""
+    """Return ``sin(t) / t``, 1 at zero."""
     return torch.sinc(t / math.pi)
 
 

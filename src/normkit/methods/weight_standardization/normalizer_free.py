@@ -62,7 +62,7 @@ _KEEPING = {
 
 @torch.no_grad()
 def activation_gain(function: Callable[[Tensor], Tensor]) -> float:
-    """``1 / sqrt(Var f(x))`` for ``x ~ N(0, 1)``, by quadrature.
+    """Return ``1 / sqrt(Var f(x))`` for ``x ~ N(0, 1)``, by quadrature.
 
     Args:
         function: An activation that works elementwise.
@@ -82,7 +82,7 @@ def activation_gain(function: Callable[[Tensor], Tensor]) -> float:
 
 
 def input_gain(model: nn.Module, path: str, flow: Dataflow) -> float:
-    """The gain of the activation whose output a layer takes; 1 where it takes something else, or that is unknown.
+    """Return the gain of the activation in front of a layer; 1 where there is none, or it is unknown.
 
     Dropout, pooling, padding, concatenation and resizing in between are passed over. Activations that are called as
     functions are taken with their default arguments.
@@ -148,7 +148,7 @@ def normalizer_free(model: nn.Module) -> nn.Module:
 
 
 def unit_norms(x: Tensor, units: tuple[int, ...] = (0,)) -> Tensor:
-    """Euclidean length of every unit.
+    """Return the Euclidean length of every unit.
 
     Args:
         x: A weight or its gradient.
@@ -192,7 +192,7 @@ def clip_by_unit_(
 
 
 def attach_clipping(model: nn.Module, optimizer: Optimizer, threshold: float = 0.01, eps: float = 1e-3) -> StepHandle:
-    """Clip all gradients by ``clip_by_unit_`` right before every step, but for those of the linear classifier.
+    """Clip all gradients except the linear classifier's by ``clip_by_unit_`` right before every step.
 
     Args:
         model: The model whose parameters the optimizer steps.

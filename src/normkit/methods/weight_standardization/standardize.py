@@ -93,11 +93,11 @@ class FilterParametrization(nn.Module):
         self.transposed_groups = layer.groups if isinstance(layer, _ConvTransposeNd) else 0
 
     def transform(self, filters: Tensor) -> Tensor:
-        """Return what the convolution uses in place of its filters."""
+        """Return the filters that the convolution uses."""
         raise NotImplementedError
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight that the convolution uses."""
+        """Return the weight that the convolution uses."""
         groups = self.transposed_groups
         if not groups:
             return self.transform(weight)
@@ -114,7 +114,7 @@ class WeightStandardization(FilterParametrization):
 
 
 def parametrizable(model: nn.Module, method: str) -> list[tuple[str, _ConvNd]]:
-    """The convolutions of a model whose weights can be standardized; what is left out is logged.
+    """Return the convolutions of a model whose weights can be standardized; those left out are logged.
 
     Left out are filters of one weight, which would become zero, layers with a forward of their own, and weights that
     are parametrized already.
@@ -154,7 +154,7 @@ def parametrizable(model: nn.Module, method: str) -> list[tuple[str, _ConvNd]]:
 
 
 def parametrize_filters(layer: _ConvNd, parametrization: FilterParametrization) -> None:
-    """Let a convolution use what ``parametrization`` makes of its weight; state dicts of the plain layer go on loading."""
+    """Parametrize the weight of a convolution; state dicts of the plain layer still load."""
     parametrize.register_parametrization(layer, "weight", parametrization)
     layer.register_load_state_dict_pre_hook(_load_plain)
     vars(layer)["normkit_undo"] = unparametrize_filters

@@ -1,4 +1,4 @@
-"""A data set as every trial gets it: splits of plain tensors, and what normalises them."""
+"""A data set for all trials: splits of plain tensors, and their normalization."""
 
 from dataclasses import dataclass, replace
 
@@ -42,7 +42,7 @@ class Split:
         return len(self) * self.stored[:1].nbytes
 
     def examples(self, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of the examples at ``indices``; nothing else is read."""
+        """Return inputs and labels of the samples at ``indices``; nothing else is read."""
         return self.stored[indices if self.rows is None else self.rows[indices]], self.labels[indices]
 
     def take(self, indices: Tensor) -> "Split":

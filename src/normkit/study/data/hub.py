@@ -74,7 +74,7 @@ def load_source(name: str) -> Any:
 
 
 def check_tree(name: str, folder: Path) -> None:
-    """Refuse what would be read otherwise than it looks.
+    """Refuse folders that would be read differently from what their layout suggests.
 
     Those are links to nothing, or to folders (which are followed in SPLIT/CLASS/FILE alone), images below the folder of their
     class, and a path whose characters stand for others or are no UTF-8: ``datasets`` takes it for a pattern.
@@ -162,7 +162,7 @@ def examples_of(dataset: Any, split: str) -> Any:
 
 
 def roles_of(name: str, dataset: Any, train: str = "train") -> tuple[dict[str, str], set[str]]:
-    """Which split trains, validates and tests, and what a report must say of it.
+    """Return which split trains, validates and tests, and a note for the report.
 
     A test split without labels (-1) is no test split.
 

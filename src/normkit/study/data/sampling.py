@@ -30,7 +30,7 @@ def seed_of(seed: int, purpose: str, place: int = 0) -> int:
 
 
 def seed_all(seed: int) -> None:
-    """Seed the random number generators that a user's factory may draw from: Python's, NumPy's and torch's."""
+    """Seed the generators that a user's factory may draw from: Python's, NumPy's and torch's."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Batches of any structure: the tensors in them, found, changed, moved."""
+"""Find, change and move the tensors in batches of any structure."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace

@@ -101,7 +101,7 @@ class CheckpointFile:
         return state if isinstance(state, dict) else None
 
     def remove(self) -> None:
-        """Delete the file and what kills have left of it: the trial has ended. Its result is never lost for it."""
+        """Delete the file, and partial files that kills have left, once the trial has ended."""
         if self.writes:
             with contextlib.suppress(OSError):
                 for path in (self.path, *self.path.parent.glob(f".{self.path.name}.*.part")):

@@ -153,7 +153,7 @@ def _unsynchronised(network: nn.Module) -> AbstractContextManager[Any]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task, split: str, config: StudyConfig) -> tuple[float, float | None]:
-    """Score, and mean loss where the task has one, on a split, in eval mode; the mode is restored."""
+    """Return the score, and the mean loss where the task has one, on a split in eval mode; then restore the mode."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -166,7 +166,7 @@ def evaluate(model: nn.Module, task: Task, split: str, config: StudyConfig) -> t
 
 
 def evaluate_once(model: nn.Module, task: Task, split: str, config: StudyConfig) -> tuple[float, float | None]:
-    """Like ``evaluate``; of several ranks, rank 0 evaluates the whole split, and all have its figures.
+    """Evaluate on rank 0 alone, and share the figures with all ranks.
 
     Raises:
         Diverged: The score is not finite.
@@ -318,7 +318,7 @@ class Loop:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict``."""
+        """Resume from ``state_dict``."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

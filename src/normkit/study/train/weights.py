@@ -1,4 +1,4 @@
-"""Which weights of a run are evaluated: their exponential moving average, or the best by validation score."""
+"""Choose the weights of a run that are evaluated: their exponential moving average, or the best by validation score."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the model's present values into the average; call it after every optimizer step."""
+        """Add the model's present values to the average; call it after every optimizer step."""
         self.steps += 1
         weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self._average, [t.detach() for t in self._live], weight)  # pyright: ignore[reportPrivateImportUsage]
