@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from tyro.conf import Positional, arg
 
 from normkit.cli.stop import stopped
-from normkit.cli.study import RESUME
+from normkit.cli.study import RESUME, exit_code
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Reproduce:
             if (value := getattr(self, name)) not in (None, ())
         }
         try:
-            page = reproduce(
+            page, records = reproduce(
                 self.preset,
                 scale=self.scale,
                 out=out,
@@ -78,7 +78,7 @@ class Reproduce:
             return stopped(stop, RESUME)
         print(page)
         print(f"written: {out / 'reproduce.md'}")
-        return 0
+        return exit_code(*records)
 
     @property
     def _name(self) -> str:

@@ -203,9 +203,9 @@ class Report:
         return 0
 
 
-def exit_code(record: Any) -> int:
-    """Return 0 if a final run came to an end, else 1 after a line that says why none did."""
-    finals = [trial for trial in record.trials if trial.key.phase == "final"]
+def exit_code(*records: Any) -> int:
+    """Return 0 if a final run of the studies came to an end, else 1 after a line that says why none did."""
+    finals = [trial for record in records for trial in record.trials if trial.key.phase == "final"]
     if not finals or any(trial.state != "failed" for trial in finals):
         return 0
     print(f"error: every final run failed, the first with: {finals[0].error}"[:299], file=sys.stderr)

@@ -89,6 +89,14 @@ def test_a_study_whose_final_runs_all_failed_does_not_exit_with_0(states, code, 
     assert ("every final run failed, the first with: out of memory" in capsys.readouterr().err) == (code == 1)
 
 
+@pytest.mark.parametrize(("states", "code"), [(["failed", "failed"], 1), (["failed", "finished"], 0)])
+def test_a_preset_whose_final_runs_all_failed_does_not_exit_with_0(states, code, tmp_path, monkeypatch, capsys):
+    records = [StudyRecord({}, {}, "", (trial("search", "finished"), trial("final", state))) for state in states]
+    monkeypatch.setattr("normkit.study.papers.reproduce.reproduce", lambda *_, **__: ("the page", records))
+    assert main(["reproduce", "bnp-mlp", "--out", str(tmp_path)]) == code
+    assert ("every final run failed, the first with: out of memory" in capsys.readouterr().err) == (code == 1)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_end_is_raised_in_the_block_and_nowhere_else(number):
     before = signal.signal(number, signal.SIG_DFL)

@@ -1,5 +1,7 @@
 """The networks have the papers' sizes, take what they say, and refuse the rest by name."""
 
+import json
+
 import pytest
 import torch
 from torch import fx, nn
@@ -188,3 +190,17 @@ def test_unknown_transformers_model_is_refused_in_one_line():
         with pytest.raises(ValueError, match=f"model '{name}' cannot be built by transformers") as error:
             build_model(name, input_shape=IMAGE, classes=7)
         assert "\n" not in str(error.value)
+
+
+def test_a_transformers_model_with_code_of_its_own_is_refused_and_its_code_is_not_run(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="transformers is an extra")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run it"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    classes = {"AutoConfig": "own.Own", "AutoModelForImageClassification": "own.Own"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": classes}))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(ValueError, match="cannot be built by transformers"):
+        build_model(f"hf:{folder}", input_shape=IMAGE, classes=7)
+    assert not (tmp_path / "run").exists()

@@ -109,7 +109,7 @@ def test_a_run_puts_our_figures_beside_the_papers(tmp_path, monkeypatch):
     )
     monkeypatch.setattr("normkit.study.papers.scaling.SMALLEST_BUDGET", 64)
     changes = {"data": "digits", "methods": ("none", "batch"), "seeds": 2, "model": "digits-cnn", "batch_sizes": (16,)}
-    text = reproduce(
+    text, _ = reproduce(
         "tiny", scale=0.00001, out=tmp_path, changes=changes, workers=1, quiet=True, arguments=["reproduce", "tiny"]
     )
     assert (tmp_path / "reproduce.md").read_text() == text
@@ -274,7 +274,7 @@ def test_at_the_papers_rates_nothing_is_searched_and_the_page_has_the_test(tmp_p
         "seeds": 5,
         "flip": False,
     }
-    text = reproduce(
+    text, _ = reproduce(
         "revisited-pieces",
         scale=0.00001,
         out=tmp_path,

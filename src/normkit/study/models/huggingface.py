@@ -39,8 +39,10 @@ def hugging_face(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Mo
         raise ValueError(f"model 'hf:{name}' needs the transformers package: pip install transformers") from error
     wanted: dict[str, Any] = {"num_labels": classes, "num_channels": input_shape[0], "image_size": input_shape[1]}
     try:
-        read = AutoConfig.from_pretrained if os.path.isdir(name) or "/" in name else AutoConfig.for_model
-        config = read(name, trust_remote_code=False) if read is AutoConfig.from_pretrained else read(name)
+        if os.path.isdir(name) or "/" in name:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        else:
+            config = AutoConfig.for_model(name)
         for key in [key for key in wanted if hasattr(config, key)]:
             setattr(config, key, wanted[key])
         return Logits(AutoModelForImageClassification.from_config(config, trust_remote_code=False))

@@ -76,7 +76,7 @@ def reproduce(
     workers: int = 0,
     quiet: bool = True,
     arguments: Sequence[str] = ("reproduce",),
-) -> str:
+) -> tuple[str, list[StudyRecord]]:
     """Run all comparisons of a preset, each a study of its own in a folder under ``out``, and write ``reproduce.md`` there.
 
     Args:
@@ -91,7 +91,7 @@ def reproduce(
         arguments: The command line that was given.
 
     Returns:
-        The page, Markdown.
+        The page, Markdown, and the record of each comparison.
 
     Raises:
         StudyError: Bad input.
@@ -117,7 +117,7 @@ def reproduce(
         results.append((row, config, record, less))
     text = page(name, preset, results, scale)
     write_file(out / "reproduce.md", text)
-    return text
+    return text, [record for _, _, record, _ in results]
 
 
 def _argument(value: object) -> str:
