@@ -48,19 +48,21 @@ def _riemannian(summary: str, data: str, errors: Mapping[str, tuple[float, float
 
 
 _PROTOCOLS = (
-    "Its protocol (--paper-rates): every convolution with fewer filters than fan-in is on the sphere, weight decay "
-    "goes through the momentum, and SGD decays norms and biases too, at ten times the rate of what SGD-G leaves off "
-    "the sphere. The fair one: only scale-invariant weights are on the sphere, every method has its own rate, and SGD "
-    "(revisited-decay) decays what the others decay, weights alone. Departures: a tenth of the training split "
-    "validates, where the paper trains on all of it; we report the mean of five runs, the paper their median; weights "
-    "start from He's normal distribution. "
+    "The paper's protocol (--paper-rates): every convolution with fewer filters than fan-in is on the sphere, weight "
+    "decay is a part of the gradient and goes through the momentum, and SGD decays norms and biases too, at a "
+    "learning rate ten times that of the weights that SGD-G leaves off the sphere. The fair protocol: only "
+    "scale-invariant weights are on the sphere, every method has its own rate, and SGD (revisited-decay) decays "
+    "weights alone, as the others do. Departures: a tenth of the training split is held out, where the paper trains "
+    "on all of it; we report the mean of five runs, the paper their median; weights start from He's normal "
+    "distribution. "
 )
 _CIFAR = (
-    "Images are padded by reflection, cropped, flipped and standardized per channel; how the paper standardizes is not "
-    "known here."
+    "Images are padded by reflection, cropped, flipped and standardized per channel; the paper's standardization is "
+    "not known here."
 )
 _SVHN = (
-    "Images are those of the authors' code: 604,388 of train and extra, divided by 255, neither cropped nor flipped."
+    "Images are prepared as in the authors' code: 604,388 of train and extra, divided by 255, neither cropped nor "
+    "flipped."
 )
 
 
@@ -84,17 +86,19 @@ def _revisited(*methods: str, label: str = "resnet18", scaling: Scaling = "stand
 
 
 _VALIDATED = (
-    "No result figures of the paper are known here. The reference is batch normalization whose scale, shift and "
-    "biases are not decayed (revisited-decay): the authors' baseline has the same parameter groups. Every run is "
-    "validated after each epoch on 5,000 of the 50,000 training images and judged at its best; that costs about 4 % "
-    "of a run's arithmetic. Departures: the cosine falls to 0 step by step, where the paper's falls to 1e-8 epoch by "
-    "epoch; convolutions start from He's normal distribution by fan-in, the classifier uniformly by fan-in like the "
+    "No result figures of the paper are known here. The reference is batch normalization without decay of scale, "
+    "shift and biases (revisited-decay), since the authors' baseline has the same parameter groups. Every run is "
+    "validated after each epoch on 5,000 of the 50,000 training images, and its best weights are tested; this costs "
+    "about 4 % of a run's arithmetic. Departures: the cosine falls to 0 step by step, the paper's to 1e-8 epoch by "
+    "epoch; convolutions start from He's normal distribution by fan-in, the classifier uniformly by fan-in as the "
     "authors'; running variances behind another normalization start at the square of the initial scale."
 )
 _SWEPT = ("revisited-decay", "revisited")
 _SCALES = tuple(f"revisited:scale={scale}" for scale in (0.01, 0.03, 0.3, 1.0))
 _DIVISORS = tuple(f"revisited:scale_lr_divisor={divisor}" for divisor in (1, 10, 1000))
-_LOG_ALONE = "No result figures of the paper are known here. Of its forms of sigma, log, abs and inv, log is compared."
+_LOG_ALONE = (
+    "No result figures of the paper are known here. Of its three forms of sigma (log, abs, inv), log is compared."
+)
 _PROBES = ("none", "batch", "noisy-batch", "l1", "l2", "linf")
 _BNP = StudyConfig(
     data="cifar10",
@@ -140,8 +144,8 @@ _VGG = StudyConfig(
     validation=0.1,
 )
 _VGG_NOTE = (
-    "VGG-13 without hidden dense layers and with He's initialization, where the paper has Glorot's; a tenth of the "
-    "training split validates. The paper's figures are those of a VGG with and without batch normalization. "
+    "VGG-13 has no hidden dense layers and starts from He's initialization, the paper's from Glorot's; a tenth of "
+    "the training split is held out. The paper's figures are those of a VGG with and without batch normalization. "
 )
 
 PRESETS: dict[str, Preset] = {
@@ -176,13 +180,13 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "revisited-cifar10": Preset(
-        "A small initial scale of batch normalization: is it better, by a one-sided paired test over 15 seeds",
+        "A small initial scale of batch normalization against the usual one, by a one-sided paired test over 15 seeds",
         REVISITED,
         (_revisited("revisited-decay", "revisited"),),
         _VALIDATED,
     ),
     "revisited-input": Preset(
-        "Online input normalization, alone and with the small scale, against inputs scaled offline, by 0.5 / 0.5 and not at all",
+        "Online input normalization, alone and with the small scale; inputs standardized, scaled to [-1, 1], unscaled",
         REVISITED,
         (
             _revisited("revisited-decay", "batch+input", "revisited", "revisited+input", label="resnet18, offline"),
@@ -190,8 +194,8 @@ PRESETS: dict[str, Preset] = {
             _revisited("revisited-decay", "revisited", label="resnet18, none", scaling="unit"),
         ),
         _VALIDATED
-        + " The online normalization stands behind the offline one here; it takes the same statistics out again, so "
-        "that its outputs are those for inputs in [0, 1], but for eps.",
+        + " The online normalization follows the offline one here and removes the same statistics again: its "
+        "outputs are those for inputs in [0, 1], except for eps.",
     ),
     "revisited-pieces": Preset(
         "The pieces of the recipe, each alone",
@@ -202,7 +206,7 @@ PRESETS: dict[str, Preset] = {
                 *("revisited-scale-lr", "batch+input", "zero-gamma"),
             ),
         ),
-        "An ablation of ours, not the paper's, by its protocol; zero-gamma decays norms and biases too. " + _VALIDATED,
+        "This ablation is ours and follows the paper's protocol; zero-gamma decays norms and biases too. " + _VALIDATED,
     ),
     "revisited-sweep": Preset(
         "Initial scales 0.01 to 1 at c = 100, and divisors c 1 to 1000 of gamma's learning rate at scale 0.1",
@@ -225,7 +229,7 @@ PRESETS: dict[str, Preset] = {
             )
             for augmented in (False, True)
         ),
-        _VGG_NOTE + "Its kind of augmentation is not known here: ours flips, and crops after padding by 4.",
+        _VGG_NOTE + "The paper's augmentation is not known here: ours flips, and crops after padding by 4.",
     ),
     "how-bn-helps-rates": Preset(
         "VGG with and without batch normalization at the two learning rates of the figures",
@@ -236,7 +240,8 @@ PRESETS: dict[str, Preset] = {
             )
             for lr in (0.1, 0.5)
         ),
-        _VGG_NOTE + "The rates are those of its figures, 0.1 and, as recalled, 0.5; none is searched in either arm.",
+        _VGG_NOTE
+        + "The rates are those of the paper's figures, 0.1 and, as recalled, 0.5; neither arm searches a rate.",
     ),
     "batchless-spiral": Preset(
         "Three-arm spiral over batch sizes 1 to 64",
@@ -263,15 +268,14 @@ PRESETS: dict[str, Preset] = {
         "CIFAR-10 over batch sizes 1 to 1024, with sigma as log, abs and inv",
         BATCHLESS,
         (Comparison("batchless-cnn", _BATCHLESS, rates=dict.fromkeys(_BATCHLESS.methods, 1e-3)),),
-        "No result figures of the paper are known here. As in the author's code: norm and dropout behind both hidden "
-        "dense layers, inputs in [-1, 1], statistics from 1,000 samples, Adam at Keras's default rate of 1e-3 "
-        "(--paper-rates), 60 epochs, judged at the best of them on a fifth of the training split; batch normalization "
-        "has no value to normalize its dense layers with at batch size 1 and is refused there, where the author skips "
-        "it. Departures: that fifth is drawn at random with classes in proportion, not the last; the input of the "
-        "batch normalization arm goes through InputNorm (scale 0.58, no shift, statistics of all that it has seen), "
-        "where the author's has BatchNorm; the batchless layers add BatchNorm's eps of 1e-3 to the variance and take "
-        "the likelihood's mean per channel, where the author's takes it over channels too; Adam's eps is 1e-8, "
-        "Keras's 1e-7.",
+        "No result figures of the paper are known here. As in the author's code: norm and dropout behind both "
+        "hidden dense layers, inputs in [-1, 1], statistics from 1,000 samples, Adam at Keras's default rate of "
+        "1e-3 (--paper-rates), 60 epochs, the best of them chosen on a fifth of the training split. At batch size 1 "
+        "batch normalization cannot normalize dense layers and is refused, where the author skips it. Departures: "
+        "that fifth is drawn at random with classes in proportion, the author's is the last; the batch "
+        "normalization arm has InputNorm at its input (scale 0.58, no shift, statistics of all samples so far), the "
+        "author's BatchNorm; the batchless layers add BatchNorm's eps of 1e-3 to the variance and average the "
+        "likelihood per channel, the author's over channels too; Adam's eps is 1e-8, Keras's 1e-7.",
     ),
     "bnp-batch-sizes": Preset(
         "Accuracy against batch size, a convolutional network without and with normalization",
@@ -280,13 +284,13 @@ PRESETS: dict[str, Preset] = {
         "The paper's body was not available: the network and the budget are ours.",
     ),
     "bnp-resnet110": Preset(
-        "ResNet-110 with group normalization and preconditioning (group+bnp), the form in which BNP is used in ResNets",
+        "ResNet-110 with group normalization and preconditioning (group+bnp), BNP's form for ResNets",
         BNP,
         (Comparison("resnet110", _DEEP),),
-        "The paper's body was not available: that it has this network and this combination is recalled, its figures "
-        "are not known. Epochs (164), decay, crop and flip are those of the network's authors, arXiv 1512.03385. "
-        "Departures: the rate falls tenfold at 37.5 and 75 % of the run, theirs at 50 and 75 %; images are padded by "
-        "reflection, theirs by zeros; a tenth of the training split validates.",
+        "The paper's body was not available: this network and this combination are recalled, its figures are not "
+        "known. Epochs (164), decay, crop and flip are those of the network's authors, arXiv 1512.03385. "
+        "Departures: the rate falls tenfold at 37.5 and 75 % of the run, theirs at 50 and 75 %; images are padded "
+        "by reflection, theirs by zeros; a tenth of the training split is held out.",
     ),
     "bnp-mlp": Preset(
         "The fully connected network, down to batch size 1",
