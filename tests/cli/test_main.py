@@ -145,7 +145,10 @@ def test_recipes_are_listed_in_groups_with_their_papers(capsys):
         (["compare", "--model", "no.module:factory"], "no.module"),
         (["compare", "--data", "no/such/folder"], "--data"),
         (["compare", "--data", "digts"], "did you mean 'digits'?"),
-        (["compare", "--data", "spiral", "--methods", "batch"], "--model: model 'digits-cnn' takes images"),
+        (
+            ["compare", "--data", "spiral", "--model", "digits-cnn", "--methods", "batch"],
+            "--model: model 'digits-cnn' takes images",
+        ),
         (["compare", "--device", "xpu:9"], "--device xpu:9: cannot be used here"),
         (["compar"], "did you mean 'compare'"),
         (["compare", "--data", ""], "data '' is no name"),

@@ -69,7 +69,7 @@ class Comparison:
 
     task: OptionalPlace = None
     data: Data = "digits"
-    model: Model = "digits-cnn"
+    model: Model = "mlp"
     methods: Methods = ("none", "batch", "group", "bnp", "group+bnp")
     batch_sizes: Sizes = (64, 8, 1)
     budget: Samples = 1500
@@ -97,7 +97,7 @@ class Selection:
             says which methods are the same within it, no worse, or not decided.
     """
 
-    lr_points: Count = 5
+    lr_points: Count = 3
     lr_extend: Count = 3
     search_seeds: Count = 1
     search_budget: Fraction = 1.0

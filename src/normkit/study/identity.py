@@ -17,7 +17,9 @@ from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
 from normkit.study.methods import parse_method
 
-FORMAT = 3  # of kept studies; 1 kept every option, and no format; up to 2 no grid was extended
+FORMAT = 3  # of kept studies; 1 kept every option, and no format
+_FORMER_DEFAULTS = {"model": "digits-cnn"}  # up to format 2
+_FORMER_SEARCH = {"lr_points": 5, "lr_extend": 0}
 _FIRST_OPTIONS = {"data", "model", "methods", "batch_sizes"}  # every configuration of format 1 has them
 
 
@@ -68,8 +70,9 @@ def unpack(kept: Any, where: str, *, resume: bool = True) -> StudyConfig:
         made = f"normkit {version}" if version else "another version of normkit"
         what = f"the option {unknown[0]}" if unknown else f"format {form}"
         raise StudyError(f"{where}: was made by {made} with {what}, which {__version__} does not know; update normkit")
-    if form < 3 and options.get("lr", "auto") == "auto":
-        options.setdefault("lr_extend", 0)
+    if form < 3:
+        searched = options.get("lr", "auto") == "auto"
+        options = _FORMER_DEFAULTS | (_FORMER_SEARCH if searched else {}) | options
     config = StudyConfig.from_dict(options)
     if resume and revisions != (now := _revisions(config.methods)):
         changed = sorted(m for m in {*revisions, *now} if revisions.get(m, 1) != now.get(m, 1))

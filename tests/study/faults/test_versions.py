@@ -14,10 +14,12 @@ from normkit.study.folder import StudyFolder
 from normkit.study.identity import FORMAT, pack, study_name, unpack
 from normkit.study.report.render import read_results
 
-KEPT = Path(__file__).parent / "kept"  # a study that the version of this format made
-CONFIG = StudyConfig(methods=("batch",), batch_sizes=(32,), seeds=1, lr=0.1, budget=96)
+KEPT = Path(__file__).parent / "kept"  # a study of format 2, and the name of its configuration today
+CONFIG = StudyConfig(model="digits-cnn", methods=("batch",), batch_sizes=(32,), seeds=1, lr=0.1, budget=96)
 COMMAND = [
     "compare",
+    "--model",
+    "digits-cnn",
     "--methods",
     "batch",
     "--batch-sizes",
@@ -122,12 +124,9 @@ def test_a_study_of_a_revised_method_is_reported_and_not_resumed(kept, monkeypat
     import normkit
 
     if former:  # before formats
-        name = json.loads((KEPT / "name.json").read_text())
+        name = json.loads((KEPT / "study.json").read_text())["name"]
         kept_options = {"config": CONFIG.to_dict(), "command": "normkit compare", "storage": None, "name": name}
         (kept / "study.json").write_text(json.dumps(kept_options))
-    else:
-        text = json.loads((kept / "study.json").read_text())
-        (kept / "study.json").write_text(json.dumps(text | {"name": study_name(CONFIG)}))
     revised = dict(normkit.recipes())
     revised["batch"] = dataclasses.replace(revised["batch"], revision=2)
     monkeypatch.setattr("normkit.study.identity.recipes", lambda: revised)

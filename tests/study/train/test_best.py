@@ -16,7 +16,7 @@ from normkit.study.train.trial import build_trial, run_trial
 from normkit.study.train.weights import BestWeights
 
 CONFIG = StudyConfig(
-    batch_sizes=(16,), budget=240, limit=100, schedule="constant", best_weights=True
+    model="digits-cnn", batch_sizes=(16,), budget=240, limit=100, schedule="constant", best_weights=True
 )  # 80 examples train: three epochs
 KEY = TrialKey("final", "batch", 16, 0.2, 0)
 

@@ -13,7 +13,7 @@ from normkit.study.task import classification_loss
 from normkit.study.train.cost import measure_costs, saved_bytes
 from normkit.study.train.loop import LossOf
 
-CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(32,), budget=64, limit=100, lr=0.1)
+CONFIG = StudyConfig(model="digits-cnn", methods=("batch", "none"), batch_sizes=(32,), budget=64, limit=100, lr=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from normkit.study.train.loop import Loop, evaluate, training_step
 from normkit.study.train.trial import build_trial, run_trial
 from tests.study.train.trials import key, without_time
 
-CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(16,), budget=200)
+CONFIG = StudyConfig(model="digits-cnn", methods=("batch", "none"), batch_sizes=(16,), budget=200)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from normkit.study.train.trial import build_trial, evaluate_once, run_trial, tra
 from tests.study.train.trials import key as any_key
 from tests.study.train.trials import without_time
 
-CONFIG = StudyConfig(methods=("batch", "none"), batch_sizes=(16,), budget=160)
+CONFIG = StudyConfig(model="digits-cnn", methods=("batch", "none"), batch_sizes=(16,), budget=160)
 key = partial(any_key, lr=0.05)
 
 

@@ -38,7 +38,10 @@ def preset_list() -> str:
 
 def _cost(preset: Preset) -> str:
     def size(arm: Preset) -> str:
-        return f"{arm.runs:,} runs, {arm.examples / 1e6:,.0f} million training examples"
+        searched = any(comparison.config.lr == "auto" for comparison in arm.comparisons)
+        return (
+            f"{'at least ' if searched else ''}{arm.runs:,} runs, {arm.examples / 1e6:,.0f} million training examples"
+        )
 
     fixed = preset.at_paper_rates()
     return size(preset) + (f"; with --paper-rates {size(fixed)}" if fixed is not None else "")
