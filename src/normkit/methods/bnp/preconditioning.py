@@ -34,7 +34,7 @@ def guarded_variance(
         >>> guarded_variance(torch.tensor([0.0, 1.0]), eps_relative=0.5, eps=0.25).tolist()
         [0.75, 1.75]
     """
-    return variance + eps_relative * (variance.amax() if largest is None else largest) + eps
+    return torch.add(variance, variance.amax() if largest is None else largest, alpha=eps_relative) + eps
 
 
 def step_divisor(fan_in: Tensor | float, positions: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ def update_running(
     """
     delta = batch_mean - mean
     moved = weight * delta
-    between = moved * delta if pooled else 0
-    return mean + moved, (1 - weight) * (variance + between) + weight * batch_variance
+    within = torch.addcmul(variance, moved, delta) if pooled else variance
+    return mean + moved, within + weight * (batch_variance - within)
 
 
 def precondition(

@@ -4,8 +4,10 @@ All layers lie in one vector, so that a step costs a handful of operations and o
 there are, and nothing waits for the device.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (torch's optimizers are written with the same _foreach functions)
+
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from math import inf
 from typing import NamedTuple
 
@@ -36,6 +38,9 @@ class LayerIndex:
         indices: Of each layer the indices of its features.
         owner: For each feature the index of its layer.
         fan_in: Of each layer.
+        flat: What is summed over ranks: rows and output positions of each layer, sum and sum of squares of each feature.
+        totals: Views of the sums, one for each layer.
+        squares: Views of the sums of squares.
     """
 
     def __init__(self, layers: Sequence[Observed], device: torch.device) -> None:
@@ -46,6 +51,9 @@ class LayerIndex:
         self.owner = torch.cat([torch.full((size,), i, device=device) for i, size in enumerate(self.sizes)])
         fan_in = [float(shape.fan_in) for shape in shapes]
         self.fan_in = torch.tensor(fan_in, dtype=wide_dtype(device), device=device)
+        self.flat = self.fan_in.new_zeros(2 * (len(layers) + sum(self.sizes)))
+        _, totals, squares = self.flat.split([2 * len(layers), sum(self.sizes), sum(self.sizes)])
+        self.totals, self.squares = totals.split(self.sizes), squares.split(self.sizes)
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest value of each layer, for values >= 0."""
@@ -115,7 +123,7 @@ class RowStatistics:
         weight = usable * share
         count, weight = index.per_feature(rows.clamp(min=1), weight)
         batch_mean, batch_square = sums.masked_fill_(weight == 0, 0).div_(count)
-        batch_variance = (batch_square - batch_mean.square()).clamp_(min=0)
+        batch_variance = batch_square.addcmul_(batch_mean, batch_mean, value=-1).clamp_(min=0)
         mean, variance = update_running(mean, variance, batch_mean, batch_variance, weight, pooled=self.pooled)
         for before, after in zip(kept, (mean, variance, steps), strict=True):
             before.copy_(after)  # in place: a CUDA graph of the step reads what its last replay wrote
@@ -149,17 +157,20 @@ class RowStatistics:
 
     def _reduced(self, index: LayerIndex) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and positions per layer, and sums and squares per feature in two rows, over all ranks in one all-reduce."""
-        device, wide = index.device, wide_dtype(index.device)
-        sums = [
-            _summed(observed.take()) or _no_rows(n, index.fan_in)
-            for observed, n in zip(index.layers, index.sizes, strict=True)
-        ]
-        counts = self._on_device([s.rows for s in sums] + [s.positions for s in sums], wide, device)
-        # tensors of different dtypes are joined one by one, slowly
-        runs = groupby([s.total for s in sums] + [s.square for s in sums], key=lambda t: (t.dtype, t.device))
-        flat = torch.cat([counts, *(torch.cat(list(run)).to(device, wide) for _, run in runs)])
+        layers, flat = len(index.layers), index.flat.zero_()
+        counts: list[Tensor | float] = [0.0] * (2 * layers)
+        places, found = [], []
+        for i, observed in enumerate(index.layers):
+            sums = _summed(observed.take())
+            if sums is not None:
+                counts[i], counts[layers + i] = sums.rows, sums.positions
+                places += index.totals[i], index.squares[i]
+                found += sums.total, sums.square
+        flat[: 2 * layers].copy_(self._on_device(counts, flat.dtype, index.device))
+        if found:
+            torch._foreach_copy_(places, found)
         _, (flat,) = reduce_together((), (flat,), self.group)
-        rows, positions, both = flat.split([len(sums), len(sums), 2 * sum(index.sizes)])
+        rows, positions, both = flat.split([layers, layers, 2 * sum(index.sizes)])
         return rows, positions, both.view(2, -1)
 
     def _on_device(self, values: Sequence[Tensor | float], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -201,10 +212,6 @@ def _summed(sums: Sequence[Sums]) -> Sums | None:
     total = torch.stack([s.total.to(wide) for s in sums]).sum(0)
     square = torch.stack([s.square.to(wide) for s in sums]).sum(0)
     return Sums(sum(s.rows for s in sums), sum(s.positions for s in sums), total, square)
-
-
-def _no_rows(features: int, like: Tensor) -> Sums:
-    return Sums(0.0, 0.0, *like.new_zeros(2, features))
 
 
 def _nothing(features: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

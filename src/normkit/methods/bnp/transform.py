@@ -22,7 +22,7 @@ Rate: TypeAlias = Tensor | float
 LARGEST_BATCH = 1 << 22
 """Elements that are transformed together at most: more gain nothing and would need memory."""
 
-_STACKED = {"cpu": 1 << 11}
+_STACKED = {"cpu": 1 << 14}
 """Elements up to which layers of one shape are stacked, by device; larger ones are worked on where they lie.
 
 On a CPU a copy costs as much as the operations that it saves."""
@@ -152,6 +152,9 @@ class _Batch:
         self.owner = torch.cat([part.owner for part in self.parts])
         self.columns = torch.empty(3, len(self.features), dtype=self.dtype, device=device)
         self.units = torch.empty(4, len(self.owner), dtype=self.dtype, device=device)
+        self.bias, self.factor, self.change, self.spread = self.units
+        biases = [bias for i in self.positions if (bias := steps[i].bias_grad) is not None]
+        self.biases = self.bias.split([len(bias) for bias in biases]) if biases else ()
         columns = self.columns.split([len(part.features) for part in self.parts], 1)
         units = self.units.split([len(part.owner) for part in self.parts], 1)
         for part, of_columns, of_units in zip(self.parts, columns, units, strict=True):
@@ -166,40 +169,39 @@ class _Batch:
         self, steps: Sequence[LayerStep], preconditioners: Preconditioners, max_change: float | None
     ) -> None:
         """Precondition the gradients, bound them where ``max_change`` and the rate are given, and write them back."""
-        grads, biases = [s.weight_grad for s in steps], [s.bias_grad for s in steps if s.bias_grad is not None]
-        weights, rate = [s.weight for s in steps], steps[0].rate
-        bias, factor, change, spread = self.units
-        self._prepare(preconditioners, factor)
+        biases = [step.bias_grad for step in steps if step.bias_grad is not None]
+        rate = steps[0].rate
+        bounded = max_change is not None and rate is not None
+        self._prepare(preconditioners)
         if biases:
-            torch.cat(biases, out=bias)
+            torch.cat(biases, out=self.bias)
         zs, start = [], 0
         for part in self.parts:
-            stop = start + part.count
-            z = into_z_(part.rows(grads[start:stop], self.dtype), part.bias, part.mean, part.scale)
-            if max_change is not None and rate is not None:
-                lengths_of_units(z, part.rows(weights[start:stop], self.dtype), part.sigma, (part.change, part.spread))
-            zs.append(z)
-            start = stop
+            some = steps[start : start + part.count]
+            z = into_z_(part.rows([s.weight_grad for s in some], self.dtype), part.bias, part.mean, part.scale)
+            if bounded:
+                weight = part.rows([s.weight for s in some], self.dtype)
+                lengths_of_units(z, weight, part.sigma, (part.change, part.spread))
+            zs.append((some, z))
+            start += part.count
         if max_change is not None and rate is not None:
-            known = preconditioners.known.index_select(0, self.owner).to(change.device, self.dtype)
-            change = torch.hypot(change, bias) if biases else change
-            factor.mul_(bounding_factors(change * factor * known * rate, spread, max_change))
+            known = preconditioners.known.index_select(0, self.owner).to(self.change.device, self.dtype)
+            change = torch.hypot(self.change, self.bias) if biases else self.change
+            self.factor.mul_(bounding_factors(change * self.factor * known * rate, self.spread, max_change))
+        old, new = biases, list(self.biases)
         if biases:
-            bias.mul_(factor)
-        new = []
-        for part, z in zip(self.parts, zs, strict=True):
+            self.bias.mul_(self.factor)
+        for part, (some, z) in zip(self.parts, zs, strict=True):
             weight, _ = out_of_z_(z.mul_(part.factor), part.bias, part.mean, part.scale)
-            new += part.layout.weight(weight).chunk(part.count)
-        old = grads + biases
-        if biases:
-            new += bias.split([len(b) for b in biases])
-        elsewhere = [i for i, (o, n) in enumerate(zip(old, new, strict=True)) if o.data_ptr() != n.data_ptr()]
-        if elsewhere:
-            torch._foreach_copy_([old[i] for i in elsewhere], [new[i] for i in elsewhere])
+            if weight.data_ptr() != some[0].weight_grad.data_ptr():
+                old += [s.weight_grad for s in some]
+                new += part.layout.weight(weight).chunk(part.count)
+        if old:
+            torch._foreach_copy_(old, new)
 
-    def _prepare(self, preconditioners: Preconditioners, factor: Tensor) -> None:
+    def _prepare(self, preconditioners: Preconditioners) -> None:
         """Fill in mean, sigma and 1 / sigma of every column, and ``1 / q^2`` of every unit."""
         sigma = preconditioners.variance.sqrt()
         table = torch.stack((preconditioners.mean, sigma, sigma.reciprocal())).to(self.dtype)
         self.columns.copy_(table.index_select(1, self.features))
-        factor.copy_(preconditioners.divisor.index_select(0, self.owner).reciprocal_())
+        self.factor.copy_(preconditioners.divisor.index_select(0, self.owner).reciprocal_())
