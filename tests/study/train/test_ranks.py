@@ -119,6 +119,6 @@ def test_compare_runs_under_torchrun(tmp_path):
     record = json.loads((tmp_path / "out" / "results.json").read_text())["record"]
     assert record["environment"]["data-parallel ranks"] == "2"
     assert record["environment"]["batch statistics"].startswith("synchronized")
-    assert len(record["trials"]) == record["planned"] == 8
+    assert len(record["trials"]) == record["planned"] >= 8  # more where a search extends its grid
     assert {t["state"] for t in record["trials"]} <= {"finished", "pruned"}
     assert all(t["state"] == "finished" for t in record["trials"] if t["key"]["phase"] == "final")

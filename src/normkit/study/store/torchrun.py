@@ -6,11 +6,9 @@ BNP and batchless reduce their statistics over ranks, and ``normkit.study.train.
 
 import gc
 import os
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -19,10 +17,8 @@ import torch.distributed as dist
 
 from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
-from normkit.study.records import CurvePoint, TrialKey
-from normkit.study.store.fingerprint import fingerprint
-from normkit.study.store.store import Claim, Store
-from normkit.study.store.worker import SHORTEST_POLL, Progress, StoreAddress
+from normkit.study.records import TrialKey
+from normkit.study.store.worker import Progress, StoreAddress, work
 from normkit.study.task import Task
 from normkit.study.train.loop import from_first
 from normkit.study.train.trial import run_trial
@@ -56,22 +52,8 @@ def lead(address: StoreAddress, config: StudyConfig, task: Task, on_progress: Pr
     store = address.store()
     store.open(config)
     store.requeue()
-    found = fingerprint(task, config.device)
     with _process_group(config):
-        while not store.has_ended():
-            claim = store.claim()
-            on_progress(store.results(), store.running())
-            if claim is None:
-                time.sleep(SHORTEST_POLL)
-                store.requeue()
-                continue
-            from_first(claim.key)
-            watching = partial(_agreed, store, claim) if config.prune else None
-            with store.heartbeat(claim):
-                result = run_trial(
-                    config, claim.key, task, folder=address.checkpoints, fingerprint=found, on_point=watching
-                )
-            store.record(claim, result)
+        work(store, config, task, address.checkpoints, on_progress)
         from_first(None)
         on_progress(store.results(), [])
 
@@ -88,11 +70,6 @@ def follow(config: StudyConfig, task: Task, checkpoints: Path | None) -> None:
         while isinstance(key := from_first(None), TrialKey):
             watching = (lambda _: bool(from_first(None))) if config.prune else None
             run_trial(config, key, task, folder=checkpoints, on_point=watching)
-
-
-def _agreed(store: Store, claim: Claim, point: CurvePoint) -> bool:
-    """Return whether all ranks stop the run."""
-    return bool(from_first(store.below_median(claim, point)))
 
 
 @contextmanager

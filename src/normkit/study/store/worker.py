@@ -25,12 +25,13 @@ from normkit.study.config import StudyConfig
 from normkit.study.errors import DataError, StudyError
 from normkit.study.load import load
 from normkit.study.plan import Slot, slots
-from normkit.study.records import TrialResult
+from normkit.study.records import CurvePoint, TrialResult
 from normkit.study.store import connection
 from normkit.study.store.fingerprint import fingerprint
 from normkit.study.store.owner import owner
-from normkit.study.store.store import Store
+from normkit.study.store.store import Claim, Store
 from normkit.study.task import Task
+from normkit.study.train.loop import from_first
 from normkit.study.train.trial import run_trial
 
 SHORTEST_POLL, LONGEST_POLL = 0.3, 10.0  # seconds
@@ -94,7 +95,7 @@ def work(
     checkpoints: Path | None = None,
     on_progress: Progress | None = None,
 ) -> None:
-    """Claim, train and record until every slot of the plan has ended."""
+    """Claim, train and record until every slot of the plan has ended; other ranks are told what to train and when to stop."""
     found = None
     while True:
         claim = store.claim()
@@ -103,7 +104,8 @@ def work(
         if claim is not None:
             with store.heartbeat(claim):
                 found = found or fingerprint(task, config.device)  # a model that ends the process does so in its trial
-                watch = partial(store.below_median, claim) if config.prune else None
+                watch = partial(_stops, store, claim) if config.prune else None
+                from_first(claim.key)
                 result = run_trial(config, claim.key, task, folder=checkpoints, fingerprint=found, on_point=watch)
             store.record(claim, result)
         elif store.has_ended():
@@ -111,6 +113,11 @@ def work(
         else:  # what is left runs elsewhere, or waits for a search that does
             time.sleep(SHORTEST_POLL)
             store.requeue()
+
+
+def _stops(store: Store, claim: Claim, point: CurvePoint) -> bool:
+    """Return whether a run is given up at a point, by all ranks that train it."""
+    return bool(from_first(store.below_median(claim, point)))
 
 
 @contextlib.contextmanager
