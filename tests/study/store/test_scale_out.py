@@ -138,7 +138,8 @@ def test_a_worker_without_a_heartbeat_loses_its_trial_to_another(url, monkeypatc
 
 
 def test_normkit_worker_shares_a_comparison_and_nothing_depends_on_it(url, tmp_path):
-    arguments = ["--methods", "batch,none", "--batch-sizes", "32", "--seeds", "2", "--lr-points", "2", "--budget", "96"]
+    arguments = ["--methods", "batch,none", "--batch-sizes", "32", "--seeds", "2", "--budget", "96"]
+    arguments += ["--lr-points", "2", "--lr-extend", "0"]
     command = [sys.executable, "-m", "normkit.cli.main"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(
