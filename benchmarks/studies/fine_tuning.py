@@ -28,7 +28,6 @@ One target takes about 30 core-minutes; start the other target as a second proce
 
 import argparse
 import copy
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -42,13 +41,12 @@ from torch.optim import Optimizer
 
 import normkit
 from benchmarks.batchless_length import RUNS, Splits, accuracy, cifar10, prepared, read
+from benchmarks.studies.runs import Runs, best, rate_search
 from normkit.study.models import build_model
 
 METHODS = ("batch", "frozen", "batch-renorm", "instance", "group", "batchless", "fold+bnp", "group+bnp")
 TARGETS = ("colours", "classes")
 PARTS = 5
-MORE = 3
-"""Rates that the search may add on each side."""
 
 
 def five_classes(splits: Splits, first: int) -> Splits:
@@ -132,58 +130,21 @@ def run(spec: dict[str, Any], network: nn.Sequential, splits: Splits) -> dict[st
         return round(found, 2)
 
     result = {**spec, "start": measured("test"), "validation": [measured("validation")]}
-    best = copy.deepcopy(model.state_dict())
+    best_weights = copy.deepcopy(model.state_dict())
     sizes = {"examples": spec["examples"], "batch_size": spec["batch_size"]}
     for finite in train(model, optimizer, *splits["train"], **sizes):
         result["finite"] = finite
         result["validation"].append(measured("validation"))
         if result["validation"][-1] > max(result["validation"][:-1]):
-            best = copy.deepcopy(model.state_dict())
+            best_weights = copy.deepcopy(model.state_dict())
     result["end"] = measured("test")
-    model.load_state_dict(best)
+    model.load_state_dict(best_weights)
     return {**result, "best": measured("test")}
 
 
-class Study:
-    """Runs that are kept in a file: what is in it is not run again.
-
-    Args:
-        store: The file.
-        network: The trained network.
-        splits: Images and labels of the target.
-    """
-
-    def __init__(self, store: Path, network: nn.Sequential, splits: Splits) -> None:
-        self.store, self.network, self.splits = store, network, splits
-
-    def result(self, **spec: Any) -> dict[str, Any]:
-        """The result of one run."""
-        for done in read(self.store):
-            if spec.items() <= done.items():
-                return done
-        result = run(spec, self.network, self.splits)
-        with self.store.open("a") as file:
-            file.write(json.dumps(result) + "\n")
-        print(json.dumps(result), flush=True)
-        return result
-
-    def best_rate(self, **spec: Any) -> float:
-        """The rate with the best validation accuracy, from a grid that is extended until it is inside."""
-        recipe = normkit.recipes()[spec["method"].removeprefix("fold+")]
-        centre = recipe.lr * (spec["batch_size"] / 64) ** recipe.lr_exponent / 10
-        rates = [float(f"{centre * 10 ** (i / 2):.2g}") for i in range(-1 - MORE, 2 + MORE)]
-        found = {lr: self.result(**spec, lr=lr, seed=0) for lr in rates[MORE:-MORE]}
-        while (lr := chosen(found)) in (min(found), max(found)):
-            beyond = rates.index(lr) + (1 if lr == max(found) else -1)
-            if not 0 <= beyond < len(rates):
-                break
-            found[rates[beyond]] = self.result(**spec, lr=rates[beyond], seed=0)
-        return lr
-
-
-def chosen(found: dict[float, dict[str, Any]]) -> float:
-    """The rate whose run ends with the best validation accuracy; diverged runs come last."""
-    return max(found, key=lambda lr: (found[lr]["finite"], found[lr]["validation"][-1]))
+def score(result: dict[str, Any]) -> tuple[bool, float]:
+    """What the rate is chosen by: the validation accuracy at the end; diverged runs come last."""
+    return result["finite"], result["validation"][-1]
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -201,7 +162,7 @@ def table(results: list[dict[str, Any]]) -> str:
         text += [f"\n{target}, batch size {size}, {examples:,} samples\n"]
         text += ["| method | rate | start | best | end |", "|---|---|---|---|---|"]
         for method, rates in methods.items():
-            lr = chosen({lr: run for lr, runs in rates.items() for run in runs if run["seed"] == 0})
+            lr = best({lr: run for lr, runs in rates.items() for run in runs if run["seed"] == 0}, score)
             edge = " (edge)" if lr in (min(rates), max(rates)) else ""
             cells = [_cell([r[name] for r in rates[lr]]) for name in ("start", "best", "end")]
             text.append(f"| `{method}` | {lr:g}{edge} | {' | '.join(cells)} |")
@@ -235,7 +196,7 @@ def main() -> None:
     own = five_classes(splits, 0)
     target = recoloured(own) if args.target == "colours" else five_classes(splits, 5)
     network = pretrained(own, args.pretrain, args.store.with_name(f"{args.store.stem}-{args.pretrain}.pt"))
-    study = Study(args.store, network, target)
+    runs = Runs(args.store, lambda spec: run(spec, network, target))
     for batch_size in args.batch_sizes:
         for method in args.methods:
             spec = {
@@ -245,9 +206,11 @@ def main() -> None:
                 "examples": args.examples,
                 "pretrain": args.pretrain,
             }
-            lr = study.best_rate(**spec)
+            recipe = normkit.recipes()[method.removeprefix("fold+")]
+            centre = recipe.lr * (batch_size / 64) ** recipe.lr_exponent / 10
+            lr = rate_search(centre, lambda lr, spec=spec: runs.result(**spec, lr=lr, seed=0), score)
             for seed in range(args.seeds):
-                study.result(**spec, lr=lr, seed=seed)
+                runs.result(**spec, lr=lr, seed=seed)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,19 @@
 """Each study of benchmarks/studies runs from its command to its table, at a tiny size."""
 
 import json
-import runpy
+import math
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
+
+import normkit
+from benchmarks.studies.online import METHODS, recovery, run
+from benchmarks.studies.runs import rate_search
+from normkit.study.factory import load_factory
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -26,12 +35,12 @@ def study(monkeypatch, capsys):
     """Runs a study's command, and returns what it prints."""
     threads = torch.get_num_threads()
 
-    def run(name, *options):
+    def command(name, *options):
         monkeypatch.setattr("sys.argv", [name, *map(str, options)])
-        runpy.run_module(f"benchmarks.studies.{name}", run_name="__main__")
+        import_module(f"benchmarks.studies.{name}").main()
         return capsys.readouterr().out
 
-    yield run
+    yield command
     torch.set_num_threads(threads)
 
 
@@ -41,7 +50,8 @@ def lines(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["colours", "classes"])
-def test_every_method_fine_tunes_from_the_same_network_and_no_run_is_repeated(images, study, target):
+def test_every_method_fine_tunes_from_the_same_network_and_no_run_is_repeated(images, study, monkeypatch, target):
+    monkeypatch.setattr("benchmarks.studies.runs.MORE", 1)
     command = ("fine_tuning", "--target", target, "--batch-sizes", 2, "--seeds", 2, "--examples", 10, "--pretrain", 64)
     study(*command)
     found = lines(images / "runs" / "fine_tuning.jsonl")
@@ -55,3 +65,79 @@ def test_every_method_fine_tunes_from_the_same_network_and_no_run_is_repeated(im
     table = study("fine_tuning", "--table")
     assert f"{target}, batch size 2, 10 samples" in table
     assert table.count("(2)") == 3 * 8
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_a_stream_and_its_accuracy_is_read_in_every_window(method):
+    splits = {"train": (torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8), torch.arange(32) % 10)}
+    found = run({"method": method, "images": 32, "lr": 0.01, "seed": 0}, splits)
+    assert found["finite"]
+    assert len(found["windows"]) == 32
+    assert found["accuracy"] == pytest.approx(sum(found["windows"]) / 32, abs=0.01)
+
+
+@pytest.mark.slow
+def test_streams_that_judge_are_others_than_chose_the_rate(images, study):
+    study("online", "--images", 32, "--seeds", 2, "--methods", "none", "batchless")
+    found = lines(images / "runs" / "online.jsonl")
+    for method in ("none", "batchless"):
+        rates = {seed: {r["lr"] for r in found if r["method"] == method and r["seed"] == seed} for seed in range(3)}
+        assert len(rates[0]) > 1
+        assert rates[1] == rates[2] < rates[0]
+    table = study("online", "--table")
+    assert "32 images" in table
+    assert table.count("(2)") == 2  # the two seeds that judge, without that of the search
+
+
+def test_recovery_is_the_first_window_at_the_accuracy_before_the_shift():
+    windows = [50.0] * 8 + [10.0, 30.0, 49.0, 50.0] + [60.0] * 12 + [20.0] * 8
+    result = {"windows": windows, "images": 3200}
+    assert recovery(result, 1) == (50.0, 10.0, 400.0)
+    before, after, back = recovery(result, 3)
+    assert (before, after) == (60.0, 20.0)
+    assert math.isnan(back)
+
+
+def test_the_rate_search_extends_its_grid_until_the_best_is_inside_and_then_ends():
+    tried = []
+
+    def trial(lr):
+        tried.append(lr)
+        return {"score": -abs(math.log10(lr / 0.01))}
+
+    assert rate_search(0.1, trial, lambda result: result["score"]) == 0.01
+    assert sorted(tried) == [0.0032, 0.01, 0.032, 0.1, 0.32]
+
+
+@pytest.mark.slow
+def test_accumulation_compares_the_same_methods_with_each_size_of_micro_batches(images, study, monkeypatch):
+    monkeypatch.setattr("benchmarks.studies.accumulation.METHODS", ["batch", "group"])
+    short = ("--budget", 64, "--seeds", 1, "--lr-points", 1, "--micro-batches", 0, 8)
+    out = study("accumulation", "--data", "digits", *short, "--out", images / "out")
+    for name in ("whole", "8"):
+        assert f"micro-batches: {name}" in out
+        config = json.loads((images / "out" / name / "results.json").read_text())["config"]
+        assert config["micro_batch"] == (0 if name == "whole" else 8)
+
+
+@pytest.mark.parametrize("name", ["task", "intensity"])
+def test_volumes_train_and_are_judged_on_others_than_chose_the_rate(name):
+    volumes = ROOT / "benchmarks/studies/volumes.py"
+    task = load_factory(f"{volumes}:{name}", "task", lambda found: isinstance(found, normkit.Task))
+    first = [split[0][0] for split in (task.train, task.validation, task.test)]
+    assert not any(torch.equal(a, b) for a, b in zip(first, first[1:] + first[:1], strict=True))
+    model = task.model()
+    batch = tuple(torch.stack(tensors) for tensors in zip(task.train[0], task.train[1], strict=True))
+    task.loss(model, batch).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    masks = batch[1]
+    assert task.score(lambda _: masks - 0.5, [batch]) == 1  # the masks themselves
+    assert task.score(lambda _: 0 * masks - 1, [batch]) == 0
+
+
+def test_in_absolute_intensity_only_lesions_are_masked():
+    task = load_factory(
+        f"{ROOT}/benchmarks/studies/volumes.py:intensity", "task", lambda found: isinstance(found, normkit.Task)
+    )
+    inside = torch.cat([volume[mask > 0] for volume, mask in (task.train[i] for i in range(20))])
+    assert inside.mean().item() == pytest.approx(1.2, abs=0.02)
