@@ -277,7 +277,7 @@ def tests(table: Table, deadline: float, args: argparse.Namespace) -> None:
             done = subprocess.run(
                 command,
                 cwd=ROOT,
-                env={**os.environ, **variables},
+                env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | variables,
                 timeout=max(1.0, deadline - time.monotonic()),
                 capture_output=True,
                 text=True,

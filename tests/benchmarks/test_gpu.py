@@ -21,7 +21,7 @@ def gpu(*options):
 )
 @pytest.mark.slow
 def test_every_piece_of_the_gpu_command_leaves_its_rows_and_is_not_repeated(tmp_path):
-    command = ("--device", "cpu", "--minutes", "0.2", "--out", str(tmp_path))
+    command = ("--device", "cpu", "--minutes", "2", "--out", str(tmp_path))
     done = gpu(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in PIECES}
