@@ -28,6 +28,7 @@ from normkit.study.data.load import load_data
 from normkit.study.models import build_model
 
 RUNS = Path("runs")
+STORE = Path(__file__).parent / "results" / "batchless_length.jsonl"
 Splits = dict[str, tuple[Tensor, Tensor]]
 Build = Callable[[nn.Module, float, Tensor], tuple[nn.Module, Optimizer]]
 
@@ -123,19 +124,19 @@ def read(store: Path) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: one table for each network, batch size and number of examples; mean test accuracy by form and rate."""
-    sheets: dict[tuple[Any, ...], dict[str, dict[float, list[float]]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(list))
-    )
+    """Markdown: one line for each network, batch size, number of samples and rate, with the mean test accuracy by form."""
+    lines: dict[tuple[Any, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for r in results:
-        sheets[r["model"], r["batch_size"], r["examples"]][r["form"]][r["lr"]].append(r["test"])
-    text = []
-    for (model, size, examples), forms in sorted(sheets.items()):
-        rates = sorted({rate for row in forms.values() for rate in row})
-        text += [f"\n{model}, batch size {size}, {examples:,} examples\n"]
-        text += ["| form | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
-        for form, row in forms.items():
-            text.append(f"| `{form}` | " + " | ".join(_cell(row[rate]) for rate in rates) + " |")
+        lines[r["model"], r["batch_size"], r["examples"], r["lr"]][r["form"]].append(r["test"])
+    forms = [form for form in FORMS if any(form in line for line in lines.values())]
+    text = ["| network | batch size | samples | rate | " + " | ".join(f"`{form}`" for form in forms) + " |"]
+    text += ["|---" + "|---:" * (3 + len(forms)) + "|"]
+    for (model, size, examples, rate), line in sorted(
+        lines.items(), key=lambda item: (item[0][0], -item[0][1], *item[0][2:])
+    ):
+        text += [
+            f"| {model} | {size} | {examples:,} | {rate:g} | " + " | ".join(_cell(line[form]) for form in forms) + " |"
+        ]
     return "\n".join(text)
 
 
@@ -159,7 +160,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[0.1])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--examples", type=int, default=100_000)
-    parser.add_argument("--store", type=Path, default=RUNS / "batchless_length.jsonl")
+    parser.add_argument("--store", type=Path, default=STORE)
     parser.add_argument("--table", action="store_true", help="print what is in the store, and run nothing")
     args = parser.parse_args()
     if args.table:

@@ -138,19 +138,12 @@ def standalone(chart: str, dark: bool) -> str:
     return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{rest}\n'
 
 
-RESNET20 = ("cifar10-resnet20-five.md",)
 FIGURES: dict[str, Callable[[], str]] = {
     "accuracy": lambda: study("digits.json"),
     "fine-tuning": lambda: fine_tuning("colours"),
     "fine-tuning-classes": lambda: fine_tuning("classes"),
-    "baselines": lambda: reports(("digits-batch-sizes.md",), ("batch", "none", "group", "batch-renorm")),
-    "bnp": lambda: reports(
-        ("cifar10-batch-sizes.md", "cifar10-batch-sizes-32-8.md"), ("batch", "none", "group", "batch-renorm", "bnp")
-    ),
     "bnp-convergence": condition_numbers,
     "batchless": lambda: reports(("batchless-spiral.md",), ("batch", "none", "batch-renorm", "batchless-adam")),
-    "riemannian": lambda: reports(RESNET20, ("batch", "sgd-g")),
-    "revisited": lambda: reports(RESNET20, ("batch", "revisited")),
     "filter-response": lambda: reports(("digits-filter-response.md",), ("batch", "group", "filter-response")),
     "how-bn-helps": lambda: beta("how-bn-helps-dln/landscape.json"),
 }

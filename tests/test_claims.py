@@ -107,14 +107,17 @@ def test_every_figure_is_in_a_committed_result(page):
     assert missing(page, page.read_text()) == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_an_invented_figure_of_a_table_is_found(page):
-    text = page.read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| `") and figures(line)]
+def test_an_invented_figure_of_a_table_is_found():
+    rows = [
+        (page, line)
+        for page in PAGES
+        for line in page.read_text().splitlines()
+        if line.startswith("| `") and figures(line)
+    ]
     assert rows
-    for row in rows:
+    for page, row in rows:
         invented = re.sub(r"\d\.\d", lambda match: f"{(int(match[0][0]) + 4) % 10}.{match[0][2]}", row)
-        assert missing(page, text.replace(row, invented)), row
+        assert missing(page, page.read_text().replace(row, invented)), row
 
 
 def test_an_invented_figure_in_text_is_found():
