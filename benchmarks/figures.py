@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.studies.fine_tuning import chosen
+from benchmarks.studies import fine_tuning as fine_tuning_study
+from benchmarks.studies.runs import best
 from normkit.study.report.chart import COLOURS, Series, line_chart
 from normkit.study.report.figures import by_batch_size
 from normkit.study.report.render import read_results
@@ -61,7 +62,7 @@ def fine_tuning(target: str) -> str:
             runs[run["method"], run["batch_size"]].append(run)
     points: Points = defaultdict(dict)
     for (method, size), found in runs.items():
-        lr = chosen({run["lr"]: run for run in found if run["seed"] == 0})
+        lr = best({run["lr"]: run for run in found if run["seed"] == 0}, fine_tuning_study.score)
         points[method][size] = [run["best"] for run in found if run["lr"] == lr]
     before = mean(run["start"] for (method, _), found in runs.items() if method == "batch" for run in found)
     return by_size(points, "test accuracy after fine-tuning, %", (before, "before"))
