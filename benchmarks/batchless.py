@@ -12,6 +12,7 @@ thread of a CPU processor time is taken.
 import argparse
 import copy
 import sys
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,14 +71,14 @@ def memory(depth: int, pixels: int) -> list[dict[str, object]]:
     return table
 
 
-def time(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def time(args: argparse.Namespace, methods: Sequence[str] = METHODS) -> dict[str, dict[str, float]]:
     """Step time of each method relative to batch normalization's in the same round."""
     shape = (3, args.size, args.size)
     base = build_model(args.model, input_shape=shape, classes=10).to(args.device)
     x = torch.randn(args.batch_size, *shape, device=args.device)
     labels = torch.randint(0, 10, (args.batch_size,), device=args.device)
     tasks = {}
-    for method in METHODS:
+    for method in methods:
         model, optimizer = normkit.apply(method, copy.deepcopy(base), lr=1e-3)
 
         def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
@@ -88,7 +89,7 @@ def time(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         tasks[method] = synchronized(step, args.steps, args.device)
     seconds = interleaved(tasks, args.rounds, timer(args.device))
     result = {}
-    for method in METHODS:
+    for method in methods:
         best = min(seconds[method]) / args.steps
         result[method] = {**ratio(seconds[method], seconds["batch"]), "best_seconds": best}
         print(

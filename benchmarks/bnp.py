@@ -10,7 +10,7 @@ within each round and their median and quartiles reported. On one thread of a CP
 import argparse
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -83,9 +83,11 @@ def peak_memory(step: Callable[[], None], device: str) -> int:
     return peak
 
 
-def measure(args: argparse.Namespace, model_name: str, batch: int) -> dict[str, Any]:
-    """Ratios of all contenders for one model and batch size."""
-    steps = {name: trainer(name, args, model_name, batch) for name in CONTENDERS}
+def measure(
+    args: argparse.Namespace, model_name: str, batch: int, contenders: Sequence[str] = CONTENDERS
+) -> dict[str, Any]:
+    """Ratios of the contenders, ``none`` first, for one model and batch size."""
+    steps = {name: trainer(name, args, model_name, batch) for name in contenders}
     for step in steps.values():
         step()
         step()
@@ -101,7 +103,7 @@ def measure(args: argparse.Namespace, model_name: str, batch: int) -> dict[str, 
         result[f"memory relative to {below}"] = {n: m / memory[below] for n, m in memory.items() if n != below}
     print(f"\n{model_name}, batch {batch}, {args.device}{', compiled' if args.compile else ''}")
     print(f"{'':>12} {'time/none':>22} {'time/batch':>11} {'memory/none':>12}")
-    for name in CONTENDERS[1:]:
+    for name in contenders[1:]:
         t = result["time relative to none"][name]
         over = "" if name == "batch" else f"{result['time relative to batch'][name]['median']:11.3f}"
         spread = f"{t['median']:8.3f} [{t['low']:.3f}, {t['high']:.3f}]"

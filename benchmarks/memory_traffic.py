@@ -23,6 +23,7 @@ from common import save
 from normkit.study.models import build_model
 
 METHODS = ("none", "batch", "group", "batchless", "batchless-projected", "bnp", "sgd-g")
+OVERWRITES = ("copy", "fill", "zero")
 PRODUCTS = ("convolution", "addmm", "mm", "bmm")
 
 
@@ -54,7 +55,10 @@ class Traffic(TorchDispatchMode):
         if fused is not None:
             self.bytes += int(fused * args[0].nbytes)
         else:
-            tensors = (t for t in (*tree_leaves((args, kwargs)), *tree_leaves(result)) if isinstance(t, Tensor))
+            read = args[1:] if name.strip("_").removeprefix("foreach_") in OVERWRITES else args
+            read = read, {key: value for key, value in (kwargs or {}).items() if key != "out"}
+            written = args[0] if result is None else result  # _foreach_mul_ and its like return nothing
+            tensors = (t for t in (*tree_leaves(read), *tree_leaves(written)) if isinstance(t, Tensor))
             self.bytes += sum(t.nbytes for t in tensors)
         return result
 
@@ -85,6 +89,17 @@ def normalized(model: str, batch: int) -> tuple[int, int]:
     return sum(sizes), sum(p.nbytes for p in network.parameters())
 
 
+def table(model: str, batch: int) -> dict[str, Any]:
+    """The traffic of every method beyond that of ``none``, printed and as a table."""
+    a, p = normalized(model, batch)
+    found = {method: traffic(method, model, batch) for method in METHODS}
+    passes, step = found["none"]
+    rows = {m: {"passes_A": (f - passes) / a, "step_P": (s - step) / p} for m, (f, s) in found.items()}
+    for method, row in rows.items():
+        print(f"{method:20} forward and backward {row['passes_A']:6.2f} A   step {row['step_P']:6.2f} P")
+    return {"A_bytes": a, "P_bytes": p, "none": {"passes_bytes": passes, "step_bytes": step}, "beyond_none": rows}
+
+
 def main() -> None:
     """Count, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,13 +107,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--name", default="memory_traffic", help="of the file in results/")
     args = parser.parse_args()
-    a, p = normalized(args.model, args.batch_size)
-    found = {method: traffic(method, args.model, args.batch_size) for method in METHODS}
-    passes, step = found["none"]
-    rows = {m: {"passes_A": (f - passes) / a, "step_P": (s - step) / p} for m, (f, s) in found.items()}
-    for method, row in rows.items():
-        print(f"{method:20} forward and backward {row['passes_A']:6.2f} A   step {row['step_P']:6.2f} P")
-    result = {"A_bytes": a, "P_bytes": p, "none": {"passes_bytes": passes, "step_bytes": step}, "beyond_none": rows}
+    result = table(args.model, args.batch_size)
     save(args.name, " ".join(["python benchmarks/memory_traffic.py", *sys.argv[1:]]), result)
 
 

@@ -19,7 +19,7 @@ from normkit.methods.riemannian.sphere import norm
 # A step sweeps over its matrices operation by operation. On a CPU it is bound by memory: at most CHUNK elements go through
 # a step together, so that a cache can hold them, and weights above SMALL elements are not copied. Elsewhere calls count:
 # LARGE only bounds the memory.
-SMALL = 1 << 16
+SMALL = 1 << 14
 CHUNK = {"cpu": 1 << 19}
 LARGE = 1 << 24
 
