@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from normkit.study.plan import Slot, slots
 from normkit.study.records import Cost, StudyRecord, TrialResult
 from normkit.study.report.progress import Display, expected_seconds, plan_text, time_text
 from normkit.study.report.trackers import Tracker
+from normkit.study.store.connection import impatient
 from normkit.study.store.fingerprint import check_fingerprint
 from normkit.study.store.store import Store
 from normkit.study.store.torchrun import follow, launched_rank, lead, rank_count
@@ -140,7 +142,8 @@ def compare(
                 traces = study_traces(config, task, store.results())
                 store.set_attr("landscape", [plain(trace) for trace in traces])
     except KeyboardInterrupt:
-        report(folder, store)  # of what there is
+        with suppress(StudyError), impatient():
+            report(folder, store)  # of what there is
         raise
     return report(folder, store), folder.path
 

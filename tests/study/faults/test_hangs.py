@@ -7,9 +7,12 @@ import time
 
 import pytest
 from filelock import FileLock
+from sqlalchemy.exc import OperationalError
 
+from normkit.cli.main import main
 from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
+from normkit.study.store import connection
 from normkit.study.store import store as store_module
 from normkit.study.store.store import Store
 from normkit.study.store.worker import lock_file, run_workers
@@ -74,3 +77,20 @@ def test_a_process_that_was_stopped_with_the_lock_is_waited_for_a_bounded_time(t
             store.claim()
         assert time.monotonic() - began < 30
     assert store.claim() is not None
+
+
+def test_ctrl_c_while_the_storage_is_away_ends_the_command(tmp_path, monkeypatch, capsys):
+    def refused(*_):
+        raise OperationalError("SELECT", {}, ConnectionRefusedError("connection refused"))
+
+    def interrupted(*_):
+        monkeypatch.setattr("normkit.study.store.rows.Rows.refresh", refused)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("normkit.study.compare.run_workers", interrupted)
+    monkeypatch.setattr("normkit.study.compare.measure_costs", lambda *_: [])
+    began = time.monotonic()
+    study = ["--methods", "batch", "--batch-sizes", "8", "--budget", "8", "--quiet", "--out", str(tmp_path / "out")]
+    assert main(["compare", *study]) == 130
+    assert "the same command resumes" in capsys.readouterr().err
+    assert time.monotonic() - began < connection.PATIENCE_SECONDS / 2

@@ -45,3 +45,11 @@ def test_after_long_enough_a_storage_that_stays_away_is_told(monkeypatch):
     with pytest.raises(StudyError, match="database is locked"):
         call()
     assert len(calls) == 1
+
+
+def test_a_program_that_is_asked_to_end_does_not_wait():
+    call, calls = failing("database is locked", times=1)
+    with patience.impatient(), pytest.raises(StudyError, match="database is locked"):
+        call()
+    assert len(calls) == 1
+    assert call() == 2

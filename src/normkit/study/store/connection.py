@@ -2,7 +2,9 @@
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -24,6 +26,7 @@ RETRY_SECONDS = 1.0
 _SIMULTANEOUS = ("already exists", "database is locked", "duplicate key")
 _LASTING = ("database or disk is full", "disk I/O error", "readonly database", "unable to open")  # SQLite's words
 
+_waits: ContextVar[bool] = ContextVar("waits", default=True)
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -63,6 +66,20 @@ def _url(call: Callable[..., object], arguments: tuple[object, ...]) -> str | No
     return None
 
 
+@contextmanager
+def impatient() -> Generator[None, None, None]:
+    """Within the block a storage that is away is not waited for: the user has asked the program to end.
+
+    Yields:
+        Nothing.
+    """
+    before = _waits.set(False)
+    try:
+        yield
+    finally:
+        _waits.reset(before)
+
+
 def patient(call: Callable[_P, _T]) -> Callable[_P, _T]:
     """Repeat ``call`` while its storage is away, for at most ``PATIENCE_SECONDS``; it must bear being repeated.
 
@@ -75,13 +92,13 @@ def patient(call: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @wraps(call)
     def repeated(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + (PATIENCE_SECONDS if _waits.get() else 0)
         while True:
             try:
                 return call(*args, **kwargs)
             except (StorageInternalError, DBAPIError, Timeout) as error:
                 reason = redact(str(error.__cause__ or error).splitlines()[0], _url(call, args))
-                if time.monotonic() > deadline or any(words in reason for words in _LASTING):
+                if time.monotonic() >= deadline or any(words in reason for words in _LASTING):
                     raise StudyError(
                         f"--storage: cannot be used ({reason}); see to it and give the command again, what it has is kept"
                     ) from error

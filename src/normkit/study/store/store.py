@@ -171,6 +171,7 @@ class Store:
             stop.set()
             thread.join()
 
+    @patient
     def requeue(self, gone: Mapping[str, str | None] | None = None) -> set[str]:
         """Queue the slots of workers that are gone again.
 
@@ -184,10 +185,6 @@ class Store:
         Returns:
             The owners whose slots were freed.
         """
-        return patient(self.requeue_once)(gone)
-
-    def requeue_once(self, gone: Mapping[str, str | None] | None = None) -> set[str]:
-        """``requeue`` without waiting for a storage that is away."""
         gone = gone or {}
         stale = set(self.storage._get_stale_trial_ids(self.study_id))
         freed = set()

@@ -151,8 +151,8 @@ def run_here(address: StoreAddress, config: StudyConfig, task: Task, on_progress
         with one_thread():
             work(store, config, task, address.checkpoints, on_progress)
     finally:  # a notebook that stops a study goes on living: its trial must not wait for its end
-        with contextlib.suppress(Exception):
-            store.requeue_once({owner(): None})
+        with contextlib.suppress(Exception), connection.impatient():
+            store.requeue({owner(): None})
 
 
 @dataclass
@@ -245,8 +245,8 @@ def run_workers(
             worker.process.terminate()
         for worker in workers:
             worker.end(END_SECONDS)
-        with contextlib.suppress(Exception):  # a storage that is away: the next start frees what they were at
-            store.requeue_once({worker.owner: None for worker in workers})
+        with contextlib.suppress(Exception), connection.impatient():  # else the next start frees what they were at
+            store.requeue({worker.owner: None for worker in workers})
 
 
 def _death(exit_code: int | None) -> str | None:
