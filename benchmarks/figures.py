@@ -103,6 +103,18 @@ def condition_numbers() -> str:
     return lines(points, x, log_axis("condition number (log scale)", points))
 
 
+def sampled() -> str:
+    """Share of the posterior's variance that Langevin sampling has reached, from langevin.json."""
+    result = json.loads((ROOT / "benchmarks/results/langevin.json").read_text())["result"]
+    points: Points = {
+        name: {int(step): [100 * share] for step, share in found.items()} for name, found in result.items()
+    }
+    steps = tuple(points["plain"])
+    x = Axis("step (log scale)", steps[0], steps[-1], steps, "{:,.0f}".format, scale=math.log10)
+    ticks = (0, 25, 50, 75, 100)
+    return lines(points, x, Axis("smallest share of the posterior variance, %", 0, 110, ticks))
+
+
 def log_axis(title: str, points: Points) -> Axis:
     """A logarithmic axis for all values."""
     values = [v for found in points.values() for seeds in found.values() for v in seeds]
@@ -144,6 +156,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "fine-tuning": lambda: fine_tuning("colours"),
     "fine-tuning-classes": lambda: fine_tuning("classes"),
     "bnp-convergence": condition_numbers,
+    "bnp-langevin": sampled,
     "batchless": lambda: reports(("batchless-spiral.md",), ("batch", "none", "batch-renorm", "batchless-adam")),
     "filter-response": lambda: reports(("digits-filter-response.md",), ("batch", "group", "filter-response")),
     "how-bn-helps": lambda: beta("how-bn-helps-dln/landscape.json"),
