@@ -46,10 +46,10 @@ def reports(files: tuple[str, ...], methods: tuple[str, ...]) -> str:
     points: Points = defaultdict(dict)
     for text in ((REPORTS / file).read_text() for file in files):
         for size, table in re.findall(r"^## Batch size (\d+)$(.*?)(?=^## |\Z)", text, re.M | re.S):
-            for method, score in re.findall(r"^\| `([^`]+)` \| ([\d.]+) %", table, re.M):
-                points[method][int(size)] = [float(score)]
-        for method, size, score in re.findall(r"^\| \S+ \| (\S+) \| (\d+) \| ([\d.]+) ±", text, re.M):
-            points[method][int(size)] = [float(score)]
+            for method, accuracy in re.findall(r"^\| `([^`]+)` \| ([\d.]+) %", table, re.M):
+                points[method][int(size)] = [float(accuracy)]
+        for method, size, accuracy in re.findall(r"^\| \S+ \| (\S+) \| (\d+) \| ([\d.]+) ±", text, re.M):
+            points[method][int(size)] = [float(accuracy)]
     return by_size({method: points[method] for method in methods}, "test accuracy, %")
 
 
