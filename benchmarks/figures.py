@@ -158,7 +158,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "bnp-convergence": condition_numbers,
     "bnp-langevin": sampled,
     "batchless": lambda: reports(("batchless-spiral.md",), ("batch", "none", "batch-renorm", "batchless-adam")),
-    "filter-response": lambda: reports(("digits-filter-response.md",), ("batch", "group", "filter-response")),
     "how-bn-helps": lambda: beta("how-bn-helps-dln/landscape.json"),
 }
 
