@@ -1,4 +1,4 @@
-"""What watching costs: python benchmarks/monitor.py [--quick] [--device cuda] [--threads 2].
+"""What watching costs: python benchmarks/monitor.py [--quick] [--device cuda] [--threads 2] [--every 200].
 
 Three things are timed in turns: a plain training step, the same step with the Monitor between two measurements, and one
 with a measurement. The overhead at a cadence of ``every`` steps is put together from them, round by round:
@@ -17,7 +17,7 @@ from common import interleaved, save
 from normkit.instruments import Monitor
 from normkit.study.models import build_model
 
-EVERY = 200
+EVERY = 1000
 CASES = (("resnet20", (3, 32, 32), 128), ("resnet20", (3, 32, 32), 8), ("digits-cnn", (1, 8, 8), 64))
 
 
@@ -26,8 +26,10 @@ def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return cross_entropy(model(batch[0]), batch[1])
 
 
-def measure(method: str, name: str, shape: tuple[int, ...], batch_size: int, rounds: int, device: str) -> dict:
-    """Paired times of the three kinds of step, and the overhead at the default cadence."""
+def measure(
+    method: str, name: str, shape: tuple[int, ...], batch_size: int, rounds: int, device: str, every: int = EVERY
+) -> dict:
+    """Paired times of the three kinds of step, and the overhead at a cadence of ``every`` steps."""
     torch.manual_seed(0)
     batch = torch.randn(batch_size, *shape, device=device), torch.randint(10, (batch_size,), device=device)
     model = build_model(name, input_shape=shape, classes=10).to(device)
@@ -58,13 +60,14 @@ def measure(method: str, name: str, shape: tuple[int, ...], batch_size: int, rou
     always.close()
     plain, watched = ([t / count for t in seconds[kind]] for kind in ("plain", "watched"))
     overheads = sorted(
-        ((EVERY - 1) * w + m) / (EVERY * p) - 1 for p, w, m in zip(plain, watched, seconds["measured"], strict=True)
+        ((every - 1) * w + m) / (every * p) - 1 for p, w, m in zip(plain, watched, seconds["measured"], strict=True)
     )
     return {
         "method": method,
         "model": name,
         "batch_size": batch_size,
         "device": device,
+        "every": every,
         "step_ms": 1e3 * median(plain),
         "measurement_steps": median(m / p for p, m in zip(plain, seconds["measured"], strict=True)),
         "overhead": {
@@ -80,22 +83,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few rounds only; the result is not written")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--every", type=int, default=EVERY, help="steps from one measurement to the next")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rounds = 2 if arguments.quick else 7
     rows = []
     for method, case in [("batch", case) for case in CASES] + [("bnp", CASES[0])]:
-        rows.append(measure(method, *case, rounds, arguments.device))
+        rows.append(measure(method, *case, rounds, arguments.device, arguments.every))
         row, cost = rows[-1], rows[-1]["overhead"]
         print(
             f"{row['model']}, {method}, batch {row['batch_size']:>3}: {cost['median']:.1%} "
-            f"({cost['low']:.1%} to {cost['high']:.1%}) of the training time at one measurement in {EVERY} steps; "
+            f"({cost['low']:.1%} to {cost['high']:.1%}) of the training time at one measurement in {arguments.every} steps; "
             f"a measurement costs {row['measurement_steps']:.1f} steps"
         )
     if not arguments.quick:
         name = "monitor" if arguments.device == "cpu" else "monitor-gpu"
-        save(name, f"python benchmarks/monitor.py --device {arguments.device} --threads {arguments.threads}", rows)
+        options = f"--device {arguments.device} --threads {arguments.threads} --every {arguments.every}"
+        save(name, f"python benchmarks/monitor.py {options}", rows)
 
 
 if __name__ == "__main__":
