@@ -1,7 +1,7 @@
 """Draws the figures of README and of the cards from committed results, with the charts of the report.
 
 python -m benchmarks.figures                    # all of them, to docs/images/NAME-light.svg and NAME-dark.svg
-python -m benchmarks.figures bnp riemannian     # these alone
+python -m benchmarks.figures accuracy batchless  # these alone
 
 A figure whose results are not committed yet is named and left out.
 """
