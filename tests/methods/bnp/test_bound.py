@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import normkit
 from normkit import BNP
@@ -61,9 +63,10 @@ def test_the_bound_is_on_what_momentum_makes_of_a_lasting_gradient():
     assert torch.allclose(*grads, rtol=1e-6)
 
 
-@pytest.mark.parametrize("largest", [1 << 22, 60])
-def test_layers_stepped_together_are_each_stepped_as_if_alone(monkeypatch, largest):
+@pytest.mark.parametrize(("largest", "stacked"), [(1 << 22, 1 << 14), (60, 1 << 14), (1 << 22, 0)])
+def test_layers_stepped_together_are_each_stepped_as_if_alone(monkeypatch, largest, stacked):
     monkeypatch.setattr(layer_steps, "LARGEST_BATCH", largest)
+    monkeypatch.setitem(layer_steps._STACKED, "cpu", stacked)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1),
@@ -110,6 +113,33 @@ def test_layers_stepped_together_are_each_stepped_as_if_alone(monkeypatch, large
                 assert torch.allclose(layer.bias.grad, bias * factors, rtol=1e-10, atol=1e-15)
         assert bounded
         optimizer.step()
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.size = max([self.size, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
+
+
+def test_large_layers_are_stepped_where_they_lie_one_after_another():
+    model = nn.Sequential(*(nn.Linear(160, 160) for _ in range(4)))
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    BNP(model, max_change=0.05).attach(optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(8, 160)).square().mean().backward()
+        places = [p.grad.data_ptr() for p in model.parameters()]
+        with Largest() as largest:
+            optimizer.step()
+        assert largest.size == model[0].weight.numel(), "gradients of several layers were joined"
+        assert places == [p.grad.data_ptr() for p in model.parameters()]
 
 
 def test_a_bound_needs_the_learning_rate():

@@ -29,12 +29,12 @@ def use_triton(*tensors: Tensor) -> bool:
 
     ``torch.compile`` fuses the readable code itself, and function transforms cannot see into a kernel.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not has_triton():
         return False
     switch = os.environ.get(SWITCH)
     if switch == "0" or not (switch == "1" or all(tensor.is_cuda for tensor in tensors)):
         return False
-    if torch._C._are_functorch_transforms_active() or not has_triton():
+    if torch._C._are_functorch_transforms_active():
         return False
     return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
