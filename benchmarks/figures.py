@@ -18,7 +18,6 @@ from statistics import mean
 from benchmarks.studies import fine_tuning as fine_tuning_study
 from benchmarks.studies.runs import best
 from normkit.study.report.chart import COLOURS, Series, line_chart
-from normkit.study.report.figures import by_batch_size
 from normkit.study.report.render import read_results
 from normkit.study.report.scales import Axis, log_ticks, nice_ticks
 from normkit.study.report.statistics import summarize
@@ -35,10 +34,14 @@ Points = dict[str, dict[float, list[float]]]
 """Method -> x -> values, one per seed or their mean alone."""
 
 
-def study(file: str) -> str:
-    """Accuracy against batch size, from a study's ``results.json`` in docs/results."""
-    record = read_results(REPORTS / file)
-    return str(by_batch_size(record, summarize(record))[0])
+def studies(*files: str) -> str:
+    """Accuracy against batch size, from several studies' ``results.json`` in docs/results, one or more batch sizes each."""
+    points: Points = defaultdict(dict)
+    for record in (read_results(REPORTS / file) for file in files):
+        for summary in summarize(record):
+            if summary.scores:
+                points[summary.method][summary.batch_size] = [100 * score for score in summary.scores]
+    return by_size(points, "test accuracy, %")
 
 
 def reports(files: tuple[str, ...], methods: tuple[str, ...]) -> str:
@@ -152,7 +155,7 @@ def standalone(chart: str, dark: bool) -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    "accuracy": lambda: study("digits.json"),
+    "accuracy": lambda: studies("cifar10-cnn4.json", "cifar10-cnn4-single.json"),
     "fine-tuning": lambda: fine_tuning("colours"),
     "fine-tuning-classes": lambda: fine_tuning("classes"),
     "bnp-convergence": condition_numbers,
