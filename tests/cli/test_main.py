@@ -27,6 +27,8 @@ QUICK = [
     "96",
     "--lr-points",
     "2",
+    "--lr-extend",
+    "0",
     "--quiet",
 ]
 

@@ -23,6 +23,8 @@ from tests.study.store.test_worker import address
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 CONFIG = StudyConfig(methods=("batch",), batch_sizes=(32,), seeds=1, lr=0.1, budget=96)
 LONG = [
+    "--model",
+    "digits-cnn",
     "--methods",
     "batch",
     "--batch-sizes",

@@ -20,7 +20,7 @@ from normkit.study.train.loop import Loop, evaluate
 from normkit.study.train.trial import build_trial, run_trial
 
 METHODS = [m for m in normkit.recipes() if m != "zero-gamma"]  # which needs residual branches
-CONFIG = StudyConfig(methods=("batch",), batch_sizes=(12,), budget=48, micro_batch=4, lr=0.02)
+CONFIG = StudyConfig(model="digits-cnn", methods=("batch",), batch_sizes=(12,), budget=48, micro_batch=4, lr=0.02)
 WHOLE = dataclasses.replace(CONFIG, batch_sizes=(13,), micro_batch=0)  # ranks' shares differ: 7 and 6, at last 5 and 4
 
 

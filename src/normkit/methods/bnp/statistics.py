@@ -9,7 +9,7 @@ there are, and nothing waits for the device.
 
 from collections.abc import Mapping, Sequence
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -51,9 +51,20 @@ class LayerIndex:
         self.owner = torch.cat([torch.full((size,), i, device=device) for i, size in enumerate(self.sizes)])
         fan_in = [float(shape.fan_in) for shape in shapes]
         self.fan_in = torch.tensor(fan_in, dtype=wide_dtype(device), device=device)
-        self.flat = self.fan_in.new_zeros(2 * (len(layers) + sum(self.sizes)))
-        _, totals, squares = self.flat.split([2 * len(layers), sum(self.sizes), sum(self.sizes)])
+        self._allocate()
+
+    def _allocate(self) -> None:
+        layers, features = len(self.layers), sum(self.sizes)
+        self.flat = self.fan_in.new_zeros(2 * (layers + features))
+        _, totals, squares = self.flat.split([2 * layers, features, features])
         self.totals, self.squares = totals.split(self.sizes), squares.split(self.sizes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in {"flat", "totals", "squares"}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._allocate()  # pickled views would not share their memory any more
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest value of each layer, for values >= 0."""
