@@ -245,7 +245,7 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(capsys, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert run("compare", *QUICK, "--dry-run") == 0
     out, errors = capsys.readouterr()
-    assert "8 trials: 4 to search learning rates (more where" in out
+    assert "8 trials: 4 to search learning rates, 4 final" in out
     assert "about " in out
     assert errors == ""
     assert list(tmp_path.iterdir()) == []
