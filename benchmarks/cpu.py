@@ -72,7 +72,8 @@ def overhead(rounds: int) -> list[dict[str, Any]]:
 def trials(share: int) -> list[dict[str, object]]:
     """A trial over a hand-written loop."""
     cases = (("digits-cnn", 64, 16), ("digits-cnn", 1, 120), ("resnet20", 64, 2))
-    return [trial_overhead.measure(model, "batch", size, max(1, chunk // share), 1) for model, size, chunk in cases]
+    rows = [trial_overhead.measure(model, "batch", size, max(1, chunk // share), 1) for model, size, chunk in cases]
+    return [*rows, trial_overhead.measure("digits-cnn", "batch", 64, max(1, 16 // share), 1, general=True)]
 
 
 def pieces(quick: bool) -> dict[str, Callable[[], Any]]:

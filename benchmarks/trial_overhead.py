@@ -14,7 +14,9 @@ from statistics import median
 import torch
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, TensorDataset
 
+import normkit
 from common import interleaved, ratio, save
 from normkit.study.classification import load_classification
 from normkit.study.config import StudyConfig
@@ -26,8 +28,13 @@ from normkit.study.train.trial import build_trial
 REPEATS = 4  # pairs of runs, each 23 paired times
 
 
-def measure(model: str, method: str, batch_size: int, chunk: int, repeats: int) -> dict[str, object]:
-    """Paired times of trials' loops and of bare ones, in turns ``chunk`` steps each: from point to point of the curve."""
+def measure(
+    model: str, method: str, batch_size: int, chunk: int, repeats: int, *, general: bool = False
+) -> dict[str, object]:
+    """Paired times of trials' loops and of bare ones, in turns ``chunk`` steps each: from point to point of the curve.
+
+    ``general``: of a task of one's own, whose samples a ``DataLoader`` collates one by one in the bare loop.
+    """
     rounds = LOSS_POINTS - 1
     steps = LOSS_POINTS * chunk
     config = StudyConfig(model=model, methods=(method,), batch_sizes=(batch_size,), budget=steps * batch_size)
@@ -35,6 +42,17 @@ def measure(model: str, method: str, batch_size: int, chunk: int, repeats: int) 
     task = load_classification(config)
     data = task.data
     inputs, labels = data.normalise(data.train.inputs), data.train.labels
+    samples = TensorDataset(inputs, labels)
+    if general:
+        task = normkit.Task(
+            "digits",
+            task.model,
+            train=samples,
+            validation=samples,
+            test=samples,
+            loss=lambda network, batch: cross_entropy(network(batch[0]), batch[1]),
+            score=lambda network, batches: 0.0,
+        )
 
     def trial() -> Iterator[CurvePoint]:
         loop = Loop(config, key, task, *build_trial(config, key, task))
@@ -44,11 +62,17 @@ def measure(model: str, method: str, batch_size: int, chunk: int, repeats: int) 
     def bare() -> Iterator[None]:
         network, optimizer = build_trial(config, key, task)
         schedule = LambdaLR(optimizer, lambda step: lr_factor("cosine", step, steps, 0.05))
-        order = torch.cat([torch.randperm(len(labels)) for _ in range(-(-config.budget // len(labels)))])
+        order = torch.cat([torch.randperm(len(labels)) for _ in range(-(-config.budget // len(labels)))])[
+            : config.budget
+        ]
+        if general:
+            batches = iter(DataLoader(samples, batch_size, sampler=order.tolist()))
+        else:
+            batches = ((inputs[indices], labels[indices]) for indices in order.split(batch_size))
         network.train()
-        for step, indices in enumerate(order[: config.budget].split(batch_size), start=1):
+        for step, (some, classes) in enumerate(batches, start=1):
             optimizer.zero_grad()
-            loss = cross_entropy(network(inputs[indices]), labels[indices])
+            loss = cross_entropy(network(some), classes)
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -64,6 +88,7 @@ def measure(model: str, method: str, batch_size: int, chunk: int, repeats: int) 
         "model": model,
         "method": method,
         "batch_size": batch_size,
+        "general": general,
         "bare_step_ms": 1e3 * median(seconds["bare"]) / chunk,
         "overhead": ratio(seconds["trial"], seconds["bare"]),
     }
@@ -82,10 +107,14 @@ def main() -> None:
     )
     repeats = 1 if arguments.quick else REPEATS
     rows = [measure(model, method, size, chunk // share, repeats) for model, method, size, chunk in cases]
+    rows += [
+        measure("digits-cnn", "batch", size, chunk // share, repeats, general=True)
+        for size, chunk in ((64, 32), (1, 240))
+    ]
     for row in rows:
-        found = row["overhead"]
+        found, own = row["overhead"], ", own task" if row["general"] else ""
         print(
-            f"{row['model']:>10}, {row['method']:>5}, batch size {row['batch_size']:>2}: bare step "
+            f"{row['model']:>10}, {row['method']:>5}, batch size {row['batch_size']:>2}{own}: bare step "
             f"{row['bare_step_ms']:.2f} ms, trial / bare {found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
         )
     if not arguments.quick:
