@@ -142,6 +142,25 @@ def test_ranks_share_the_samples_of_each_batch(ranks):
     assert len(whole[-1]) == 3
 
 
+@pytest.mark.parametrize(("sample", "fetched"), [(torch.zeros(3), 16), (torch.zeros(2**18), 1), (object(), 1)])
+def test_small_batches_are_fetched_in_a_row_and_large_ones_when_they_are_needed(sample, fetched):
+    seen = []
+
+    class Noted(Dataset):
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            seen.append(index)
+            return sample
+
+    steps = batches(Noted(), batch_size=1, budget=40, seed=1, collate=lambda samples: samples)
+    next(steps)
+    assert len(seen) == fetched
+    assert len(list(steps)) == 39
+    assert len(seen) == 40
+
+
 def test_a_batch_of_any_structure_is_moved_and_nothing_else():
     @dataclasses.dataclass
     class Graph:

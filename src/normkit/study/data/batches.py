@@ -7,6 +7,7 @@ sees the same samples.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from normkit.study.data.augmentation import augment
 from normkit.study.data.dataset import TensorSamples
 from normkit.study.data.samples import Fetcher, MicroBatch, Request, fetched
 from normkit.study.data.sampling import picks, stream
-from normkit.study.data.structure import to_device
+from normkit.study.data.structure import tensors, to_device
 
 BLOCK = 2**18  # values of the inputs (1 MiB) prepared in one call; batches are cut from them
+AHEAD = 16  # small batches fetched in a row: between two steps, the caches hold nothing of what a fetch needs
 
 
 def batches(
@@ -59,8 +61,18 @@ def batches(
             yield _split(inputs, labels, micro_batch or len(labels))
         return
     requests = _requests(len(dataset), batch_size, budget, seed, start, share, micro_batch)
-    for made in fetched(Fetcher(dataset, "train", seed, collate), requests, workers):
-        yield [MicroBatch(to_device(batch, device), samples) for batch, samples in made]
+    made = fetched(Fetcher(dataset, "train", seed, collate), requests, workers)
+    yield from _in_a_row(
+        [MicroBatch(to_device(batch, device), samples) for batch, samples in micros] for micros in made
+    )
+
+
+def _in_a_row(steps: Iterator[list[MicroBatch]]) -> Iterator[list[MicroBatch]]:
+    # The same, fetched several at a time, as long as they are small.
+    for first in steps:
+        values = sum(tensor.numel() for micro in first for tensor in tensors(micro.batch)) or BLOCK  # of unknown size
+        together = min(AHEAD, BLOCK // values)
+        yield from chain([first], list(islice(steps, max(0, together - 1))))
 
 
 def _blocks(
@@ -101,11 +113,14 @@ def _requests(
 ) -> Iterator[Request]:
     # What this rank fetches for each batch: its share, cut into micro-batches.
     rank, ranks = share
-    for indices in stream(length, budget, batch_size, seed, start):
-        shares = indices.tensor_split(ranks)
-        own = shares[rank]
-        groups = own.split(micro_batch or max(1, len(own)))
-        yield Request(start + sum(map(len, shares[:rank])), tuple(tuple(group.tolist()) for group in groups))
+    for block in stream(length, budget, AHEAD * batch_size, seed, start):
+        indices = block.tolist()
+        for first in range(0, len(indices), batch_size):
+            size, rest = divmod(min(batch_size, len(indices) - first), ranks)
+            begin = first + size * rank + min(rank, rest)
+            end = begin + size + (rank < rest)
+            cuts = range(begin, max(end, begin + 1), micro_batch or max(1, end - begin))
+            yield Request(start + begin, tuple(tuple(indices[cut : min(cut + cuts.step, end)]) for cut in cuts))
         start += len(indices)
 
 

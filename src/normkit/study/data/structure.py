@@ -74,7 +74,9 @@ def to_device(value: Any, device: torch.device | str) -> Any:
         value: A batch.
         device: Where to.
     """
-    if not isinstance(value, Tensor) and callable(move := getattr(value, "to", None)):
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if callable(move := getattr(value, "to", None)):
         return move(device)
     if isinstance(value, dict):
         return {key: to_device(item, device) for key, item in value.items()}
