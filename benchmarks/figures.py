@@ -34,12 +34,12 @@ Points = dict[str, dict[float, list[float]]]
 """Method -> x -> values, one per seed or their mean alone."""
 
 
-def studies(*files: str) -> str:
-    """Accuracy against batch size, from several studies' ``results.json`` in docs/results, one or more batch sizes each."""
+def studies(*files: str, methods: tuple[str, ...] = ()) -> str:
+    """Accuracy against batch size, from several studies' ``results.json`` in docs/results; of all methods or of these."""
     points: Points = defaultdict(dict)
     for record in (read_results(REPORTS / file) for file in files):
         for summary in summarize(record):
-            if summary.scores:
+            if summary.scores and (not methods or summary.method in methods):
                 points[summary.method][summary.batch_size] = [100 * score for score in summary.scores]
     return by_size(points, "test accuracy, %")
 
@@ -156,6 +156,7 @@ def standalone(chart: str, dark: bool) -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "accuracy": lambda: studies("cifar10-cnn4.json", "cifar10-cnn4-single.json"),
+    "riemannian": lambda: studies("cifar10-cnn4.json", methods=("batch", "sgd-g", "group")),
     "fine-tuning": lambda: fine_tuning("colours"),
     "fine-tuning-classes": lambda: fine_tuning("classes"),
     "bnp-convergence": condition_numbers,

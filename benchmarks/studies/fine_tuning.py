@@ -44,7 +44,7 @@ from benchmarks.batchless_length import RUNS, Splits, accuracy, cifar10, prepare
 from benchmarks.studies.runs import Runs, best, rate_search
 from normkit.study.models import build_model
 
-METHODS = ("batch", "frozen", "batch-renorm", "instance", "group", "batchless", "fold+bnp", "group+bnp")
+METHODS = ("batch", "frozen", "batch-renorm", "instance", "group", "batchless", "fold+none", "fold+bnp", "group+bnp")
 TARGETS = ("colours", "classes")
 PARTS = 5
 

@@ -203,6 +203,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     for place in ("compare.run_workers", "landscape.run.train_and_measure", "store.join_studies.run_workers"):
         monkeypatch.setattr(f"normkit.study.{place}", refuse)
     monkeypatch.setattr("normkit.instruments.doctor", refuse)
