@@ -8,8 +8,10 @@ Then it is moved to a target:
 
 Each method starts from the same trained network; none sees data of the target before its first step. ``batch-renorm`` has its
 final bounds from the first step on, as its schedule counts the steps of the first training. At batch size 1, ``batch`` trains
-with the statistics of one image, as ``instance`` does, and is judged with running statistics. One run trains on 5,000
-samples with SGD, momentum 0.9, and a learning rate that falls to zero along a cosine.
+with the statistics of one image, as ``instance`` does, and is judged with running statistics. ``fold+bnp`` merges the BatchNorm
+layers into the convolutions and preconditions what is left; ``fold+none`` is plain SGD on the merged network.
+
+One run trains on 5,000 samples with SGD, momentum 0.9, and a learning rate that falls to zero along a cosine.
 
 Rates are half decades around a tenth of the recipe's rate. The search runs one seed at three rates, and extends the grid by at
 most three rates on each side until the best one is inside. The best has the highest validation accuracy at the end of the run;
@@ -43,6 +45,7 @@ import normkit
 from benchmarks.batchless_length import RUNS, Splits, accuracy, cifar10, prepared, read
 from benchmarks.studies.runs import Runs, best, rate_search
 from normkit.study.models import build_model
+from normkit.study.report.statistics import t_interval
 
 METHODS = ("batch", "frozen", "batch-renorm", "instance", "group", "batchless", "fold+none", "fold+bnp", "group+bnp")
 TARGETS = ("colours", "classes")
@@ -150,7 +153,8 @@ def score(result: dict[str, Any]) -> tuple[bool, float]:
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: one table for each target, batch size and number of samples; mean ± deviation over the seeds (their number).
 
-    The rate of a row is that which the search chose.
+    The rate of a row is that which the search chose. The last column compares the best weights with those of ``frozen``: the
+    mean difference over the seeds that both ran, with its 95 % t interval.
     """
     sheets: dict[tuple[Any, ...], dict[str, dict[float, list[dict[str, Any]]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
@@ -160,13 +164,27 @@ def table(results: list[dict[str, Any]]) -> str:
     text = []
     for (target, size, examples), methods in sorted(sheets.items()):
         text += [f"\n{target}, batch size {size}, {examples:,} samples\n"]
-        text += ["| method | rate | start | best | end |", "|---|---|---|---|---|"]
-        for method, rates in methods.items():
-            lr = best({lr: run for lr, runs in rates.items() for run in runs if run["seed"] == 0}, score)
+        text += ["| method | rate | start | best | end | best, to `frozen` |", "|---|---|---|---|---|---|"]
+        chosen = {
+            method: best({lr: run for lr, runs in rates.items() for run in runs if run["seed"] == 0}, score)
+            for method, rates in methods.items()
+        }
+        by_seed = {method: {r["seed"]: r["best"] for r in methods[method][lr]} for method, lr in chosen.items()}
+        for method in sorted(methods, key=METHODS.index):
+            rates, lr = methods[method], chosen[method]
             edge = " (edge)" if lr in (min(rates), max(rates)) else ""
             cells = [_cell([r[name] for r in rates[lr]]) for name in ("start", "best", "end")]
-            text.append(f"| `{method}` | {lr:g}{edge} | {' | '.join(cells)} |")
+            against = _difference(by_seed[method], by_seed.get("frozen", {}))
+            text.append(f"| `{method}` | {lr:g}{edge} | {' | '.join(cells)} | {against} |")
     return "\n".join(text)
+
+
+def _difference(ours: dict[int, float], reference: dict[int, float]) -> str:
+    differences = [ours[seed] - reference[seed] for seed in sorted(ours.keys() & reference.keys())]
+    interval = t_interval(differences)
+    if interval is None or not any(differences):
+        return "–"
+    return f"{sum(differences) / len(differences):+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]"
 
 
 def _cell(values: list[float]) -> str:

@@ -204,7 +204,12 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    for place in ("compare.run_workers", "landscape.run.train_and_measure", "store.join_studies.run_workers"):
+    for place in (
+        "compare.measure_costs",
+        "compare.run_workers",
+        "landscape.run.train_and_measure",
+        "store.join_studies.run_workers",
+    ):
         monkeypatch.setattr(f"normkit.study.{place}", refuse)
     monkeypatch.setattr("normkit.instruments.doctor", refuse)
     (tmp_path / "own.py").write_text(OWN)
