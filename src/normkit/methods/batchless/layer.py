@@ -216,8 +216,11 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
     def take(self) -> tuple[Moments, Tensor]:
         """Return the moments of the rows since the last call, possibly none, and the number of samples, ``()``."""
         like, counted = self.running_mean.detach(), self.counter.take()
-        start = empty(self.num_features, dtype=like.dtype, device=like.device)
-        rows = functools.reduce(merge, [moments for moments, _ in counted]) if counted else start
+        rows = (
+            functools.reduce(merge, [moments for moments, _ in counted])
+            if counted
+            else empty(self.num_features, dtype=like.dtype, device=like.device)
+        )
         if self.shared:
             rows = _of_all_channels(rows)
         return rows, like.new_full((), sum(instances for _, instances in counted))

@@ -68,8 +68,8 @@ def projected_weight_gradient(
     square = m.square()
     length = square.sum(2, keepdim=True)  # of m at one tap
     variance_along = products(square, s) / length.clamp(min=tiny)
-    m = m.unsqueeze(3).expand(-1, -1, -1, taps).reshape(groups, 1, -1)
-    g = torch.addcmul(g, products(g, m) / (variance_along + taps * length).clamp(min=tiny), m, value=-1)
+    m = m.repeat_interleave(taps, 2) if taps > 1 else m
+    g = torch.addcmul(g, g @ (m / (variance_along + taps * length).clamp(min=tiny)).mT, m, value=-1)
     g = g.addcmul_(products(g, w) / products(w, w).clamp(min=tiny), w, value=-1)
     return g.to(grad.dtype).view_as(grad)
 
@@ -104,7 +104,7 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
         """Start anew: a copy of the weight has no hook."""
         self._weight: Tensor | None = None
         self._from_output: Tensor | None = None  # in a backward pass that has not come to the weight
-        self._elsewhere: Tensor | None = None
+        self._elsewhere: Tensor | None = None  # None where everything came from the layer's output
         self._along: Tensor | None = None
 
     def discard(self) -> None:
@@ -140,9 +140,12 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
         if not (is_counting() and self.collector.collects):
             return
         output, self._from_output = self._from_output, None
-        elsewhere, along = grad.detach() if output is None else grad.detach() - output, self._times_weight(grad)
-        self._elsewhere = elsewhere if self._elsewhere is None else self._elsewhere + elsewhere
+        along = self._times_weight(grad)
         self._along = along if self._along is None else self._along + along
+        if output is not None and output.data_ptr() == grad.data_ptr():
+            return  # all of it is from the output: nothing was added
+        elsewhere = grad.detach() if output is None else grad.detach() - output
+        self._elsewhere = elsewhere if self._elsewhere is None else self._elsewhere + elsewhere
 
     def _times_weight(self, grad: Tensor) -> Tensor:
         """Product of a gradient with the weight, per output."""
@@ -183,13 +186,16 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
             variance: Likewise.
             along: The weight's gradients times the weight, mean over all ranks, ``(out,)``.
         """
-        elsewhere, weight = self._elsewhere, self.layer._parameters.get("weight")
+        elsewhere, reached, weight = self._elsewhere, self._along is not None, self.layer._parameters.get("weight")
         self.discard()
-        if weight is None or weight.grad is None or elsewhere is None:
+        if weight is None or weight.grad is None or not reached:
+            return
+        groups = getattr(self.layer, "groups", 1)
+        if elsewhere is None:
+            weight.grad.copy_(projected_weight_gradient(weight.grad, weight.detach(), mean, variance, groups=groups))
             return
         factor = (self._times_weight(weight.grad) @ along / along.square().sum()).nan_to_num(0, 0, 0)
         elsewhere = (elsewhere * factor).to(weight.grad.dtype)
-        groups = getattr(self.layer, "groups", 1)
         grad = projected_weight_gradient(weight.grad - elsewhere, weight.detach(), mean, variance, groups=groups)
         weight.grad.copy_(grad + elsewhere)
 
