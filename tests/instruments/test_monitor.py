@@ -98,6 +98,21 @@ def test_one_json_line_per_step_and_one_measurement_per_cadence(tmp_path):
     assert not optimizer._optimizer_step_post_hooks
 
 
+def test_a_loss_that_is_changed_in_place_afterwards_is_recorded_as_it_was_observed():
+    model = make_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, batch_loss, optimizer) as monitor:
+        batch = make_batches(1)[0]
+        loss = batch_loss(model, batch)
+        loss.backward()
+        observed = loss.item()
+        monitor.observe(batch, loss)
+        loss.detach().zero_()
+        optimizer.zero_grad(set_to_none=False)
+    assert monitor.history[0]["loss"] == observed
+    assert monitor.history[0]["gradient_norm"] > 0
+
+
 def test_a_diverging_run_is_written_as_json_all_the_same(tmp_path):
     model = make_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e30)

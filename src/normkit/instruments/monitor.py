@@ -86,7 +86,7 @@ class Monitor:
         self.steps, self.span = steps, span
         self.history: list[dict[str, Any]] = []
         self._step = 0
-        self._waiting: list[tuple[dict[str, Any], Tensor]] = []
+        self._waiting: list[tuple[dict[str, Any], Tensor, Tensor]] = []  # record, loss, norms of the gradients
         self._before: dict[str, Tensor] | None = None
         self._parallel = isinstance(model, DistributedDataParallel)
         writes = not self._parallel or dist.get_rank() == 0
@@ -107,13 +107,13 @@ class Monitor:
             loss: Its loss.
         """
         record: dict[str, Any] = {"step": self._step, "lr": float(self.optimizer.param_groups[0]["lr"])}
-        size = _total_norm([p.grad for p in self._parameters if p.grad is not None])
-        value = loss.detach() if isinstance(loss, Tensor) else torch.as_tensor(loss, device=size.device)
+        norms = _norms([p.grad for p in self._parameters if p.grad is not None])
+        value = loss.detach().clone() if isinstance(loss, Tensor) else torch.as_tensor(loss, device=norms.device)
         if self._step % self.every == 0:
             record.update(self._measure(batch, record["lr"]))
             self._before = snapshot(self.model)
             self.history.append(record)
-        self._waiting.append((record, torch.stack([value.reshape(()).to(size.device).float(), size.float()])))
+        self._waiting.append((record, value, norms))
         self._step += 1
         if len(self._waiting) >= _FLUSH:
             self.flush()
@@ -156,10 +156,13 @@ class Monitor:
         """Write the records that are not written yet."""
         if not self._waiting:
             return
-        figures = torch.stack([pair for _, pair in self._waiting])
+        figures = torch.stack([
+            torch.stack([value.reshape(()).to(norms.device).float(), torch.linalg.vector_norm(norms).float()])
+            for _, value, norms in self._waiting
+        ])
         if self._parallel:
             dist.all_reduce(figures.div_(dist.get_world_size()))
-        for (record, _), (loss, size) in zip(self._waiting, figures.tolist(), strict=True):
+        for (record, *_), (loss, size) in zip(self._waiting, figures.tolist(), strict=True):
             if self._parallel and "landscape" in record:
                 _average(record, figures.device)
             record.update(loss=loss, gradient_norm=size)
@@ -198,14 +201,14 @@ class Monitor:
         return label(ax, "loss along the gradient", "step", "loss")
 
 
-def _total_norm(gradients: list[Tensor]) -> Tensor:
-    """Norm of all gradients together; much of ``nn.utils.get_total_norm``'s time is spent in Python."""
+def _norms(gradients: list[Tensor]) -> Tensor:
+    """Norm of each gradient; the norm of all together is left to the flush, so that a step has few operations."""
     if not gradients:
-        return torch.zeros(())
+        return torch.zeros(1)
     norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
     dtype, device = norms[0].dtype, norms[0].device
     alike = [n if n.dtype == dtype and n.device == device else n.to(device, dtype) for n in norms]
-    return torch.linalg.vector_norm(torch.stack(alike))
+    return torch.stack(alike)
 
 
 def _board(folder: Path | str) -> "SummaryWriter":
