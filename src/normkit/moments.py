@@ -137,12 +137,12 @@ def weighted_sums(x: Tensor, weights: Tensor, dtype: torch.dtype | None = None) 
         return (x * weights).sum(others), (x.square() * weights).sum(others)
     if x.is_cpu and x.numel() <= _FITS_CACHE:
         x = x if x.dtype == dtype else x.to(dtype)
-        return sums_of_products(x, x * weights)
+        return _products(x, x * weights)
     channels_last = x.movedim(1, -1).is_contiguous()
     rows = (x.movedim(1, -1) if channels_last else x).flatten(1)
     if x.is_cpu:
         rows = rows.to(dtype)
-        total, square = sums_of_products(rows, rows)
+        total, square = _products(rows, rows)
     else:
         total, square = rows.sum(0, dtype=dtype), torch.linalg.vector_norm(rows, dim=0, dtype=dtype).square_()
     channels, flat = x.shape[1], weights.flatten()
@@ -151,12 +151,12 @@ def weighted_sums(x: Tensor, weights: Tensor, dtype: torch.dtype | None = None) 
     return total, square
 
 
-def sums_of_products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sums of ``y`` and of ``x y`` over all dimensions but the second, in one pass on a CPU.
+def _products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of ``y`` and of ``x y`` over all dimensions but the second, in one pass on a CPU.
 
     They are the gradients of shift and scale of a batch normalization with mean 0 and variance 1.
     """
-    zero = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)  # the mean, and with 1 added to it the variance
+    zero = torch.zeros(x.shape[1], dtype=x.dtype)  # the mean, and with 1 added to it the variance
     _, product, total = torch.ops.aten.native_batch_norm_backward.default(
         y, x, None, zero, zero, None, None, False, 1.0, [False, True, True]
     )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normkit.methods.kernels.rows import rows_of, use_triton
-from normkit.moments import Moments, observe_unchecked, sums_of_products
+from normkit.moments import Moments, observe_unchecked
 
 Gradient = Literal["natural", "plain"]
 
@@ -82,7 +82,10 @@ def moments_about(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Mome
         center, spread = torch.batch_norm_update_stats(x, None, None, 0.0)
         return Moments(count, center, spread * count)
     n = F.batch_norm(x, mean, variance, training=False, eps=eps)
-    total, square = sums_of_products(n, n)
+    zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+    _, square, total = torch.ops.aten.native_batch_norm_backward(
+        n, n, None, zero, one, None, None, False, 0.0, [False, True, True]
+    )
     m1, sigma2 = total / count, variance + eps
     return Moments(count, mean + sigma2.sqrt() * m1, (square - total * m1).clamp(min=0) * sigma2)
 
