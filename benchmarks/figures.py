@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 IMAGES, REPORTS = ROOT / "docs" / "images", ROOT / "docs" / "results"
 STYLE = ROOT / "src/normkit/study/report/templates/report.css"
 FINE_TUNING = ROOT / "benchmarks" / "results" / "fine_tuning.jsonl"
+CNN4 = ("cifar10-cnn4.json", "cifar10-cnn4-two.json", "cifar10-cnn4-single.json")  # one network, at several batch sizes
 SIZE = (760, 340)
 INDICES = ("batch", "none", "group", "bnp", "group+bnp", "batch-renorm", "batchless-projected", "batchless")
 """A method has the same colour and marker in every figure of a card."""
@@ -61,7 +62,7 @@ def fine_tuning(target: str) -> str:
     runs = defaultdict(list)
     for line in FINE_TUNING.read_text().splitlines():
         run = json.loads(line)
-        if run["target"] == target:
+        if run["target"] == target and run["method"] != "fold+none":  # a control, close to frozen: in the table alone
             runs[run["method"], run["batch_size"]].append(run)
     points: Points = defaultdict(dict)
     for (method, size), found in runs.items():
@@ -155,7 +156,8 @@ def standalone(chart: str, dark: bool) -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    "accuracy": lambda: studies("cifar10-cnn4.json", "cifar10-cnn4-single.json"),
+    "accuracy": lambda: studies(*CNN4, methods=("batch", "group+bnp", "bnp", "instance", "sgd-g", "group")),
+    "baselines": lambda: studies(*CNN4, methods=("batch", "group", "instance", "batch-renorm", "none")),
     "riemannian": lambda: studies("cifar10-cnn4.json", methods=("batch", "sgd-g", "group")),
     "fine-tuning": lambda: fine_tuning("colours"),
     "fine-tuning-classes": lambda: fine_tuning("classes"),
