@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -77,6 +78,17 @@ def test_a_process_that_was_stopped_with_the_lock_is_waited_for_a_bounded_time(t
             store.claim()
         assert time.monotonic() - began < 30
     assert store.claim() is not None
+
+
+def test_a_worker_that_starts_while_the_lock_is_held_for_long_waits_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("normkit.study.store.connection.RETRY_SECONDS", 0.1)
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    lock = FileLock(lock_file(url), thread_local=False)
+    lock.acquire()
+    threading.Timer(1.0, lock.release).start()
+    Store(url, "test", lock_file(url)).open(StudyConfig())
+    assert not lock.is_locked
 
 
 def test_ctrl_c_while_the_storage_is_away_ends_the_command(tmp_path, monkeypatch, capsys):

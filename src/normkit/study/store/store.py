@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import optuna
 from filelock import FileLock
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
 
 from normkit.study.config import StudyConfig
@@ -60,16 +61,20 @@ class Store:
     def __init__(self, url: str, name: str, lock: Path | None = None) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._file_lock = FileLock(lock, timeout=LOCK_SECONDS) if lock is not None else None
-        try:
-            with self._lock:  # of several processes that make a new storage one makes its tables
-                self.storage = connect(url)
-        except Exception as error:
-            reason = redact(str(error).partition("\n")[0], url)
-            raise StudyError(
-                f"--storage {redact(url)}: cannot be opened ({reason}); check the URL, the server, its driver and the rights"
-            ) from error
+        self.storage = self._connected(url)
         self.name = name
         self._rows = Rows(self.storage, name)
+
+    @patient
+    def _connected(self, url: str) -> RDBStorage:
+        with self._lock:  # of several processes that make a new storage one makes its tables
+            try:
+                return connect(url)
+            except Exception as error:
+                reason = redact(str(error).partition("\n")[0], url)
+                raise StudyError(
+                    f"--storage {redact(url)}: cannot be opened ({reason}); check the URL, the server, its driver and the rights"
+                ) from error
 
     @property
     def _lock(self) -> contextlib.AbstractContextManager[Any]:
