@@ -3,7 +3,8 @@
 Counted, not timed: an operation of torch reads its inputs and writes its outputs once; of the fused normalizations ``passes``
 says how often. The traffic of a method is what its step moves beyond that of the same network without normalization. The forward
 and the backward pass are given in units of A, the bytes of all normalized activations, the optimizer's step in units of P, the
-bytes of all parameters. Triton kernels are no operations of torch; their traffic stands in docs/performance.md.
+bytes of all parameters. Beside them stands the number of operations of a whole step, views included. Triton kernels are no operations
+of torch; their traffic stands in docs/performance.md.
 
     python benchmarks/memory_traffic.py [--model resnet20] [--batch-size 16]
 """
@@ -39,15 +40,16 @@ def passes(name: str, args: tuple[Any, ...]) -> float | None:
 
 
 class Traffic(TorchDispatchMode):
-    """Adds up bytes read and written."""
+    """Adds up bytes read and written, and counts operations."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes, self.operations = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count one operation."""
         result = func(*args, **(kwargs or {}))
+        self.operations += 1
         name = func.overloadpacket.__name__
         if func.is_view or name.startswith(PRODUCTS):
             return result
@@ -63,8 +65,8 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-def traffic(method: str, model: str, batch: int) -> tuple[int, int]:
-    """Bytes of the forward and backward pass, and of the optimizer's step."""
+def traffic(method: str, model: str, batch: int) -> tuple[int, int, int]:
+    """Bytes of the forward and backward pass and of the optimizer's step; operations of all of it."""
     torch.manual_seed(0)
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
     network, optimizer = normkit.apply(
@@ -76,7 +78,7 @@ def traffic(method: str, model: str, batch: int) -> tuple[int, int]:
             F.cross_entropy(network(x), y).backward()
         with Traffic() as step:
             optimizer.step()
-    return passes.bytes, step.bytes
+    return passes.bytes, step.bytes, passes.operations + step.operations
 
 
 def normalized(model: str, batch: int) -> tuple[int, int]:
@@ -93,11 +95,18 @@ def table(model: str, batch: int) -> dict[str, Any]:
     """The traffic of every method beyond that of ``none``, printed and as a table."""
     a, p = normalized(model, batch)
     found = {method: traffic(method, model, batch) for method in METHODS}
-    passes, step = found["none"]
-    rows = {m: {"passes_A": (f - passes) / a, "step_P": (s - step) / p} for m, (f, s) in found.items()}
+    passes, step, operations = found["none"]
+    rows = {
+        m: {"passes_A": (f - passes) / a, "step_P": (s - step) / p, "operations": n - operations}
+        for m, (f, s, n) in found.items()
+    }
     for method, row in rows.items():
-        print(f"{method:20} forward and backward {row['passes_A']:6.2f} A   step {row['step_P']:6.2f} P")
-    return {"A_bytes": a, "P_bytes": p, "none": {"passes_bytes": passes, "step_bytes": step}, "beyond_none": rows}
+        print(
+            f"{method:20} forward and backward {row['passes_A']:6.2f} A   step {row['step_P']:6.2f} P   "
+            f"{row['operations']:+5d} operations"
+        )
+    none = {"passes_bytes": passes, "step_bytes": step, "operations": operations}
+    return {"A_bytes": a, "P_bytes": p, "none": none, "beyond_none": rows}
 
 
 def main() -> None:
