@@ -3,8 +3,8 @@
 Counted, not timed: an operation of torch reads its inputs and writes its outputs once; of the fused normalizations ``passes``
 says how often. The traffic of a method is what its step moves beyond that of the same network without normalization. The forward
 and the backward pass are given in units of A, the bytes of all normalized activations, the optimizer's step in units of P, the
-bytes of all parameters. Beside them stands the number of operations of a whole step, views included. Triton kernels are no operations
-of torch; their traffic stands in docs/performance.md.
+bytes of all parameters. Beside them stands the number of operations of a whole step, views included. Triton kernels are no
+operations of torch; their traffic stands in docs/performance.md.
 
     python benchmarks/memory_traffic.py [--model resnet20] [--batch-size 16]
 """
