@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, make_url
 
 from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
@@ -114,10 +114,15 @@ class StudyFolder:
         """Return where the trials are kept, given the storage's full URL if it is not in the folder.
 
         Raises:
-            StudyError: The storage has a password, which is kept nowhere, and was not given.
+            StudyError: The storage has a password, which is kept nowhere, and was not given; or no URL can name the folder.
         """
         if self.storage is None and storage is None:
-            url = URL.create("sqlite", database=str(self.path / "study.db")).render_as_string()  # "?" and "%" quoted
+            file = str(self.path / "study.db")
+            url = URL.create("sqlite", database=file).render_as_string()  # "?" and "%" quoted by SQLAlchemy from 2.1 on
+            if make_url(url).database != file:
+                raise StudyError(
+                    f"--out {self.path}: SQLAlchemy before 2.1 cannot open files there; give a path without '?'"
+                )
             return StoreAddress(url, self.name, lock_file(url), self.path / CHECKPOINTS)
         url = storage or os.environ.get(STORAGE_VARIABLE) or self.storage or ""
         if "***" in url:
