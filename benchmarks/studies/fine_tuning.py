@@ -182,7 +182,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def _difference(ours: dict[int, float], reference: dict[int, float]) -> str:
     differences = [ours[seed] - reference[seed] for seed in sorted(ours.keys() & reference.keys())]
     interval = t_interval(differences)
-    if interval is None or not any(differences):
+    if interval is None:
         return "–"
     return f"{sum(differences) / len(differences):+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]"
 

@@ -48,8 +48,11 @@ class StudyFolder:
             This folder, with the name that its study has.
 
         Raises:
-            StudyError: The folder cannot be written, or holds another study, or the same one in another storage.
+            StudyError: The folder cannot be written, no URL can name it, or it holds another study, or the same one in another
+                storage.
         """
+        if self.storage is None:
+            self._url()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -110,6 +113,16 @@ class StudyFolder:
         name = name or (study_name(config) if "study" in text else former_name(kept, config))
         return StudyFolder(path, config, command, storage, name)
 
+    def _url(self) -> str:
+        # Of the SQLite file in the folder.
+        file = str(self.path / "study.db")
+        url = URL.create("sqlite", database=file).render_as_string()  # "?" and "%" quoted by SQLAlchemy from 2.1 on
+        if make_url(url).database != file:
+            raise StudyError(
+                f"--out {self.path}: SQLAlchemy before 2.1 cannot open files there; give a path without '?'"
+            )
+        return url
+
     def address(self, storage: str | None) -> StoreAddress:
         """Return where the trials are kept, given the storage's full URL if it is not in the folder.
 
@@ -117,12 +130,7 @@ class StudyFolder:
             StudyError: The storage has a password, which is kept nowhere, and was not given; or no URL can name the folder.
         """
         if self.storage is None and storage is None:
-            file = str(self.path / "study.db")
-            url = URL.create("sqlite", database=file).render_as_string()  # "?" and "%" quoted by SQLAlchemy from 2.1 on
-            if make_url(url).database != file:
-                raise StudyError(
-                    f"--out {self.path}: SQLAlchemy before 2.1 cannot open files there; give a path without '?'"
-                )
+            url = self._url()
             return StoreAddress(url, self.name, lock_file(url), self.path / CHECKPOINTS)
         url = storage or os.environ.get(STORAGE_VARIABLE) or self.storage or ""
         if "***" in url:

@@ -280,11 +280,12 @@ QUOTES_PATHS = make_url("sqlite:///a%3Fb").database == "a?b"  # SQLAlchemy from 
 @pytest.mark.parametrize("name", ["a b", "q?x=1", "h#1", "p%41", "ä"])
 def test_trials_stay_in_the_output_folder_whatever_its_name(name, tmp_path):
     folder = StudyFolder(tmp_path / name, CONFIG, "", None)
-    folder.prepare()
     if "?" in name and not QUOTES_PATHS:
         with pytest.raises(StudyError, match=r"--out .*give a path without '\?'"):
-            folder.address(None)
+            folder.prepare()
+        assert list(tmp_path.iterdir()) == []
         return
+    folder.prepare()
     folder.address(None).store().open(CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert {path.name for path in folder.path.iterdir()} == {"study.db", "study.db.lock"}
