@@ -110,9 +110,10 @@ def test_the_rate_search_extends_its_grid_until_the_best_is_inside_and_then_ends
 
 
 @pytest.mark.slow
-def test_accumulation_compares_the_same_methods_with_each_size_of_micro_batches(images, study, monkeypatch):
+def test_accumulation_compares_methods_with_each_size_of_micro_batches(images, study, monkeypatch):
     monkeypatch.setattr("benchmarks.studies.accumulation.METHODS", ["batch", "group"])
-    short = ("--budget", 64, "--seeds", 1, "--lr-points", 1, "--micro-batches", 0, 8)
+    monkeypatch.setattr("benchmarks.studies.accumulation.DIVIDED", ["batch"])
+    short = ("--budget", 128, "--validation", 0.2, "--seeds", 1, "--lr-points", 1, "--micro-batches", 0, 8)
     out = study("accumulation", "--data", "digits", *short, "--out", images / "out")
     for name in ("whole", "8"):
         assert f"micro-batches: {name}" in out
