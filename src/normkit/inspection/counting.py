@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+from normkit.inspection.compiling import disable_dynamo, guard_hooks
+
 Rows = TypeVar("Rows")
 
 PATIENCE = 8
@@ -30,22 +31,7 @@ PATIENCE = 8
 
 _pauses = 0  # of the whole process, not of a thread: checkpointed forwards are recomputed on autograd's own threads
 
-
 _logger = logging.getLogger("normkit")
-
-
-def disable_dynamo(function: _Function) -> _Function:
-    """Keep ``function``, which has effects beside its result, out of compiled graphs.
-
-    ``torch.compiler.disable`` imports the compiler at once, a second that ``import normkit`` must not cost; this is what
-    torch's own optimizers use, which import it with their first step.
-    """
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:  # torch notes something on what it gets, and a method takes no notes
-        return function(*args, **kwargs)
-
-    return torch._disable_dynamo(call)  # pyright: ignore[reportReturnType, reportPrivateImportUsage]
 
 
 @contextmanager
@@ -220,6 +206,7 @@ class RowCounter(Generic[Rows]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.discard()
+        guard_hooks()
 
     @property
     def pending(self) -> list[Rows]:
@@ -315,6 +302,7 @@ class InputCounter(RowCounter[Rows]):
         for other in input_counters(layer):
             if other.collector.copied:
                 other.remove()
+        guard_hooks()
         self._handles.append(layer.register_forward_hook(self._after_forward, with_kwargs=True))
 
     def remove(self) -> None:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normkit.inspection.counting import disable_dynamo
+from normkit.inspection.compiling import disable_dynamo
 from normkit.methods.method import FROM_START, Method, Part, Recipe, Successor, WideStatistics, layer_target
 from normkit.moments import statistics_dtype
 

@@ -28,8 +28,8 @@ def trained(recipe, net, batch, training):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, within its compiler
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler reads it, and hides the warning itself
-def test_a_graph_does_not_serve_a_model_that_differs_by_its_hooks_alone(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", True)  # put back afterwards
+def test_a_graph_does_not_serve_a_model_that_differs_by_its_hooks_alone():
+    torch._dynamo.config.skip_nnmodule_hook_guards = True  # as torch starts
     torch.compiler.reset()
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))

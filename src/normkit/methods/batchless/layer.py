@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normkit.inspection.counting import Collector, RowCounter, disable_dynamo, is_counting
+from normkit.inspection.compiling import disable_dynamo
+from normkit.inspection.counting import Collector, RowCounter, is_counting
 from normkit.methods.batchless.functions import Gradient, affine_map, moments_about, one_pass
 from normkit.methods.method import Successor, WideStatistics
 from normkit.moments import Moments, empty, merge, observe_unchecked, statistics_dtype

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from normkit.inspection.compiling import disable_dynamo
 from normkit.inspection.conformance import computes_as_its_type
-from normkit.inspection.counting import Collector, InputCounter, disable_dynamo, is_counting
+from normkit.inspection.counting import Collector, InputCounter, is_counting
 from normkit.inspection.graph import dataflow, producers
 from normkit.inspection.markers import attachment
 from normkit.inspection.reads import tensors_read

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-from normkit.inspection.counting import Collector, InputCounter, disable_dynamo, is_counting
+from normkit.inspection.compiling import disable_dynamo
+from normkit.inspection.counting import Collector, InputCounter, is_counting
 from normkit.inspection.markers import attachment
 from normkit.methods.kernels.sums import sum_and_square_sum
 from normkit.moments import statistics_dtype

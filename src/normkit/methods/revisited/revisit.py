@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from normkit.inspection.compiling import guard_hooks
 from normkit.inspection.graph import dataflow
 from normkit.inspection.norms import has_initial_statistics
 from normkit.methods.method import Method, Part, Recipe
@@ -144,6 +145,7 @@ def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 1
     if change.logit_scale != 1:
         if classifier is None:
             raise ValueError(f"revisit: arm {arm!r} scales the input of the classifier; the model has no linear layer")
+        guard_hooks()
         classifier.register_forward_pre_hook(FeatureScale(change.logit_scale))
     behind = _behind_a_norm(model)
     for norm in norms:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from normkit.inspection.counting import disable_dynamo
+from normkit.inspection.compiling import disable_dynamo
 from normkit.inspection.markers import attachment
 from normkit.inspection.norms import uses_batch_statistics
 

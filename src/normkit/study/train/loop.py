@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from normkit.inspection.compiling import guard_hooks
 from normkit.study.config import StudyConfig, Training
 from normkit.study.data.samples import MicroBatch
 from normkit.study.data.structure import map_tensors
@@ -71,16 +72,6 @@ class LossOf(nn.Module):
         return self.loss(self.model, batch)
 
 
-def _compiled(model: nn.Module) -> nn.Module:
-    """Compile ``model`` for itself: by default a graph of one model serves another that differs by its hooks alone."""
-    import torch._dynamo
-
-    torch._dynamo.config.skip_nnmodule_hook_guards = False  # hooks are how BNP and the projection count
-    compiled = torch.compile(model)
-    assert isinstance(compiled, nn.Module)
-    return compiled
-
-
 def prepare(training: Training, model: nn.Module, loss: Loss) -> nn.Module:
     """The module whose forward is the loss of ``model``.
 
@@ -88,8 +79,9 @@ def prepare(training: Training, model: nn.Module, loss: Loss) -> nn.Module:
     """
     if training.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    compiled = _compiled(model) if training.compile else model
-    network: nn.Module = LossOf(compiled, loss)
+    if training.compile:
+        guard_hooks()
+    network: nn.Module = LossOf(torch.compile(model) if training.compile else model, loss)  # pyright: ignore[reportArgumentType]
     if ranks()[1] > 1:
         network = DistributedDataParallel(network)
         if not training.micro_batch:  # of which each has statistics of its own, on one process too
