@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import normkit
-from benchmarks.batchless_length import RUNS, Splits, accuracy, cifar10, prepared, read
-from benchmarks.studies.runs import Runs, best, rate_search
+from benchmarks.studies.cifar10 import RUNS, Splits, accuracy, cifar10, prepared
+from benchmarks.studies.runs import Runs, best, rate_search, read
 from normkit.study.models import build_model
 from normkit.study.report.statistics import t_interval
 

@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import normkit
-from benchmarks.batchless_length import RUNS, Splits, cifar10, prepared, read
-from benchmarks.studies.runs import Runs, rate_search
+from benchmarks.studies.cifar10 import RUNS, Splits, cifar10, prepared
+from benchmarks.studies.runs import Runs, rate_search, read
 from normkit.methods.revisited.input_norm import with_input_norm
 from normkit.study.models import build_model
 
