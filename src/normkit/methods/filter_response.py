@@ -49,7 +49,7 @@ class FilterResponseNorm(Successor, nn.Module):
     """Filter Response Normalization (arXiv 1911.09737): ``y = weight x / sqrt(mean(x^2) + eps) + bias`` per sample and channel.
 
     Train and eval mode are the same. Use [`normkit.FilterResponseNorm1d`][], ``2d`` or ``3d``, followed by a
-    ``ThresholdedLinearUnit``, without which activations are pushed towards zero.
+    ``ThresholdedLinearUnit``: the mean is not removed, and a threshold at zero would not fit it.
 
     Args:
         num_features: Channels ``C`` of an input ``(N, C, ...)``.
