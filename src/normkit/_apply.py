@@ -50,20 +50,20 @@ def apply(
 ) -> tuple[nn.Module, Optimizer]:
     """Make ``model`` use the method ``name`` and build its optimizer; the training loop does not change.
 
-    When anything raises, the model is what it was before, also if it had been converted already; its tensors are copied
-    for that until the call returns. One line of the log (logger ``normkit``, level INFO) tells how much of the model the method
-    reaches, and a warning follows where that is less than half; ``normkit.describe(model, optimizer)`` shows all of it.
+    When anything raises, the model is as before, also if it had been converted already; until the call returns its tensors are
+    copied for that. One line of the log (logger ``normkit``, level INFO) tells how much of the model the method reaches, and a
+    warning follows where that is less than half; ``normkit.describe(model, optimizer)`` shows all of it.
 
     Args:
         name: One of [`normkit.recipes`][].
         model: Any module; methods that convert layers do so in place (use the returned model).
         lr: Learning rate.
-        batches: Batches for methods that start from data.
+        batches: Batches for methods that start from data (``batchless*``, ``*+input``).
         momentum: Momentum of SGD-like optimizers.
         weight_decay: Weight decay.
         optimizer: ``sgd``, ``nesterov``, ``adam`` or ``adamw``; methods with an optimizer of their own keep it. Or a class,
             or any callable, that makes an optimizer from parameter groups, which carry ``lr`` and ``weight_decay``:
-            ``torch.optim.RMSprop``, ``lambda groups: Muon(groups, momentum=0.95)``. ``momentum`` is then its own affair.
+            ``torch.optim.RMSprop``, ``lambda groups: Muon(groups, momentum=0.95)``. ``momentum`` is then not used.
         where: Which normalization layers to convert, as in [`normkit.convert`][]: a predicate ``(path, layer) -> bool``, or
             paths; default all.
         options: Settings of the method by name, such as ``{"max_change": 0.1}``; ``recipes()[name].options`` lists them.

@@ -60,7 +60,7 @@ class Landscape(Result):
     def beta_step_size(self) -> float:
         """The step size at which beta is reached.
 
-        Beta at the smallest step size is what the probe can resolve; at a larger one, what lies further out.
+        At the smallest step size beta is limited by the resolution of the walk; at a larger one it belongs to the landscape.
         """
         slopes = [slope if slope == slope else math.inf for slope in self.slopes]
         return self.step_sizes[slopes.index(max(slopes))]

@@ -34,8 +34,8 @@ class Monitor:
 
     Every step: loss, norm of the gradient, learning rate. Every ``every`` steps, from the first one on: the walk along
     the gradient (loss band, predictiveness, beta), curvature along the gradient and stability ratio, share of the
-    gradient that batch normalization removes, state of the channels, rotation of the weights. A measurement costs about
-    as much as 12 training steps.
+    gradient that batch normalization removes, state of the channels, rotation of the weights. A measurement takes about
+    as long as 13 training steps.
 
     Under ``DistributedDataParallel`` every rank must call ``observe``; figures are averaged over the ranks, and
     rank 0 writes.
@@ -44,7 +44,7 @@ class Monitor:
         model: The model that is trained, wrapped or not.
         objective: ``loss = objective(model, batch)``.
         optimizer: Its optimizer; the learning rate of its first group is the unit of the walk.
-        every: Steps from one measurement to the next. A measurement takes about as long as 14 steps.
+        every: Steps from one measurement to the next.
         steps: Number of step sizes of the walk.
         span: Smallest and largest step size of the walk, in units of the learning rate.
         path: JSON lines file to append to, one line per step.

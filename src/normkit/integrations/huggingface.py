@@ -277,7 +277,7 @@ def task(
         metric: The entry of ``compute_metrics`` that methods are compared by.
         unit: Unit of the score; with ``%`` it is a fraction that is shown in percent.
         higher_is_better: Whether a higher score is a better one.
-        name: What a report calls the task; default the class of the model.
+        name: Name of the task in the report; default the class of the model.
 
     Returns:
         The task.

@@ -282,7 +282,7 @@ def task(
         monitor: Name of the score.
         mode: Whether a higher (``max``) or a lower (``min``) score is better.
         unit: Unit of the score; with ``%`` it is a fraction that is shown in percent.
-        name: What a report calls the task; default the name of the module.
+        name: Name of the task in the report; default the name of the module.
 
     Returns:
         The task.

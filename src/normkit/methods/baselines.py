@@ -66,7 +66,7 @@ def group_count(features: int) -> int:
     """Return the number of groups of GroupNorm: the largest divisor of ``features`` up to 32 that leaves four channels each.
 
     32 is the literature's choice from 128 channels on; narrower layers keep at least four channels per group, since a
-    group of one channel at one position would be normalised to zero.
+    group of one channel at one position would be normalized to zero.
 
     Examples:
         >>> [group_count(c) for c in (3, 16, 24, 64, 128, 512)]

@@ -39,7 +39,7 @@ def renorm_correction(
     d_max: Tensor | float,
     eps: float = 1e-5,
 ) -> Correction:
-    r"""Return the correction that makes normalising by the batch agree with normalising by the running statistics.
+    r"""Return the correction that makes normalizing by the batch agree with normalizing by the running statistics.
 
     ``r = clip(std_B / std, 1/r_max, r_max)`` and ``d = clip((mean_B - mean) / std, -d_max, d_max)``, without
     gradient. Where neither is clipped, ``(x - mean_B) / std_B * r + d = (x - mean) / std``.

@@ -80,7 +80,7 @@ def scale_invariance(
     *,
     rule: Rule = "exact",
 ) -> dict[str, Invariance]:
-    """Tell for each linear and convolution weight whether scaling its filters leaves the network's function unchanged.
+    """Report for each linear and convolution weight whether scaling its filters leaves the network's function unchanged.
 
     Structure is read first: the layer's output must go into one normalization of each channel on its own, directly or
     through operations that a positive scale passes through (ReLU, pooling, dropout; when the layer has no bias). With

@@ -55,8 +55,8 @@ class Comparison:
     """What is compared.
 
     Attributes:
-        task: Your own task, FILE.py:name or package.module:name: a normkit.Task, or a function that returns one. It takes the
-            place of data and model.
+        task: Your own task, FILE.py:name or package.module:name: a normkit.Task, or a function that returns one; it replaces
+            data and model.
         data: digits, spiral, a Hugging Face name, a local folder, or your own: FILE.py:factory, package.module:factory.
         model: A name such as resnet20, or your own: FILE.py:factory, package.module:factory.
         methods: Recipes, see `normkit recipes`, with settings if need be: revisited:scale=0.2:scale_lr_divisor=10.
@@ -114,7 +114,7 @@ class Loading:
     """How data are read.
 
     Attributes:
-        train_split: Split that trains, or several joined by +: train+extra of SVHN.
+        train_split: Training split, or several joined by +: train+extra of SVHN.
         limit: Use at most this many samples of each split.
         image_column: Column with the images; by default found by its type.
         label_column: Column with the classes; by default found by its type.

@@ -89,11 +89,11 @@ def compare(
 ) -> Result:
     """Compare methods fairly on a task, and write a report; the same call resumes where it was interrupted.
 
-    Worker processes import the task by its place, so a script calls this under ``if __name__ == "__main__":``. The trials of a
-    task that has no place, such as one of a notebook, run in this process, one after the other.
+    Worker processes import the task from its file, so a script calls this under ``if __name__ == "__main__":``. The trials of a
+    task that cannot be imported, such as one of a notebook, run in this process, one after the other.
 
     Args:
-        task: A task, a function that returns one, or its place, ``FILE.py:name`` or ``package.module:name``. None to give
+        task: A task, a function that returns one, or ``FILE.py:name`` or ``package.module:name`` of either. None to give
             ``data`` and ``model`` by name among the options.
         out: Output folder; by default ``runs/`` and the study's name.
         storage: Any Optuna storage, to share the work with other processes; by default a SQLite file in ``out``.

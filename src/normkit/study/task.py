@@ -31,19 +31,19 @@ class Task:
     """The subject of a study: ``model`` is trained on ``train`` with ``loss``, and methods are compared by ``score``.
 
     Attributes:
-        name: What a report calls it.
+        name: Its name in the report.
         model: Builds a fresh model; its weights come from the seeded generators of torch, NumPy and Python.
         train: Map-style dataset of any samples.
         test: Likewise; only final runs are tested on it.
         loss: ``loss(model, batch)``, the mean over the samples of the batch, a scalar with a gradient.
         score: ``score(model, batches)``, one number for a whole split; the model is in eval mode, gradients are off.
-        validation: Chooses learning rates; None to split a part of ``train`` off.
-        metric: What the score is called.
+        validation: Chooses learning rates; None to hold out a part of ``train``.
+        metric: Name of the score.
         unit: Its unit; with ``%`` the score is a fraction that is shown in percent.
         higher_is_better: Whether a higher score is a better one.
         collate: Makes a batch from a list of samples; None for torch's ``default_collate``.
-        inputs: What the model is called with, for methods that start from data: a tensor, or a mapping of keyword arguments.
-            None for the batch itself, its first element, or its only value that is a tensor.
+        inputs: ``inputs(batch)``, the model's input, for methods that start from data: a tensor, or a mapping of keyword
+            arguments. None for the batch itself, its first element, or its only value that is a tensor.
 
     Examples:
         >>> from torch.utils.data import TensorDataset
@@ -96,7 +96,7 @@ class Task:
         """Make a classification task: cross-entropy, and accuracy in percent.
 
         Args:
-            name: What a report calls it.
+            name: Its name in the report.
             model: Builds a fresh model from inputs to logits ``(N, classes)``.
             train: Dataset of (input, class number).
             test: Likewise.
@@ -134,7 +134,7 @@ class Task:
         """Make a regression task: mean squared error, and its root over a split (RMSE, lower is better).
 
         Args:
-            name: What a report calls it.
+            name: Its name in the report.
             model: Builds a fresh model from inputs to outputs of the shape of the targets.
             train: Dataset of (input, target).
             test: Likewise.

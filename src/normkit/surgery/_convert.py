@@ -63,16 +63,17 @@ def convert(
     """Replace the normalization layers of ``model`` by those of another method.
 
     Targets: ``group`` (GroupNorm, see ``normkit.methods.baselines.group_count``), ``layer`` (GroupNorm with one group:
-    LayerNorm over channels and space), ``none`` (removed; the layer before gets its bias back, or a
-    ``normkit.methods.baselines.Removed`` with one stands in), ``batch``, ``batch-renorm``, ``batchless``,
-    ``batchless-projected``, ``l1``, ``l2``, ``linf``, ``noisy-batch``. A layer that was converted before is treated
-    as if it were reverted first. LayerNorm and RMSNorm, which normalise the last dimensions, are left as they are
+    LayerNorm over channels and space), ``instance`` (GroupNorm with a group per channel), ``none`` (removed; the layer before
+    gets its bias back, or a ``normkit.methods.baselines.Removed`` with one stands in), ``batch``, ``frozen``, ``online``,
+    ``filter-response``, ``batch-renorm``, ``batchless``, ``batchless-projected``, ``l1``, ``l2``, ``linf``, ``noisy-batch``. A
+    layer that was converted before is treated
+    as if it were reverted first. LayerNorm and RMSNorm, which normalize the last dimensions, are left as they are
     unless the target can do so too. In a model with batch normalization they stay unless ``where`` chooses them, and
     ``none`` then removes batch normalization only.
 
-    A layer is replaced wherever the model refers to it: attributes, containers, other objects, partials, bound methods. One
-    that something refers to which cannot be written, or whose attributes another module reads instead of calling it (torch's
-    fast path of transformer encoders, layers fused for quantization), stays, and a warning names it.
+    A layer is replaced wherever the model refers to it: attributes, containers, other objects, partials, bound methods. A
+    layer stays, and a warning names it, if an object that cannot be changed refers to it, or if another module reads its
+    attributes instead of calling it (torch's fast path of transformer encoders, layers fused for quantization).
 
     Args:
         model: Any module, changed in place.
@@ -86,7 +87,7 @@ def convert(
 
     Raises:
         ValueError: The target, or a path in ``where``, is unknown; the target has no settings; the model is wrapped
-            in DistributedDataParallel, sharded or scripted; a layer is lazy and not yet initialised, or of a subclass that
+            in DistributedDataParallel, sharded or scripted; a layer is lazy and not yet initialized, or of a subclass that
             computes something else; the optimizer holds no parameter of the model.
 
     Examples:
@@ -213,7 +214,7 @@ def _plan(
 
     Raises:
         ValueError: The layer computes something else than its type; or it, or the one before it whose bias is changed,
-            is lazy and not yet initialised.
+            is lazy and not yet initialized.
     """
     origin, target = origin_of(layer), TARGETS[to]
     if origin is not None and (origin.to, origin.settings) == (to, settings):

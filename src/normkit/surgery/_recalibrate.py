@@ -32,7 +32,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward: Forward = 
 
     Layers that are kept in eval mode inside a model in train mode are frozen: they keep their statistics, and the layers behind
     them see what they make of the batches. ``num_batches_tracked`` becomes at least the number of batches, so that a
-    cumulative average (``momentum=None``) goes on from these statistics.
+    cumulative average (``momentum=None``) continues from these statistics.
 
     Args:
         model: A model with such layers; changed in place. Modes come back, also when a batch raises; the statistics

@@ -44,7 +44,7 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
 
     Right before each step, the moments that all layers counted since the last one are reduced over ranks in one
     collective and become the gradient of the likelihood. A layer with the ``natural`` gradient is stepped by plain SGD
-    at ``rate N / (N + 6)`` for a step of N instances, independent of the optimizer's kind, momentum, weight decay and
+    at ``rate N / (N + 6)`` for a step of N samples, independent of the optimizer's kind, momentum, weight decay and
     schedule. A layer with the ``plain`` gradient trains like any other parameter, as in the paper: its mu and log sigma
     get a parameter group of ``optimizer`` without weight decay, so attach before building a learning-rate scheduler.
 
@@ -53,7 +53,7 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
     Args:
         model: A model with batchless layers.
         optimizer: The optimizer that trains it; may hold all of ``model.parameters()``.
-        rate: Learning rate of the natural gradient for steps of many instances; mu is a running mean of that weight.
+        rate: Learning rate of the natural gradient for steps of many samples; mu is a running mean of that weight.
 
     Returns:
         A handle whose ``remove()`` detaches again.
@@ -266,18 +266,16 @@ def initialize(
 ) -> nn.Module:
     """Set mu and sigma of every batchless layer from data, layer after layer as they run (arXiv 2212.14729).
 
-    Layer by layer, so that each is fitted to what the already fitted layers before it really produce; the function of
-    the model changes, unless gamma and beta make up for it (``keep_function``). Runs in eval mode without gradients and
-    restores the modes.
+    Each layer is fitted to the outputs of the layers before it, which are fitted already. The function of the model changes,
+    unless gamma and beta compensate (``keep_function``). Runs in eval mode without gradients and restores the modes.
 
     Args:
         model: A model with batchless layers; changed in place.
-        batches: Batches the model understands; read until ``samples`` instances have been seen, a few hundred are
-            enough.
+        batches: Batches that the model takes; read until ``samples`` samples have been seen, a few hundred are enough.
         forward: How to run the model on a batch; by default a mapping goes in as keyword arguments, of a tuple or list
             the first entry, anything else as it is.
-        samples: Number of instances to read, counted along the first dimension of a batch's first tensor.
-        keep_function: Whether gamma and beta change as well, so that the model computes what it did: to fit mu and sigma anew
+        samples: Number of samples to read, counted along the first dimension of a batch's first tensor.
+        keep_function: Whether gamma and beta change as well, so that the function stays the same: to fit mu and sigma anew
             in the course of training.
 
     Returns:

@@ -39,14 +39,14 @@ def projected_weight_gradient(
 
         g <- g - m (g m) / (m^2 + v),    g <- g - w (g w) / w^2.
 
-    The constant part of dL/dx contributes ``m^2 / (m^2 + v)`` of the squares of h along m: as much of g goes, nothing of
-    it where h is centered. Batch normalization's gradient is orthogonal to w, too; for centered inputs of equal
-    variance, uncorrelated, the result *is* batch normalization's gradient. Any scale of g is as good as any other.
+    The first removes the share ``m^2 / (m^2 + v)`` of g along m, nothing where h is centered: it is the share of the mean in
+    the squares of h along m. The second makes g orthogonal to w, as batch normalization's gradient is. For centered,
+    uncorrelated inputs of equal variance the result *is* batch normalization's gradient. It is linear in g.
 
     Args:
         grad: g, dL/dW, ``(out, in / groups, *taps)``.
         weight: W, shape of g.
-        mean: Mean of h, ``(in,)``; the taps of a convolution share that of their channel. Finite.
+        mean: Mean of h, ``(in,)``; kernel positions share that of their channel. Finite.
         variance: Variance of h, ``(in,)``. Finite.
         groups: Groups of the convolution.
 

@@ -48,9 +48,8 @@ class BNP:
         eps_relative: Guard of the variances relative to the largest of the layer.
         eps: Absolute guard of the variances.
         layers: Paths of the layers to precondition, default all.
-        max_change: Largest change of a unit's output in one step, relative to its spread; None is the paper's form, which
-            bounds nothing. For SGD, whose step is the gradient times its rate; 0.05 is a good value, and with it no
-            learning rate diverges that batch normalization survives.
+        max_change: Largest change of a unit's output in one step, relative to its deviation; None is the paper's form, which
+            bounds nothing. For SGD, whose step is the gradient times its rate; the recipes ``bnp`` and ``group+bnp`` use 0.05.
         process_group: Ranks that share their statistics, default the world.
 
     Attributes:
@@ -117,7 +116,7 @@ class BNP:
         """Precondition the gradients of this optimizer's parameters right before each of its steps.
 
         A closure given to ``step`` is served as well. The running statistics travel in the optimizer's state_dict
-        (key ``"bnp"``), so that a resumed run goes on exactly.
+        (key ``"bnp"``), so that a run resumes exactly.
 
         Args:
             optimizer: Any optimizer that steps once per call.

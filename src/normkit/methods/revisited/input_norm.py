@@ -1,4 +1,4 @@
-"""Online input normalization: batch normalization of the raw inputs replaces fixed or offline standardisation.
+"""Online input normalization: batch normalization of the raw inputs replaces fixed or offline standardization.
 
 Revisiting Batch Normalization, Jim Davis, Logan Frank, arXiv 2110.13989 (version 1).
 """
@@ -27,8 +27,8 @@ class InputNorm(WideStatistics, NormTraits, nn.Module):
     For the first place of a model, on images in [0, 1], sequences or tabular features. In train mode the statistics are
     those of the batch; a batch of one sample is normalized by the running statistics, it included. In eval mode they
     are the running ones, which are the exact mean and variance of all rows seen in train mode: after one pass, those of
-    the data set. (Their weight is equal for all rows, so they settle; they do not forget.) Under
-    DistributedDataParallel they are those of rank 0, as with batch normalization.
+    the data set. (All rows weigh equally, so old ones are not forgotten.) Under DistributedDataParallel they are those of
+    rank 0, as with batch normalization.
 
     Args:
         channels: Number of channels or features ``C``.

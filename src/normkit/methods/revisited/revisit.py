@@ -112,8 +112,8 @@ def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 1
     those groups. The marks survive ``deepcopy`` and pickling; layers without a scale (``affine=False``) are passed
     over.
 
-    Running variances that have seen no batch start at ``scale ** 2`` instead of 1 behind another BatchNorm: that is what
-    they are going to see, and evaluation in the first hundred steps is far off without it (our addition).
+    Running variances that have seen no batch start at ``scale ** 2`` instead of 1 behind another BatchNorm, since the inputs
+    have that variance. Otherwise evaluation in the first hundred steps is far off (our addition).
 
     Args:
         model: Any module; changed in place.
@@ -127,7 +127,7 @@ def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 1
 
     Raises:
         ValueError: An argument is out of its range, the model has been revisited already, has no BatchNorm with a
-            scale, or has one that is lazy and not yet initialised.
+            scale, or has one that is lazy and not yet initialized.
 
     Examples:
         >>> model = revisit(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))

@@ -127,7 +127,7 @@ def parametrizable(model: nn.Module, method: str) -> list[tuple[str, _ConvNd]]:
         Paths and layers.
 
     Raises:
-        ValueError: A layer is lazy and not yet initialised.
+        ValueError: A layer is lazy and not yet initialized.
     """
     chosen, left = [], []
     for path, layer in model.named_modules():
