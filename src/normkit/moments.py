@@ -110,6 +110,10 @@ _FITS_CACHE = 1 << 20
 """Elements up to which a product that is written to memory costs less than the reduction that avoids it, on a CPU."""
 
 
+_FEW_CHANNELS = 8
+"""Channels, side by side in memory, up to which two reductions take a fraction of the time of the one that gives both."""
+
+
 def weighted_sums(x: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return sum and sum of squares per channel over samples and positions, with a weight for each position.
 
@@ -156,6 +160,9 @@ def _products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
     They are the gradients of shift and scale of a batch normalization with mean 0 and variance 1.
     """
+    if x.shape[1] < _FEW_CHANNELS and x.stride(1) == 1:
+        others = [0, *range(2, x.dim())]
+        return y.sum(others), (x * y).sum(others)
     zero = torch.zeros(x.shape[1], dtype=x.dtype)  # the mean, and with 1 added to it the variance
     _, product, total = torch.ops.aten.native_batch_norm_backward.default(
         y, x, None, zero, zero, None, None, False, 1.0, [False, True, True]

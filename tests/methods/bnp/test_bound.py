@@ -63,8 +63,9 @@ def test_the_bound_is_on_what_momentum_makes_of_a_lasting_gradient():
     assert torch.allclose(*grads, rtol=1e-6)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("largest", "stacked"), [(1 << 22, 1 << 14), (60, 1 << 14), (1 << 22, 0)])
-def test_layers_stepped_together_are_each_stepped_as_if_alone(monkeypatch, largest, stacked):
+def test_layers_stepped_together_are_each_stepped_as_if_alone(monkeypatch, largest, stacked, memory_format):
     monkeypatch.setattr(layer_steps, "LARGEST_BATCH", largest)
     monkeypatch.setitem(layer_steps._STACKED, "cpu", stacked)
     torch.manual_seed(0)
@@ -79,6 +80,7 @@ def test_layers_stepped_together_are_each_stepped_as_if_alone(monkeypatch, large
         nn.Linear(144, 3),
         *(nn.Linear(3, 3) for _ in range(3)),
     ).double()
+    model.to(memory_format=memory_format)
     model[-1].bias.requires_grad_(False)
     limit = 0.05
     optimizer = SGD([{"params": model[:5].parameters(), "lr": 3.0}, {"params": model[5:].parameters(), "lr": 5.0}])
@@ -116,29 +118,49 @@ def test_layers_stepped_together_are_each_stepped_as_if_alone(monkeypatch, large
 
 
 class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that an operation returns."""
+    """Notes the number of elements of the largest tensor that an operation returns, and of the largest that is copied."""
 
     def __init__(self):
         super().__init__()
-        self.size = 0
+        self.size = self.copied = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.size = max([self.size, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        size = max([0, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        self.size = max(self.size, size)
+        if func in {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}:
+            self.copied = max(self.copied, size)
         return out
 
 
-def test_large_layers_are_stepped_where_they_lie_one_after_another():
-    model = nn.Sequential(*(nn.Linear(160, 160) for _ in range(4)))
+def linear_stack():
+    return nn.Sequential(*(nn.Linear(160, 160) for _ in range(4))), torch.randn(8, 160)
+
+
+def channels_last_stack():
+    model = nn.Sequential(*(nn.Conv2d(48, 48, 3, padding=1, groups=1 + i % 2, bias=False) for i in range(4)))
+    return model.to(memory_format=torch.channels_last), torch.randn(2, 48, 4, 4).to(memory_format=torch.channels_last)
+
+
+def channels_last_volumes():
+    model = nn.Sequential(*(nn.Conv3d(32, 32, 3, padding=1) for _ in range(4)))
+    x = torch.randn(2, 32, 4, 4, 4)
+    return model.to(memory_format=torch.channels_last_3d), x.to(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("make", [linear_stack, channels_last_stack, channels_last_volumes])
+def test_large_layers_are_stepped_where_they_lie_one_after_another(make):
+    model, x = make()
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     BNP(model, max_change=0.05).attach(optimizer)
-    for _ in range(2):
+    for step in range(2):
         optimizer.zero_grad()
-        model(torch.randn(8, 160)).square().mean().backward()
+        model(x).square().mean().backward()
         places = [p.grad.data_ptr() for p in model.parameters()]
         with Largest() as largest:
             optimizer.step()
         assert largest.size == model[0].weight.numel(), "gradients of several layers were joined"
+        assert step == 0 or largest.copied < 2048, "a gradient or a weight was copied"  # in the first step momentum is
         assert places == [p.grad.data_ptr() for p in model.parameters()]
 
 

@@ -22,7 +22,7 @@ from normkit.functional import (
     update_running,
 )
 from normkit.methods.bnp.observer import geometry
-from normkit.methods.bnp.preconditioning import Layout, into_z_
+from normkit.methods.bnp.preconditioning import Layout, implied_bias_grad, into_z_
 from normkit.moments import observe, sum_and_square_sum, weighted_sums
 
 CASES = {
@@ -344,6 +344,16 @@ def test_weighted_sums_read_the_input_once_and_write_nothing_of_its_size(memory_
     assert torch.allclose(square.double(), (wide * x).sum((0, 2, 3)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(5, 3, 6, 4), (5, 16, 6, 4), (1, 3, 6, 4), (5, 1, 6, 4)])
+def test_weighted_sums_of_small_inputs_weigh_each_position(shape, memory_format):
+    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=memory_format)
+    weights = torch.rand(shape[2:], dtype=torch.float64)
+    total, square = weighted_sums(x, weights)
+    assert torch.allclose(total, (x * weights).sum((0, 2, 3)), rtol=1e-12)
+    assert torch.allclose(square, (x.square() * weights).sum((0, 2, 3)), rtol=1e-12)
+
+
 def test_zeros_that_stride_inserts_are_what_conditions_a_transposed_convolution():
     torch.manual_seed(0)
     layer = nn.ConvTranspose2d(3, 4, 2, stride=2).double()
@@ -408,9 +418,10 @@ def test_a_bounded_step_changes_no_unit_by_more_than_its_share(case, bias):
     grads = layer.weight.grad, layer.bias.grad if bias else None
     ours = precondition(*grads, mean, variance, divisor=2.0, **layout)
     rows_of = Layout(layer.weight.shape, shape.groups, shape.transposed)
-    bias_grad = rows_of.units(layer.bias.grad) if bias else None
     mu, sigma = rows_of.along_in(mean), rows_of.along_in(variance.sqrt())
-    z = into_z_(rows_of.rows(layer.weight.grad.clone()), bias_grad, mu, 1 / sigma)
+    weight_grad = rows_of.rows(layer.weight.grad.clone())
+    bias_grad = rows_of.units(layer.bias.grad) if bias else implied_bias_grad(weight_grad, mu, 1 / sigma)
+    z = into_z_(weight_grad, bias_grad, mu, 1 / sigma)
     changes, spreads = (t.flatten() for t in unit_changes(z, bias_grad, rows_of.rows(layer.weight.detach()), sigma))
     factors = bounding_factors(changes * rate / 2, spreads, limit)
 

@@ -53,13 +53,18 @@ def preconditioned_noise(
     """
     layout = Layout(weight.shape, groups, transposed)
     xi = layout.rows(torch.randn(weight.shape, dtype=mean.dtype, device=weight.device, generator=generator))
-    xi_bias = None
+    mu, scale, q = layout.along_in(mean), layout.along_in(variance.rsqrt()), torch.as_tensor(divisor).sqrt()
     if bias is not None:
         xi_bias = layout.units(torch.randn(bias.shape, dtype=mean.dtype, device=bias.device, generator=generator))
-    mu, scale = None if mean_removed and bias is None else layout.along_in(mean), layout.along_in(variance.rsqrt())
-    noise, bias_noise = out_of_z_(xi, xi_bias, mu, scale)
-    q = torch.as_tensor(divisor).sqrt()
-    return layout.weight(noise) / q, None if bias_noise is None else bias_noise.reshape(-1) / q
+        noise, bias_noise = out_of_z_(xi, xi_bias, mu, scale)
+        return layout.weight(noise) / q, bias_noise.reshape(-1) / q
+    return layout.weight((xi if mean_removed else _root_(xi, mu * scale)).mul_(scale)) / q, None
+
+
+def _root_(z: Tensor, v: Tensor) -> Tensor:
+    """``z (I + v v^T)^(-1/2)``: along ``v`` divided by ``r = sqrt(1 + |v|^2)``, that is ``z - (z . v) v / (r (r + 1))``."""
+    root = (1 + v.square().sum(-1, keepdim=True)).sqrt()
+    return z.addcmul_(z @ v.mT, v / (root * (root + 1)), value=-1)
 
 
 class LangevinBNP(Optimizer):

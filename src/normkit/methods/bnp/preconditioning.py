@@ -108,10 +108,10 @@ def precondition(
         b~ = G_b / q^2 - W~ mu
 
     A convolution is the same with ``mu`` and ``s`` per input channel, shared by all taps; a group sees its own
-    channels. Without a bias the metric restricted to ``w`` is ``diag(s) + mu mu^T``, and with ``T = G_W / s``, ``v =
-    mu / s``::
+    channels. Without a bias the metric restricted to ``w`` is ``diag(s) + mu mu^T``, and the step is the first line with
+    the gradient that centring implies for the missing bias::
 
-        W~ = (T - (T mu) v^T / (1 + mu . v)) / q^2
+        G_b = (G_W . mu / s) / (1 + mu . mu / s)
 
     In training ``normkit.methods.bnp.transform`` computes it for all layers of one shape together, with the same ``into_z_`` and
     ``out_of_z_``; a test holds that to this function over 100 steps.
@@ -143,40 +143,58 @@ def precondition(
     """
     layout = Layout(weight_grad.shape, groups, transposed)
     _check(weight_grad, bias_grad, mean, variance, layout)
-    bias = None if bias_grad is None else layout.units(bias_grad.to(mean.dtype, copy=True))
-    mu = None if mean_removed and bias is None else layout.along_in(mean)
-    scale = layout.along_in(variance.rsqrt())
-    z = into_z_(layout.rows(weight_grad.to(mean.dtype, copy=True)), bias, mu, scale)
-    weight, bias = out_of_z_(z, bias, mu, scale)
-    return layout.weight(weight) / divisor, None if bias is None else bias.reshape(-1) / divisor
+    rows = layout.rows(weight_grad.to(mean.dtype, copy=True))
+    mu, scale = layout.along_in(mean), layout.along_in(variance.rsqrt())
+    if bias_grad is not None:
+        bias = layout.units(bias_grad.to(mean.dtype, copy=True))
+        weight, bias = out_of_z_(into_z_(rows, bias, mu, scale), bias, mu, scale)
+        return layout.weight(weight) / divisor, bias.reshape(-1) / divisor
+    implied = None if mean_removed else implied_bias_grad(rows, mu, scale)
+    return layout.weight(into_z_(rows, implied, mu, scale).mul_(scale)) / divisor, None
 
 
-def into_z_(weight: Tensor, bias: Tensor | None, mean: Tensor | None, scale: Tensor) -> Tensor:
+def implied_bias_grad(weight: Tensor, mean: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Return the gradient that centring implies for the bias of a layer without one.
+
+    It is the ``G_b`` with which :func:`into_z_` centres as the metric ``diag(s) + mu mu^T`` does. With ``v = mu / sigma``::
+
+        G_b = (G_W / sigma) . v / (1 + |v|^2)
+
+    Args:
+        weight: Rows of ``G_W`` (see ``Layout``), ``(groups, out, in)``.
+        mean: ``(groups, 1, in)``.
+        scale: ``1 / sigma``, likewise.
+        out: Where to write it.
+
+    Returns:
+        ``(groups, out, 1)``.
+    """
+    v = mean * scale
+    return torch.bmm(weight, (v * scale / (1 + v.square().sum(-1, keepdim=True))).mT, out=out)
+
+
+def into_z_(weight: Tensor, bias: Tensor | None, mean: Tensor, scale: Tensor) -> Tensor:
     """``P^T``: gradients of weights and biases become those of ``z``, the weights that normalized inputs would have.
 
     In ``a = beta + z . (h - mu) / sigma``, whose gradient in ``beta`` is ``G_b``::
 
         G_z = (G_W - G_b mu^T) / sigma
 
-    Without a bias ``P`` is the symmetric root ``diag(1 / sigma) (I + v v^T)^(-1/2)`` with ``v = mu / sigma``.
-
     Args:
         weight: Rows of ``G_W`` (see ``Layout``), ``(groups, out, in)``; overwritten.
-        bias: ``G_b``, ``(groups, out, 1)``, or None.
-        mean: ``(groups, 1, in)``, or None where what follows the layer removes the mean of each unit.
+        bias: ``G_b``, ``(groups, out, 1)``; without a bias what :func:`implied_bias_grad` returns, or None where what follows
+            the layer removes the mean of each unit.
+        mean: ``(groups, 1, in)``.
         scale: ``1 / sigma``, ``(groups, 1, in)``, for the square root sigma of the guarded variance: products take less
             time than quotients.
 
     Returns:
         ``G_z``, in the memory of ``weight``.
     """
-    if bias is None or mean is None:
-        weight.mul_(scale)
-        return weight if mean is None else _root_(weight, mean * scale)
-    return weight.addcmul_(bias, mean, value=-1).mul_(scale)
+    return (weight if bias is None else weight.addcmul_(bias, mean, value=-1)).mul_(scale)
 
 
-def out_of_z_(z: Tensor, bias: Tensor | None, mean: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+def out_of_z_(z: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """``P``: a step of ``z`` and ``beta`` as one of weight and bias; arguments as for ``into_z_``.
 
     ::
@@ -187,16 +205,8 @@ def out_of_z_(z: Tensor, bias: Tensor | None, mean: Tensor | None, scale: Tensor
     Returns:
         Weight, in the memory of ``z``, and bias, in the memory of ``bias``.
     """
-    if bias is None or mean is None:
-        return (z if mean is None else _root_(z, mean * scale)).mul_(scale), bias
     weight = z.mul_(scale)
     return weight, bias.baddbmm_(weight, mean.mT, alpha=-1)
-
-
-def _root_(z: Tensor, v: Tensor) -> Tensor:
-    """``z (I + v v^T)^(-1/2)``: along ``v`` divided by ``r = sqrt(1 + |v|^2)``, that is ``z - (z . v) v / (r (r + 1))``."""
-    root = (1 + v.square().sum(-1, keepdim=True)).sqrt()
-    return z.addcmul_(z @ v.mT, v / (root * (root + 1)), value=-1)
 
 
 def unit_changes(z: Tensor, bias: Tensor | None, weight: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +219,7 @@ def unit_changes(z: Tensor, bias: Tensor | None, weight: Tensor, sigma: Tensor) 
 
     Args:
         z: ``G_z = (G_W - G_b mu^T) / sigma``, one row per unit, ``(groups, out, in)``.
-        bias: ``G_b``, ``(groups, out, 1)``, or None.
+        bias: ``G_b``, ``(groups, out, 1)``, of a layer without a bias the one that centring implies, or None.
         weight: The weight, likewise.
         sigma: Square root of the guarded variance, ``(groups, 1, in)``.
 
@@ -253,15 +263,25 @@ def bounding_factors(change: Tensor, spread: Tensor, max_change: float) -> Tenso
     return (max_change * spread.clamp(min=SMALLEST_SPREAD) / change.clamp(min=1e-15)).clamp(max=1)
 
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Memory format by number of dimensions."""
+
+
 class Layout:
     """A weight as the rows of its units, ``(groups, out, inputs times taps)``, and vectors that broadcast to them.
 
     Taps lie beside the channels, not in a dimension of their own: elementwise loops over three or nine taps are slow.
     Layers of one shape side by side, their weights joined along the first dimension, are one layer with more groups.
+
+    Args:
+        shape: Shape of the weight.
+        groups: Groups of the convolution.
+        transposed: Whether the weight is laid out as that of a transposed convolution.
+        taps_first: Whether the channels of a tap lie side by side, as they do in the memory of channels-last weights.
     """
 
-    def __init__(self, shape: Sequence[int], groups: int, transposed: bool) -> None:
-        self.shape, self.groups, self.transposed = tuple(shape), groups, transposed
+    def __init__(self, shape: Sequence[int], groups: int, transposed: bool, *, taps_first: bool = False) -> None:
+        self.shape, self.groups, self.transposed, self.taps_first = tuple(shape), groups, transposed, taps_first
         self.taps = prod(shape[2:])
         first, second = shape[0] // groups, prod(shape[1:2])
         self.ins, self.outs = (first, second) if transposed else (second, first)
@@ -270,21 +290,34 @@ class Layout:
         """The weight-shaped tensor as rows."""
         if self.transposed:
             weight = weight.reshape(self.groups, self.ins, self.outs, self.taps).transpose(1, 2)
+        elif self.taps_first:
+            weight = weight.movedim(1, -1)
         return weight.reshape(self.groups, self.outs, -1)
 
     def weight(self, rows: Tensor) -> Tensor:
         """Rows as a weight-shaped tensor."""
         if self.transposed:
             rows = rows.reshape(self.groups, self.outs, self.ins, self.taps).transpose(1, 2)
+        elif self.taps_first:
+            return rows.reshape(self.shape[0], *self.shape[2:], self.shape[1]).movedim(-1, 1)
         return rows.reshape(self.shape)
 
     def along_in(self, vector: Tensor) -> Tensor:
         """A vector over the inputs."""
+        if self.taps_first:
+            return vector.reshape(self.groups, 1, -1).repeat(1, 1, self.taps)
         return (vector if self.taps == 1 else vector.repeat_interleave(self.taps)).reshape(self.groups, 1, -1)
 
     def units(self, vector: Tensor) -> Tensor:
         """A vector over the output units."""
         return vector.reshape(self.groups, self.outs, 1)
+
+
+def taps_lie_first(weight: Tensor, transposed: bool) -> bool:
+    """Return whether the channels of a tap lie side by side in the memory of a weight, as in channels-last ones."""
+    if transposed or weight.dim() not in CHANNELS_LAST or weight.is_contiguous():
+        return False
+    return weight.is_contiguous(memory_format=CHANNELS_LAST[weight.dim()])
 
 
 def _check(weight_grad: Tensor, bias_grad: Tensor | None, mean: Tensor, variance: Tensor, layout: Layout) -> None:

@@ -136,8 +136,7 @@ class RowStatistics:
         batch_mean, batch_square = sums.masked_fill_(weight == 0, 0).div_(count)
         batch_variance = batch_square.addcmul_(batch_mean, batch_mean, value=-1).clamp_(min=0)
         mean, variance = update_running(mean, variance, batch_mean, batch_variance, weight, pooled=self.pooled)
-        for before, after in zip(kept, (mean, variance, steps), strict=True):
-            before.copy_(after)  # in place: a CUDA graph of the step reads what its last replay wrote
+        torch._foreach_copy_(kept, (mean, variance, steps))  # a CUDA graph of the step reads what its last replay wrote
         self._running = index, *kept
 
         largest, known = index.per_feature(index.largest(variance), steps)

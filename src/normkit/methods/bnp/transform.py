@@ -14,7 +14,15 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from normkit.methods.bnp.preconditioning import Layout, bounding_factors, into_z_, lengths_of_units, out_of_z_
+from normkit.methods.bnp.preconditioning import (
+    Layout,
+    bounding_factors,
+    implied_bias_grad,
+    into_z_,
+    lengths_of_units,
+    out_of_z_,
+    taps_lie_first,
+)
 from normkit.methods.bnp.statistics import LayerIndex, Preconditioners, compute_dtype
 
 Rate: TypeAlias = Tensor | float
@@ -59,29 +67,35 @@ class Transform:
             batch.transform_([steps[i] for i in batch.positions], preconditioners, max_change)
 
 
-def _kinds(steps: Sequence[LayerStep], index: LayerIndex) -> list[tuple[object, ...]]:
-    """Of each step the layer, and what must be the same in layers that are transformed together."""
+class _Kind(NamedTuple):
+    """A layer, and what must be the same in layers that are transformed together, and in those that are joined."""
+
+    place: int
+    together: tuple[object, ...]
+    joined: tuple[bool, ...]
+
+
+def _kinds(steps: Sequence[LayerStep], index: LayerIndex) -> list[_Kind]:
     numbers: dict[object, int] = {}
     kinds = []
     for place, _, grad, bias_grad, rate in steps:
-        no_bias = bias_grad is None
+        observed, no_bias = index.layers[place], bias_grad is None
         number = numbers.setdefault(rate if isinstance(rate, float) else id(rate), len(numbers))
-        kinds.append((place, grad.dtype, grad.device, no_bias, no_bias and index.layers[place].mean_removed, number))
+        joined = no_bias, no_bias and observed.mean_removed, taps_lie_first(grad, observed.geometry.transposed)
+        kinds.append(_Kind(place, (grad.dtype, grad.device, number), joined))
     return kinds
 
 
-def _together(
-    steps: Sequence[LayerStep], kinds: Sequence[tuple[object, ...]], index: LayerIndex
-) -> Iterator[list[list[int]]]:
+def _together(steps: Sequence[LayerStep], kinds: Sequence[_Kind], index: LayerIndex) -> Iterator[list[list[int]]]:
     """What is transformed together.
 
     Yields:
-        Positions in ``steps``, those of layers of one shape in one list.
+        Positions in ``steps``, those of layers that are joined in one list.
     """
     shapes: dict[object, dict[object, list[int]]] = {}
     for i, (step, kind) in enumerate(zip(steps, kinds, strict=True)):
-        shape = step.weight_grad.shape, index.layers[step.place].geometry
-        shapes.setdefault(kind[1:], {}).setdefault(shape, []).append(i)
+        shape = step.weight_grad.shape, index.layers[step.place].geometry, kind.joined
+        shapes.setdefault(kind.together, {}).setdefault(shape, []).append(i)
     for of_a_kind in shapes.values():
         batch, total = [], 0
         for same_shape in of_a_kind.values():
@@ -103,26 +117,32 @@ class _Part:
     Attributes:
         features: Of each column of the rows its place in the index's vectors of features.
         owner: Of each unit the place of its layer.
-        mean: Mean of the inputs, ``(groups, 1, in)``, None where what follows removes the mean of each unit.
+        has_bias: Whether the layers have a trained bias.
+        mean_removed: Whether what follows the layers removes the mean of each unit.
+        mean: Mean of the inputs, ``(groups, 1, in)``.
         sigma: Square root of their guarded variance, likewise.
         scale: ``1 / sigma``.
-        bias: Gradient of the bias, ``(groups, out, 1)``, or None.
+        bias: Gradient of the bias, ``(groups, out, 1)``; without a bias the one that centring implies, or zero.
         factor: What each unit's step is multiplied by, likewise.
         change: ``|z|`` of the gradient, likewise.
         spread: ``|z|`` of the weight, likewise.
     """
 
-    mean: Tensor | None
+    mean: Tensor
     sigma: Tensor
     scale: Tensor
-    bias: Tensor | None
+    bias: Tensor
     factor: Tensor
     change: Tensor
     spread: Tensor
 
     def __init__(self, steps: Sequence[LayerStep], index: LayerIndex) -> None:
-        shape, geometry, self.count = steps[0].weight_grad.shape, index.layers[steps[0].place].geometry, len(steps)
-        self.layout = Layout((self.count * shape[0], *shape[1:]), self.count * geometry.groups, geometry.transposed)
+        grad, observed, self.count = steps[0].weight_grad, index.layers[steps[0].place], len(steps)
+        self.has_bias = steps[0].bias_grad is not None
+        self.mean_removed = not self.has_bias and observed.mean_removed
+        shape, geometry = (self.count * grad.shape[0], *grad.shape[1:]), observed.geometry
+        taps_first = taps_lie_first(grad, geometry.transposed)
+        self.layout = Layout(shape, self.count * geometry.groups, geometry.transposed, taps_first=taps_first)
         self.features = self.layout.along_in(torch.cat([index.indices[step.place] for step in steps])).flatten()
         units = self.layout.groups * self.layout.outs // self.count
         self.owner = torch.cat([torch.full((units,), step.place, device=index.device) for step in steps])
@@ -131,6 +151,16 @@ class _Part:
         """Tensors shaped as the weights of the layers, as rows of the one; where they lie, if they lie as rows."""
         joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         return self.layout.rows(joined if joined.dtype == dtype else joined.to(dtype))
+
+    def into_z_(self, weight: Tensor) -> Tensor:
+        """The gradient's rows as those of ``z``, in their memory."""
+        if not self.has_bias and not self.mean_removed:
+            implied_bias_grad(weight, self.mean, self.scale, out=self.bias)
+        return into_z_(weight, None if self.mean_removed else self.bias, self.mean, self.scale)
+
+    def out_of_z_(self, z: Tensor) -> Tensor:
+        """A step of ``z`` as one of the weight, in its memory, and of the bias where there is one."""
+        return out_of_z_(z, self.bias, self.mean, self.scale)[0] if self.has_bias else z.mul_(self.scale)
 
 
 class _Batch:
@@ -143,27 +173,25 @@ class _Batch:
     """
 
     def __init__(self, same_shape: Sequence[Sequence[int]], steps: Sequence[LayerStep], index: LayerIndex) -> None:
+        same_shape = sorted(same_shape, key=lambda part: steps[part[0]].bias_grad is None)  # those with a bias first
         self.positions = [i for part in same_shape for i in part]
         first = steps[self.positions[0]]
         self.dtype, device = compute_dtype(first.weight_grad), first.weight_grad.device
-        no_bias = first.bias_grad is None
         self.parts = [_Part([steps[i] for i in part], index) for part in same_shape]
         self.features = torch.cat([part.features for part in self.parts])
         self.owner = torch.cat([part.owner for part in self.parts])
         self.columns = torch.empty(3, len(self.features), dtype=self.dtype, device=device)
-        self.units = torch.empty(4, len(self.owner), dtype=self.dtype, device=device)
+        self.units = torch.zeros(4, len(self.owner), dtype=self.dtype, device=device)
         self.bias, self.factor, self.change, self.spread = self.units
-        biases = [bias for i in self.positions if (bias := steps[i].bias_grad) is not None]
-        self.biases = self.bias.split([len(bias) for bias in biases]) if biases else ()
+        trained = [len(bias) for i in self.positions if (bias := steps[i].bias_grad) is not None]
+        self.trained_bias, self.trained_factor = self.bias[: sum(trained)], self.factor[: sum(trained)]
+        self.biases = self.trained_bias.split(trained) if trained else ()
         columns = self.columns.split([len(part.features) for part in self.parts], 1)
         units = self.units.split([len(part.owner) for part in self.parts], 1)
         for part, of_columns, of_units in zip(self.parts, columns, units, strict=True):
             groups = part.layout.groups
             part.mean, part.sigma, part.scale = of_columns.view(3, groups, 1, -1)
             part.bias, part.factor, part.change, part.spread = of_units.view(4, groups, -1, 1)
-            if no_bias:
-                part.bias = None
-                part.mean = None if index.layers[first.place].mean_removed else part.mean
 
     def transform_(
         self, steps: Sequence[LayerStep], preconditioners: Preconditioners, max_change: float | None
@@ -174,11 +202,11 @@ class _Batch:
         bounded = max_change is not None and rate is not None
         self._prepare(preconditioners)
         if biases:
-            torch.cat(biases, out=self.bias)
+            torch.cat(biases, out=self.trained_bias)
         zs, start = [], 0
         for part in self.parts:
             some = steps[start : start + part.count]
-            z = into_z_(part.rows([s.weight_grad for s in some], self.dtype), part.bias, part.mean, part.scale)
+            z = part.into_z_(part.rows([s.weight_grad for s in some], self.dtype))
             if bounded:
                 weight = part.rows([s.weight for s in some], self.dtype)
                 lengths_of_units(z, weight, part.sigma, (part.change, part.spread))
@@ -186,13 +214,13 @@ class _Batch:
             start += part.count
         if max_change is not None and rate is not None:
             known = preconditioners.known.index_select(0, self.owner).to(self.change.device, self.dtype)
-            change = torch.hypot(self.change, self.bias) if biases else self.change
+            change = torch.hypot(self.change, self.bias)
             self.factor.mul_(bounding_factors(change * self.factor * known * rate, self.spread, max_change))
         old, new = biases, list(self.biases)
         if biases:
-            self.bias.mul_(self.factor)
+            self.trained_bias.mul_(self.trained_factor)
         for part, (some, z) in zip(self.parts, zs, strict=True):
-            weight, _ = out_of_z_(z.mul_(part.factor), part.bias, part.mean, part.scale)
+            weight = part.out_of_z_(z.mul_(part.factor))
             if weight.data_ptr() != some[0].weight_grad.data_ptr():
                 old += [s.weight_grad for s in some]
                 new += part.layout.weight(weight).chunk(part.count)
