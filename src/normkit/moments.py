@@ -1,11 +1,10 @@
 """Mean and variance of rows: observe, merge, reduce over ranks.
 
-A *row* is one instance of a feature vector: a sample of a linear layer's input, a position of a feature map. The
-functions here are the only statistics code of the package; preconditioning, batchless normalization and the
-instruments use them.
+A *row* is one feature vector: a sample of a linear layer's input, a position of a feature map. The functions here are
+the only statistics code of the package; preconditioning, batchless normalization and the instruments use them.
 
-Merging follows Chan, Golub, LeVeque (1979): two groups of rows merge to exactly what the union would have given, so
-that micro-batches and ranks are invisible in the result.
+Merging follows Chan, Golub, LeVeque (1979): two groups of rows merge to exactly the moments of their union, so the result
+does not depend on micro-batches and ranks.
 """
 
 from collections.abc import Sequence
@@ -263,7 +262,7 @@ def reduce_together(
     """Return the moments of all ranks' rows, and tensors summed over ranks, in one all-reduce.
 
     Sums of squares about a zero pivot would cancel in fp32, so the flattened vector ``(count, count mean, m2 + count
-    mean^2)`` travels in float64. Without an initialised process group, or with one rank, everything comes back unchanged.
+    mean^2)`` travels in float64. Without an initialized process group, or with one rank, everything comes back unchanged.
 
     Args:
         moments: In the same order on every rank; one that saw nothing contributes no rows.

@@ -68,11 +68,11 @@ def _root_(z: Tensor, v: Tensor) -> Tensor:
 
 
 class LangevinBNP(Optimizer):
-    """Samples from ``exp(-U)`` where the loss that is differentiated is ``U``, with BNP's metric in drift and noise.
+    """Samples from ``exp(-U)``, where ``U`` is the loss, with BNP's metric in drift and noise.
 
     ``theta <- theta - (eps/2) P P^T grad U + sqrt(eps) P xi``; Lange, Deng, Ye, Lin, J. Mach. Learn. 2(1), 2023.
-    Parameters of layers that BNP leaves alone follow plain Langevin dynamics. The metric follows the running statistics,
-    which settle, as inputs of hidden layers move with the samples; exact sampling needs them settled.
+    Parameters of layers that BNP leaves alone follow plain Langevin dynamics. The metric of hidden layers follows running
+    statistics, since their inputs move with the samples; exact sampling needs statistics that have settled.
 
     Args:
         bnp: The BNP of the model, with ``max_change`` None: a bounded drift would not match its noise.

@@ -43,7 +43,7 @@ def step_divisor(fan_in: Tensor | float, positions: Tensor) -> Tensor:
     The largest eigenvalue of the Gram matrix of ``N`` normalized rows grows as ``(1 + sqrt(n / N))^2``.
 
     Args:
-        fan_in: Inputs of one output unit, ``n`` (for a convolution channels per group times taps).
+        fan_in: Inputs of one output unit, ``n`` (for a convolution channels per group times kernel positions).
         positions: Output positions of the whole optimizer step, ``N``, over all micro-batches and ranks.
 
     Examples:
@@ -64,8 +64,8 @@ def update_running(
 ) -> tuple[Tensor, Tensor]:
     """Mix the mean and variance so far (share ``1 - weight``) with those of one step's rows (share ``weight``).
 
-    ``mu <- (1-w) mu + w mu_B`` and ``var <- (1-w) var + w var_B + w (1-w) (mu_B - mu)^2``. The last term is what a
-    batch of one row, whose own variance is zero, has to say about the variance.
+    ``mu <- (1-w) mu + w mu_B`` and ``var <- (1-w) var + w var_B + w (1-w) (mu_B - mu)^2``. The last term is
+    the variance between steps; the rows of a step of one sample have none of their own.
 
     Args:
         mean: Running mean, ``(in,)``.
@@ -107,7 +107,7 @@ def precondition(
         W~ = (G_W - G_b mu^T) / (q^2 s)
         b~ = G_b / q^2 - W~ mu
 
-    A convolution is the same with ``mu`` and ``s`` per input channel, shared by all taps; a group sees its own
+    A convolution is the same with ``mu`` and ``s`` per input channel, shared by all kernel positions; a group sees its own
     channels. Without a bias the metric restricted to ``w`` is ``diag(s) + mu mu^T``, and the step is the first line with
     the gradient that centring implies for the missing bias::
 
