@@ -99,6 +99,16 @@ def test_low_precision_input_keeps_its_dtype_and_statistics_do_not_overflow(dtyp
     torch.testing.assert_close(out.abs().float(), torch.ones(4096, 1), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_an_empty_batch_changes_nothing(p):
+    norm = LpNorm2d(3, p)
+    norm(torch.randn(4, 3, 2, 2))
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    norm(torch.randn(0, 3, 2, 2)).sum().backward()
+    assert torch.equal(norm.weight.grad, torch.zeros(3))
+    torch.testing.assert_close((norm.running_mean, norm.running_var), before, rtol=0, atol=0)
+
+
 def test_one_value_per_channel_is_refused():
     with pytest.raises(ValueError, match="one value per channel"):
         LpNorm2d(3)(torch.randn(1, 3, 1, 1))

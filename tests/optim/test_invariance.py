@@ -192,6 +192,8 @@ def test_bad_requests_are_refused():
         scale_invariance(build(), rule="both")
     with pytest.raises(ValueError, match="give both"):
         scale_invariance(build(), batch_loss)
+    with pytest.raises(ValueError, match=r"1: LazyLinear does not know its features yet; run one batch"):
+        normkit.apply("sgd-g", nn.Sequential(nn.BatchNorm1d(2), nn.LazyLinear(3)), lr=0.1)
 
 
 @pytest.mark.parametrize("training", [True, False])

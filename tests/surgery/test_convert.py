@@ -271,6 +271,19 @@ def test_device_dtype_mode_and_requires_grad_are_kept(to):
 
 
 @pytest.mark.parametrize("to", TARGETS)
+def test_a_norm_without_tensors_takes_device_and_dtype_of_the_model(to):
+    layers = [
+        nn.Conv2d(3, 4, 1),
+        nn.InstanceNorm2d(4),
+        nn.ReLU(),
+        nn.BatchNorm2d(4, affine=False, track_running_stats=False),
+    ]
+    assert convert(nn.Sequential(*layers).double(), to)(X.double()).dtype == torch.float64
+    moved = convert(nn.Sequential(*layers).to("meta"), to)
+    assert {t.device.type for t in (*moved.parameters(), *moved.buffers())} == {"meta"}
+
+
+@pytest.mark.parametrize("to", TARGETS)
 def test_a_model_that_moved_while_converted_is_whole_after_revert(to):
     doubled = revert(convert(trained_net(), to).double()).eval()
     assert doubled(X.double()).dtype == torch.float64

@@ -79,6 +79,7 @@ def test_a_norm_before_a_layer_that_pads_no_zeros_is_folded_exactly(norm, layer,
     [
         ([nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3, padding=1)], (2, 6, 5, 5), "pads with zeros, which are not normalised"),
         ([nn.BatchNorm2d(6), nn.ConvTranspose2d(6, 4, 3)], (2, 6, 5, 5), "takes the shift for fewer inputs"),
+        ([normkit.InputNorm(6), nn.ConvTranspose2d(6, 4, 3)], (2, 6, 5, 5), "takes the shift for fewer inputs"),
         (
             [nn.Conv2d(6, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)],
             (2, 6, 5, 5),

@@ -138,7 +138,7 @@ class _BatchRenorm(Successor, _BatchNorm):
             ValueError: The shape is wrong, or there is one value per channel in train mode.
         """
         self._check_input_dim(input)
-        if not self.training:
+        if not (self.training and input.numel()):
             return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0, self.eps)
         if input.numel() == input.shape[1]:
             raise ValueError(
@@ -167,7 +167,7 @@ class _BatchRenorm(Successor, _BatchNorm):
         running_mean, running_var, steps = self._running()
         steps.add_(1)
         weight = (1 / steps.to(running_std.dtype)).clamp(min=self.momentum or 0)  # torch's update_bn sets it to None
-        # an empty batch, or one that is not finite, must not poison what takes part in training from here on
+        # a batch that is not finite must not poison what takes part in training from here on
         usable = batch.std.isfinite()
         mean = torch.where(usable, batch.mean, running_mean).to(running_mean.dtype)
         std = torch.where(usable, batch.std, running_std).to(running_std.dtype)

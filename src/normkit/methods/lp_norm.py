@@ -110,6 +110,8 @@ class LpNorm(Successor, nn.Module):
         if x.ndim not in self.dimensions:
             expected = " or ".join(f"{d}-d" for d in self.dimensions)
             raise ValueError(f"{type(self).__name__} expects {expected} input, got shape {tuple(x.shape)}")
+        if not x.numel():  # it has no statistics
+            return self._normalize(x, x.new_zeros(self.num_features), x.new_ones(self.num_features))
         running_mean, running_scale = self.running_mean, self.running_scale
         if self.training or running_mean is None or running_scale is None:
             if self.training and x.numel() == x.shape[1]:

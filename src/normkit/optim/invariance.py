@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 
 from normkit.inspection.conformance import scales_with_its_filters
 from normkit.inspection.graph import Dataflow, dataflow, works_on_positions
@@ -98,7 +99,8 @@ def scale_invariance(
         One entry per weight, by parameter name, in the order of the model.
 
     Raises:
-        ValueError: The rule is unknown, or only one of ``objective`` and ``batch`` is given.
+        ValueError: The rule is unknown, only one of ``objective`` and ``batch`` is given, or a layer is lazy and not yet
+            initialised.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2))
@@ -125,11 +127,20 @@ def scale_invariance(
 
 
 def weight_users(model: nn.Module) -> dict[str, list[str]]:
-    """Return the name of each weight and the paths of the layers that use it."""
+    """Return the name of each weight and the paths of the layers that use it.
+
+    Raises:
+        ValueError: A layer is lazy and not yet initialised.
+    """
     names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
     users: dict[str, list[str]] = {}
     for path, module in model.named_modules():
         if isinstance(module, PRODUCERS) and "weight" in module._parameters:
+            if is_lazy(module.weight):
+                raise ValueError(
+                    f"{path or 'the model'}: {type(module).__name__} does not know its features yet; run one batch through "
+                    "the model first"
+                )
             users.setdefault(names[module._parameters["weight"]], []).append(path)
     return users
 

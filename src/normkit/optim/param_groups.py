@@ -124,7 +124,8 @@ def param_groups(
         Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, for any torch optimizer; empty ones are left out.
 
     Raises:
-        ValueError: The rule is unknown, or a filter that belongs on the sphere has length zero.
+        ValueError: The rule is unknown, a filter that belongs on the sphere has length zero, or a layer is lazy and not yet
+            initialised.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(1))

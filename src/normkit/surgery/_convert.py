@@ -268,6 +268,8 @@ def _plan(
         )
     transfer_hooks(base, new)
     like = reference(base, model)
+    if like is not None and not any(True for _ in (*base.parameters(), *base.buffers())):
+        new.to(like.device, like.dtype)  # it had no tensor to tell them
     module = layer if origin is None else origin.module
     vars(new)["normkit_origin"] = Origin(module, to, settings, biased, frozen, None if like is None else like.dtype)
     if with_children:

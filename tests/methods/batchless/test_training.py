@@ -1,5 +1,6 @@
 """Training batchless layers: micro-batches, ranks, scalers, checkpointing and optimizers must not show in the result."""
 
+import copy
 import io
 
 import pytest
@@ -490,6 +491,19 @@ def test_an_affine_free_first_layer_of_frozen_inputs_learns_too(forward_first):
 def test_unfreezing_every_parameter_changes_nothing(options):
     thawed = network(options).requires_grad_(False).requires_grad_(True)
     assert_same(train(thawed, [16]), train(network(options), [16]))
+
+
+@pytest.mark.parametrize("name", ["batchless", "batchless-adam"])
+def test_unfreezing_every_parameter_does_not_train_a_bias_that_the_conversion_froze(name):
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model, optimizer = normkit.apply(name, model, lr=0.1)
+    before = model[0].bias.clone()
+    model, optimizer = copy.deepcopy((model.requires_grad_(True), optimizer))
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(model[0].bias, before)
 
 
 @variants

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.utils.checkpoint import checkpoint
 
+import normkit
 from normkit import BNP
 from normkit.inspection.counting import no_counting
 from tests.methods.bnp.models import cnn, mlp, reference, same, train, twin
@@ -331,6 +332,29 @@ def test_a_resumed_run_goes_on_exactly(setting):
     assert all(torch.equal(e["mean"], saved[2][path]["mean"]) for path, e in other.state_dict().items())
     train(second, data[3:], resumed.step, resumed)
     assert same(whole, second, 0)
+
+
+def test_weights_that_come_later_are_named_once_and_those_of_observed_layers_are_not(caplog):
+    model = nn.Sequential(nn.Linear(4, 3), nn.GroupNorm(1, 3), nn.ReLU(), nn.Linear(3, 2))
+    optimizer = SGD(model[3].parameters(), lr=0.1)
+    bnp = BNP(model)
+    bnp.attach(optimizer)
+    optimizer.add_param_group({"params": [*model[0].parameters(), *model[1].parameters()]})
+    model(torch.randn(5, 4)).sum().backward()
+    optimizer.step()
+    assert not caplog.records
+    assert "preconditioned  2 of 2 modules" in str(normkit.describe(model, optimizer))
+    model[3] = nn.Linear(3, 2)
+    optimizer.add_param_group({"params": model[3].parameters()})
+    model, optimizer = copy.deepcopy((model, optimizer))
+    for _ in range(2):
+        model(torch.randn(5, 4)).sum().backward()
+        optimizer.step()
+    assert [record.getMessage()[:30] for record in caplog.records] == ["bnp: 1 weights came into the o"]
+    assert "left: 3: it came into the model after BNP(model)" in str(normkit.describe(model, optimizer))
+    normkit.handle(optimizer).remove()
+    BNP(model).attach(optimizer)
+    assert "preconditioned  2 of 2 modules" in str(normkit.describe(model, optimizer))
 
 
 def test_a_state_of_another_model_is_refused():

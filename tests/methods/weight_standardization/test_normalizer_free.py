@@ -130,6 +130,19 @@ def test_the_step_clips_everything_but_the_classifier_and_transposed_filters_by_
     optimizer.step()  # with the clipped gradients, as they are
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_transposed_convolution_whose_weight_is_computed_trains(norm):
+    model, optimizer = normkit.apply(
+        "normalizer-free", nn.Sequential(norm(nn.ConvTranspose2d(3, 4, 2)), nn.BatchNorm2d(4)), lr=0.1
+    )
+    model(torch.randn(2, 3, 4, 4)).square().mean().backward()
+    before = model[0].weight.detach().clone()
+    optimizer.step()
+    model(torch.randn(2, 3, 4, 4))
+    assert not torch.equal(model[0].weight, before)
+
+
 def test_the_classifier_is_found_by_the_data_flow():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.Softmax(-1))
     model[0].unused = nn.Linear(2, 2)

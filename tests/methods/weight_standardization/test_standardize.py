@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from normkit.methods.weight_standardization.normalizer_free import ScaledWeightStandardization
 from normkit.methods.weight_standardization.standardize import (
@@ -138,6 +139,17 @@ def test_undone_it_is_the_layer_it_was():
     assert torch.equal(layer(x), expected)
 
 
+def test_undone_in_a_copy_it_stays_in_the_original():
+    layer, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 4, 4)
+    parametrize_filters(layer, WeightStandardization(layer))
+    expected, copied = layer(x), copy.deepcopy(layer)
+    unparametrize_filters(copied)
+    assert type(copied) is nn.Conv2d
+    assert torch.equal(layer(x), expected)
+    unparametrize_filters(layer)
+    assert torch.equal(layer(x), copied(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_weights_are_standardized_in_single_precision(dtype):
     torch.manual_seed(0)
@@ -155,11 +167,14 @@ class Own(nn.Conv2d):
 
 def test_what_cannot_be_standardized_is_named_and_left(caplog):
     spectral = nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1))
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=4), Own(4, 4, 3), spectral, nn.Linear(3, 3))
+    pruned = prune.identity(nn.Conv2d(4, 4, 1), "weight")
+    kept = (nn.Conv2d(4, 4, 1, groups=4), Own(4, 4, 3), spectral, nn.Linear(3, 3), pruned)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), *kept)
     with caplog.at_level(logging.WARNING, logger="normkit"):
         standardize_weights(model)
-    assert [nn.utils.parametrize.is_parametrized(layer) for layer in model] == [True, False, False, True, False]
-    for reason in ("1 (its filters have one weight)", "2 (Own has a forward", "3 (its weight is parametrized already)"):
+    assert [nn.utils.parametrize.is_parametrized(layer) for layer in model] == [True, False, False, True, False, False]
+    computed = "its weight is computed from other parameters already"
+    for reason in ("1 (its filters have one weight)", "2 (Own has a forward", f"3 ({computed})", f"5 ({computed})"):
         assert reason in caplog.text
     with caplog.at_level(logging.WARNING, logger="normkit"):
         standardize_weights(nn.Linear(2, 2))

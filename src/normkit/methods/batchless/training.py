@@ -111,6 +111,7 @@ class _Fitter:
         rate: Learning rate of the natural gradient.
 
     Attributes:
+        constant: The layers whose bias the conversion froze: mu takes it out, and nothing bounds it.
         parameters: By name, what the optimizer trains with the plain gradient.
     """
 
@@ -119,6 +120,7 @@ class _Fitter:
         self.collector = Collector("BatchlessNorm", ATTACH)
         self.plain = {layer: LikelihoodParameters(layer) for layer in layers if layer.gradient == "plain"}
         self.feeding: list[FeedingLayer] = []
+        self.constant: list[Any] = []
         self.parameters: dict[str, nn.Parameter] = {}
         for path, module in model.named_modules():
             if isinstance(module, BatchlessNorm) and module in self.plain:
@@ -134,6 +136,8 @@ class _Fitter:
         for layer in self.layers:
             layer.set_collector(self.collector)
         self.feeding = feeding_layers(self.model, self.collector)
+        origins = [vars(layer).get("normkit_origin") for layer in self.layers]
+        self.constant = [origin.frozen for origin in origins if origin is not None and origin.frozen is not None]
 
     def effects(self, model: nn.Module) -> list[Effect]:
         """Say which layers of ``model`` are fitted."""
@@ -145,6 +149,9 @@ class _Fitter:
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> None:
         """Fit, and write the gradients of what the optimizer trains with the plain gradient."""
+        for layer in self.constant:  # ``model.requires_grad_(True)`` unfreezes them
+            if layer.bias is not None:
+                layer.bias.grad = None
         fits = collect(self.layers, self.feeding)
         clip_by_trust_ratio(optimizer, fits, self.feeding)
         for fit in fits:

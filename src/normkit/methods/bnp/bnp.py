@@ -7,6 +7,7 @@ The mathematics is in ``normkit.methods.bnp.preconditioning``; here is the state
 input, gathered by forward hooks, and the moment at which gradients are transformed.
 """
 
+import logging
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normkit.inspection.counting import Collector
+from normkit.inspection.norms import PRODUCERS
 from normkit.methods.bnp.layers import choose, removed_means
 from normkit.methods.bnp.observer import Mask, Observed, Statistics
 from normkit.methods.bnp.statistics import Preconditioner, Preconditioners, RowStatistics, restored
@@ -25,6 +27,9 @@ from normkit.methods.method import ZERO_RESIDUAL, Method, Part, Recipe, adam
 from normkit.optim.effect import Effect, trained_elements
 from normkit.optim.step_hooks import StepHandle, attach_to_step, check_attachable, effective_lr
 
+_logger = logging.getLogger("normkit")
+
+_LATE = "it came into the model after BNP(model), which does not observe it"
 _UNSUPPORTED = "what its forward takes or gives is no rows of its weight"
 
 
@@ -94,6 +99,8 @@ class BNP:
         self.max_change, self.statistics = max_change, statistics
         self._statistics = RowStatistics(decay, pooled, eps_relative, eps, process_group)
         self._handles: list[StepHandle] = []
+        self._known = [m for m in model.modules() if isinstance(m, PRODUCERS)]
+        self._given: list[Tensor] = []  # the parameters that attached optimizers are known to hold
         self._mask = Mask()
         self._collector = Collector("BNP", "call normkit.BNP(model).attach(optimizer)")
         self._preconditioners: Preconditioners | None = None
@@ -160,6 +167,7 @@ class BNP:
             on_remove=self._forget,
             owner=self,
         )
+        self._given += _parameters(optimizer)
         for observed in attached:
             observed.allocate()
         self._handles.append(handle)
@@ -232,6 +240,8 @@ class BNP:
         done = {paths[layer]: layer for layer in own if paths[layer] not in left}
         known = {path: module for module, path in paths.items()}
         left |= {p: reason for p, reason in self.skipped.items() if p in known and trained_elements([known[p]])}
+        late = {module for module in paths if isinstance(module, PRODUCERS)} - set(self._known)
+        left |= {paths[module]: _LATE for module in late if trained_elements([module])}
         reached = trained_elements(done.values())
         total = trained_elements([*done.values(), *(known[path] for path in left)])
         return [Effect("preconditioned", "modules with weights", tuple(done), left, (reached, total))]
@@ -291,6 +301,8 @@ class BNP:
 
     def _before_step(self, optimizer: Optimizer) -> None:
         rates = _rates(optimizer)
+        if rates.keys() - {id(p) for p in self._given}:
+            self._say_what_came_later(optimizer)
         layers = [observed for observed in self._layers if id(observed.weight) in rates]
         self._precondition([observed for observed in layers if not observed.prepared], rates)
         for observed in layers:
@@ -299,6 +311,23 @@ class BNP:
     def _on_zero_grad(self, optimizer: Optimizer) -> None:
         for observed in self._layers_of(optimizer):
             observed.discard()
+
+    def _say_what_came_later(self, optimizer: Optimizer) -> None:
+        """Log a warning where weights were added to the optimizer that no observed layer holds."""
+        before = {id(p) for p in self._given}
+        added = [p for p in _parameters(optimizer) if id(p) not in before]
+        self._given += added
+        held = {id(p) for observed in self._layers for p in observed.layer.parameters(recurse=False)}
+        weights = [
+            p for p in added if p.ndim > 1 and id(p) not in held
+        ]  # no layer that BNP can observe has another shape
+        if weights:
+            _logger.warning(
+                "bnp: %d weights came into the optimizer after attach() and belong to no layer that BNP observes, so their "
+                "gradients stay as they are; normkit.handle(optimizer).remove(), then normkit.BNP(model, ...).attach(optimizer), "
+                "preconditions those of linear and convolution layers too",
+                len(weights),
+            )
 
     def _forget(self, optimizer: Optimizer) -> None:
         self._handles = [handle for handle in self._handles if handle.optimizer is not optimizer]
@@ -336,8 +365,12 @@ def _rates(optimizer: Optimizer) -> dict[int, Rate]:
     return {id(p): rate for rate, params in groups for p in params}
 
 
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def _trained(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {id(p) for p in _parameters(optimizer)}
 
 
 def _rule(observed: Observed) -> str:

@@ -61,7 +61,8 @@ class InputNorm(WideStatistics, NormTraits, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.channels, self.eps, self.channel_dim = channels, eps, channel_dim
+        self.channels = self.num_features = channels
+        self.eps, self.channel_dim = eps, channel_dim
         self.weight = nn.Parameter(torch.full((channels,), scale, device=device, dtype=dtype))
         wide = statistics_dtype(self.weight.dtype)
         self.register_buffer("running_mean", torch.zeros(channels, device=device, dtype=wide))

@@ -212,16 +212,18 @@ def attach_clipping(model: nn.Module, optimizer: Optimizer, threshold: float = 0
     excluded = {parameter for layer in classifiers(model) for parameter in layer.parameters()}
     groups: dict[Tensor, int] = {p: 0 for p in model.parameters() if p not in excluded}
     for layer in model.modules():
-        if isinstance(layer, _ConvTransposeNd):  # its weight is (in, out / groups, ...)
-            groups[_trained_weight(layer)] = layer.groups
+        if isinstance(layer, _ConvTransposeNd) and (weight := _trained_weight(layer)) is not None:
+            groups[weight] = layer.groups  # its weight is (in, out / groups, ...)
     return attach_to_step(
         optimizer, "adaptive gradient clipping", partial(_clip, groups=groups, threshold=threshold, eps=eps)
     )
 
 
-def _trained_weight(layer: Any) -> Tensor:
-    """The parameter behind a layer's weight."""
-    return layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
+def _trained_weight(layer: Any) -> Tensor | None:
+    """The parameter behind a layer's weight, None if there are several (weight norm)."""
+    if parametrize.is_parametrized(layer, "weight"):
+        return getattr(layer.parametrizations.weight, "original", None)
+    return layer._parameters.get("weight")
 
 
 def _clip(optimizer: Optimizer, *, groups: dict[Tensor, int], threshold: float, eps: float) -> None:

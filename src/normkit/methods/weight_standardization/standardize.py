@@ -138,8 +138,8 @@ def parametrizable(model: nn.Module, method: str) -> list[tuple[str, _ConvNd]]:
                 f"{method}: {path or 'the model'} ({type(layer).__name__}) does not know its channels yet; run one batch "
                 "through the model first"
             )
-        if parametrize.is_parametrized(layer, "weight"):
-            left.append(f"{path} (its weight is parametrized already)")
+        if "weight" not in layer._parameters:
+            left.append(f"{path} (its weight is computed from other parameters already)")
         elif not has_torch_forward(layer):
             left.append(f"{path} ({type(layer).__name__} has a forward of its own)")
         elif layer.in_channels // layer.groups * math.prod(layer.kernel_size) == 1:
@@ -162,6 +162,8 @@ def parametrize_filters(layer: _ConvNd, parametrization: FilterParametrization) 
 
 def unparametrize_filters(layer: nn.Module) -> None:
     """Give a convolution back its weight as the optimizer trains it."""
+    shared: Any = type(layer)  # with copies of the layer, and torch takes the weight's property off the class
+    layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
     parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
     bias = layer._parameters.pop("bias")  # the weight comes first again
     layer._parameters["bias"] = bias
