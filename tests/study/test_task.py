@@ -336,6 +336,23 @@ def test_a_task_in_memory_is_compared_in_this_process_and_resumed(tmp_path):
         normkit.compare(lines(), out=tmp_path / "out", **{**QUICK, "budget": 96})
 
 
+def test_a_study_extended_later_has_the_trials_of_one_that_had_everything_from_the_start(tmp_path):
+    grown = {**QUICK, "methods": ["group", *QUICK["methods"]], "seeds": QUICK["seeds"] + 1}
+    first = normkit.compare(lines(), out=tmp_path / "out", **QUICK)
+    second = normkit.compare(lines(), out=tmp_path / "out", **grown)
+    whole = normkit.compare(lines(), out=tmp_path / "whole", **grown)
+    assert set(first.record.trials) < set(second.record.trials)
+    scores = [{t.key: t.test_score for t in result.record.trials} for result in (second, whole)]
+    assert scores[0] == scores[1]
+    assert {cost.method for cost in second.record.costs} == set(grown["methods"])
+    added = f"Added after trials had ended: `group` and 1 of {grown['seeds']} seeds."
+    assert added in (tmp_path / "out" / "report.md").read_text()
+    assert "Added after" not in (tmp_path / "whole" / "report.md").read_text()
+    assert repr(grown["methods"]) in second.record.command
+    with pytest.raises(StudyError, match="may be added"):
+        normkit.compare(lines(), out=tmp_path / "out", **QUICK)
+
+
 def test_bad_calls_are_one_line(tmp_path):
     with pytest.raises(StudyError, match="unknown option 'metods'; did you mean 'methods'"):
         normkit.compare(lines(), metods=["batch"])

@@ -163,7 +163,7 @@ def report(folder: StudyFolder, store: Store) -> StudyRecord:
     options = {name: value for name, value in config.to_dict().items() if not config.task or name not in OF_NAMED_DATA}
     trials = tuple(store.results())
     record = StudyRecord(
-        config={**options, "reference": config.reference, **found},
+        config={**options, "reference": config.reference, "grown": store.get_attr("grown", list) or [], **found},
         environment=store.get_attr("environment", texts) or {},
         command=folder.command,
         trials=trials,

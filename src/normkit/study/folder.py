@@ -10,7 +10,7 @@ from sqlalchemy.engine import URL, make_url
 from normkit.study.config import StudyConfig
 from normkit.study.errors import StudyError
 from normkit.study.files import write_file
-from normkit.study.identity import difference, former_name, pack, study_name, unpack
+from normkit.study.identity import difference, extends, former_name, pack, study_name, unpack
 from normkit.study.store.worker import StoreAddress, lock_file
 
 STUDY_FILE = "study.json"
@@ -42,7 +42,7 @@ class StudyFolder:
         return self.kept_name or study_name(self.config)
 
     def prepare(self) -> "StudyFolder":
-        """Make the folder; if it holds a study already, check that it is the same one.
+        """Make the folder; if it holds a study already, check that it is the same one, or that this one extends it.
 
         Returns:
             This folder, with the name that its study has.
@@ -60,7 +60,7 @@ class StudyFolder:
         if not (self.path / STUDY_FILE).exists():
             return self
         kept = StudyFolder.read(self.path)
-        if kept.config != self.config:
+        if kept.config != self.config and not extends(self.config, kept.config):
             raise StudyError(difference(kept.config, self.config))
         if kept.storage != self.storage:
             places = [storage or "the folder's own file" for storage in (kept.storage, self.storage)]
@@ -70,13 +70,13 @@ class StudyFolder:
         return replace(self, kept_name=kept.kept_name)
 
     def save(self) -> None:
-        """Write ``study.json``, unless it is there.
+        """Write ``study.json``, unless it is there and says the same.
 
         Raises:
             StudyError: The folder cannot be written.
         """
         file = self.path / STUDY_FILE
-        if file.exists():
+        if file.exists() and StudyFolder.read(self.path).config == self.config:
             return
         text = {"name": self.name, "study": pack(self.config), "command": self.command, "storage": self.storage}
         try:

@@ -7,7 +7,7 @@ later version adds does not rename it. A default is therefore part of that name:
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,37 @@ def former_name(options: dict[str, Any], config: StudyConfig) -> str:
     return f"{_words(config)}-{_digest(options)}"
 
 
+def extends(given: StudyConfig, kept: StudyConfig) -> bool:
+    """Return whether ``given`` is ``kept`` with more methods, seeds or batch sizes: it has every trial of ``kept`` as it was.
+
+    A batch size above the largest is no extension, since samples are evaluated in batches of that size.
+
+    Examples:
+        >>> kept = StudyConfig(methods=("batch", "group"), batch_sizes=(8,), seeds=3)
+        >>> extends(replace(kept, methods=("batch", "bnp", "group"), seeds=5), kept), extends(kept, replace(kept, seeds=5))
+        (True, False)
+    """
+    rates = kept.lr
+    if isinstance(given.lr, dict) and isinstance(kept.lr, dict):
+        rates = {**given.lr, **kept.lr}
+    grown = replace(kept, methods=given.methods, seeds=given.seeds, batch_sizes=given.batch_sizes, lr=rates)
+    return (
+        grown == given
+        and given.seeds >= kept.seeds
+        and {*given.methods} >= {*kept.methods}
+        and {*given.batch_sizes} >= {*kept.batch_sizes}
+        and max(given.batch_sizes) == max(kept.batch_sizes)
+    )
+
+
 def difference(kept: StudyConfig, given: StudyConfig) -> str:
     """Return the differences of two configurations as an error message."""
     old, new = kept.to_dict(), given.to_dict()
     changes = "; ".join(f"{key}: kept {old[key]}, given {new[key]}" for key in sorted(old) if old[key] != new[key])
-    return f"--out holds a study with another configuration ({changes}); give another --out, or the kept values"
+    return (
+        f"--out holds a study with another configuration ({changes}); give another --out, or the kept values (methods, seeds and "
+        "smaller batch sizes may be added)"
+    )
 
 
 def _options(config: StudyConfig) -> dict[str, Any]:

@@ -164,7 +164,8 @@ class StudyRecord:
             others are paired with: ``batch`` if in the plan, else the first), ``chance`` and ``chance_loss`` (score and loss of
             guessing, or None) and ``alternative`` (``two-sided`` | ``greater``); may have ``metric`` (a ``Metric`` as a
             dictionary), ``data_summary`` (one line that says what the data is), ``primary`` (list of the methods whose
-            comparisons were named beforehand) and ``margin`` (of equivalence, in points where the unit is ``%``).
+            comparisons were named beforehand), ``margin`` (of equivalence, in points where the unit is ``%``) and ``grown``
+            (methods, batch sizes and seeds that the study had before each extension, a list of dictionaries).
         environment: Package versions, device, host processor, git commit if any; name -> text.
         command: The exact command that reproduces the study, credentials redacted.
         trials: All trials that ended.

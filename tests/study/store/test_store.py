@@ -120,8 +120,38 @@ def test_opening_again_adds_nothing(tmp_path):
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path):
     make(tmp_path)
-    with pytest.raises(StudyError, match="seeds: kept 3, given 4"):
-        make(tmp_path, StudyConfig(methods=("batch",), batch_sizes=(8,), seeds=4, lr_points=2, lr_extend=0))
+    with pytest.raises(StudyError, match="lr_points: kept 2, given 3; seeds: kept 3, given 4"):
+        make(tmp_path, StudyConfig(methods=("batch",), batch_sizes=(8,), seeds=4, lr_points=3, lr_extend=0))
+
+
+def test_a_study_is_extended_by_methods_seeds_and_smaller_batch_sizes_alone(tmp_path):
+    store = make(tmp_path)
+    store.set_attr("costs", [1])
+    for _ in range(5):
+        finish(store, store.claim())
+    before = store.results()
+    grown = dataclasses.replace(CONFIG, methods=("none", "batch"), batch_sizes=(8, 4), seeds=4)
+    again = make(tmp_path, grown)
+    assert again.get_attr("costs") is None
+    assert set(before) <= set(again.results())
+    assert not again.has_ended()
+    while (claim := again.claim()) is not None:
+        assert claim.key not in {result.key for result in before}
+        finish(again, claim)
+    assert len(again.results()) == len(slots(grown)) == len({r.key for r in again.results()})
+    assert again.get_attr("grown") == [{"methods": ["batch"], "batch_sizes": [8], "seeds": 3}]
+    for less in (CONFIG, dataclasses.replace(grown, batch_sizes=(16, 8, 4)), dataclasses.replace(grown, budget=7)):
+        with pytest.raises(StudyError, match="may be added"):
+            make(tmp_path, less)
+
+
+def test_a_study_that_runs_is_not_extended(tmp_path):
+    store = make(tmp_path)
+    claim = store.claim()
+    with pytest.raises(StudyError, match="is running with fewer methods"):
+        make(tmp_path, dataclasses.replace(CONFIG, seeds=4))
+    finish(store, claim)
+    make(tmp_path, dataclasses.replace(CONFIG, seeds=4))
 
 
 @pytest.mark.slow

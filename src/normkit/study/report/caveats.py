@@ -4,6 +4,7 @@ Method names stand in backticks, as in the verdict.
 """
 
 from collections.abc import Sequence, Sized
+from itertools import pairwise
 
 from normkit.study.records import StudyRecord
 from normkit.study.report.format import difference_unit, enumerate_words, format_difference, pluralize, quoted
@@ -32,6 +33,7 @@ def caveats(record: StudyRecord, ran: Sequence[Summary]) -> tuple[str, ...]:
         *_equivalences(record, ran),
         *_strength(record, ran),
         *_exploratory(record, ran),
+        *_grown(record),
         *_lost(ran),
         *progress(record),
     )
@@ -188,6 +190,18 @@ def _exploratory(record: StudyRecord, ran: Sequence[Summary]) -> tuple[str, ...]
         return ()
     names, them = [quoted(method) for method in others], "it" if len(others) == 1 else "them"
     return (f"{enumerate_words(names)} {_be(names)} exploratory: nothing is claimed about {them}.",)
+
+
+def _grown(record: StudyRecord) -> tuple[str, ...]:
+    """What was added after results were there to be seen."""
+    sentences = []
+    for before, after in pairwise([*record.config.get("grown", []), record.config]):
+        methods = [quoted(method) for method in after["methods"] if method not in before["methods"]]
+        sizes = [f"batch size {size}" for size in after["batch_sizes"] if size not in before["batch_sizes"]]
+        seeds = after["seeds"] - before["seeds"]
+        added = [*methods, *sizes, *([f"{seeds} of {pluralize(after['seeds'], 'seed')}"] if seeds else [])]
+        sentences.append(f"Added after trials had ended: {enumerate_words(added)}.")
+    return tuple(sentences)
 
 
 def _lost(ran: Sequence[Summary]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from optuna.trial import TrialState, create_trial
 from normkit.study.config import StudyConfig
 from normkit.study.environment import redact
 from normkit.study.errors import StudyError
-from normkit.study.identity import difference, pack, unpack
+from normkit.study.identity import difference, extends, pack, unpack
 from normkit.study.plan import Slot, resolve, search_slots, slots
 from normkit.study.records import CurvePoint, TrialKey, TrialResult
 from normkit.study.store import connection
@@ -85,10 +85,11 @@ class Store:
 
     @patient
     def open(self, config: StudyConfig) -> None:
-        """Create the study, or join it if it is there, and put every slot of the plan in it.
+        """Create the study, join it, or extend it by methods, seeds or batch sizes, and put every slot of the plan in it.
 
         Raises:
-            StudyError: The study is there with another configuration, or a newer version made it.
+            StudyError: The study is there with another configuration that this one does not extend, it would be extended while
+                it runs, or a newer version made it.
         """
         with self._lock:
             optuna.create_study(storage=self.storage, study_name=self.name, direction="maximize", load_if_exists=True)
@@ -96,9 +97,26 @@ class Store:
             if kept is None:
                 self.storage.set_study_user_attr(self._rows.study_id, "config", json.dumps(pack(config)))
             elif (other := unpack(kept, f"study {self.name} in --storage")) != config:
-                raise StudyError(difference(other, config))
+                self._grow(other, config)
             self._rows.plan(slots(config))
         self.config = config
+
+    def _grow(self, kept: StudyConfig, config: StudyConfig) -> None:
+        """Make the study that of ``config``; costs and landscape, which are measured of all methods in turns, are dropped."""
+        if not extends(config, kept):
+            raise StudyError(difference(kept, config))
+        self._rows.refresh()
+        if any(alive(holder) for _, holder in self._rows.running()):
+            raise StudyError(
+                f"study {self.name} is running with fewer methods, seeds or batch sizes; give the new ones when it has ended or "
+                "was stopped"
+            )
+        if any(row.result is not None for row in self._rows.chosen()):
+            before = {"methods": list(kept.methods), "batch_sizes": list(kept.batch_sizes), "seeds": kept.seeds}
+            self.storage.set_study_user_attr(self.study_id, "grown", [*(self._rows.attribute("grown") or ()), before])
+        for name in ("costs", "landscape"):
+            self.storage.set_study_user_attr(self.study_id, name, None)
+        self.storage.set_study_user_attr(self.study_id, "config", json.dumps(pack(config)))
 
     def exists(self) -> bool:
         """Return whether the storage has the study."""
