@@ -102,7 +102,11 @@ class Store:
         self.config = config
 
     def _grow(self, kept: StudyConfig, config: StudyConfig) -> None:
-        """Make the study that of ``config``; costs and landscape, which are measured of all methods in turns, are dropped."""
+        """Make the study that of ``config``; costs and landscape, which are measured of all methods in turns, are dropped.
+
+        Raises:
+            StudyError: ``config`` does not extend what was kept, or the study runs.
+        """
         if not extends(config, kept):
             raise StudyError(difference(kept, config))
         self._rows.refresh()
