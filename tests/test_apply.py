@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import normkit
 from tests.cases import CHANNELS_LAST, MODELS, batch_loss
@@ -89,3 +90,18 @@ def test_bf16_autocast_stays_near_fp32(recipe):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             losses.append(train(model, optimizer, batches))
     torch.testing.assert_close(losses[0], losses[1].float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("recipe", ["none", "group", "filter-response", "normalizer-free", "batchless", "bnp"])
+def test_a_frozen_model_stays_frozen(recipe):
+    layers = [nn.Conv1d(3, 6, 3, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Conv1d(6, 6, 1)]
+    backbone = nn.Sequential(*layers).requires_grad_(False)
+    model, _ = normkit.apply(recipe, nn.Sequential(backbone, nn.Flatten(), nn.Linear(18, 2)), lr=0.1)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"2.weight", "2.bias"}
+
+
+def test_the_thresholds_behind_a_norm_without_parameters_are_trained_in_the_dtype_of_the_model():
+    layers = nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6), nn.ReLU()
+    model, _ = normkit.apply("filter-response", nn.Sequential(*layers).double(), lr=0.1)
+    assert model[2].threshold.dtype == torch.float64
+    assert model[2].threshold.requires_grad

@@ -177,10 +177,12 @@ def threshold_relus(model: nn.Module, batches: object = None) -> nn.Module:
             kept.append(f"{path or 'a function'} behind {norm}")
             continue
         layer = modules[norm]
-        like = next(layer.parameters(), torch.empty(0))
+        own = list(layer.parameters())
+        like = next((p for p in (*own, *model.parameters()) if p.is_floating_point()), torch.empty(0))
+        trained = not own or any(p.requires_grad for p in own)
         relu.__class__ = ThresholdedLinearUnit  # pyright: ignore[reportAttributeAccessIssue]
         threshold = torch.zeros(vars(layer)["num_features"], device=like.device, dtype=like.dtype)
-        relu.register_parameter("threshold", nn.Parameter(threshold))
+        relu.register_parameter("threshold", nn.Parameter(threshold, trained))
         vars(relu)["normkit_undo"] = _make_relu
     if kept:
         _logger.warning(

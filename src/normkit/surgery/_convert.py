@@ -270,6 +270,8 @@ def _plan(
     like = reference(base, model)
     if like is not None and not any(True for _ in (*base.parameters(), *base.buffers())):
         new.to(like.device, like.dtype)  # it had no tensor to tell them
+    if any(True for _ in base.parameters()) and not any(p.requires_grad for p in base.parameters()):
+        new.requires_grad_(False)  # parameters that it has in addition are frozen, too
     module = layer if origin is None else origin.module
     vars(new)["normkit_origin"] = Origin(module, to, settings, biased, frozen, None if like is None else like.dtype)
     if with_children:

@@ -71,8 +71,28 @@ def test_an_optimizer_is_attached_once_and_again_after_its_handle_is_removed():
     handle = bnp.attach(optimizer)
     with pytest.raises(ValueError, match=r"attached already; call normkit.handle\(optimizer\).remove\(\)"):
         bnp.attach(optimizer)
+    with pytest.raises(ValueError, match=r"normkit.BNP\(nn.ModuleList"):
+        BNP(nn.Linear(2, 2)).attach(optimizer)
     handle.remove()
     bnp.attach(optimizer)
+
+
+@pytest.mark.parametrize("max_change", [None, 0.05])
+def test_steps_in_eval_mode_are_plain_and_said_once(setting, max_change, caplog):
+    model, data = setting
+    optimizer = SGD(model.parameters(), lr=0.1)
+    BNP(model, max_change=max_change).attach(optimizer)
+    train(model, data, optimizer.step, optimizer)
+    assert not caplog.records
+    model.eval()
+    for x, y in data[:2]:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        raw = [p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+        assert all(torch.equal(g, p.grad) for g, p in zip(raw, model.parameters(), strict=True))
+    assert len(caplog.records) == 1
+    assert "are trained in eval mode" in caplog.text
 
 
 def test_by_hand_before_clipping_is_not_repeated_by_the_step(setting):

@@ -25,7 +25,7 @@ from normkit.methods.bnp.statistics import Preconditioner, Preconditioners, RowS
 from normkit.methods.bnp.transform import LayerStep, Rate, Transform
 from normkit.methods.method import ZERO_RESIDUAL, Method, Part, Recipe, adam
 from normkit.optim.effect import Effect, trained_elements
-from normkit.optim.step_hooks import StepHandle, attach_to_step, check_attachable, effective_lr
+from normkit.optim.step_hooks import StepHandle, attach_to_step, attachments, check_attachable, effective_lr
 
 _logger = logging.getLogger("normkit")
 
@@ -100,6 +100,7 @@ class BNP:
         self._statistics = RowStatistics(decay, pooled, eps_relative, eps, process_group)
         self._handles: list[StepHandle] = []
         self._known = [m for m in model.modules() if isinstance(m, PRODUCERS)]
+        self._said_eval_mode = False
         self._given: list[Tensor] = []  # the parameters that attached optimizers are known to hold
         self._mask = Mask()
         self._collector = Collector("BNP", "call normkit.BNP(model).attach(optimizer)")
@@ -132,14 +133,17 @@ class BNP:
             A handle whose ``remove()`` ends it.
 
         Raises:
-            ValueError: The optimizer, or another one that holds the same weights, is attached already; it evaluates its closure
-                several times (LBFGS), works on two gradients per step (SAM), or is no torch optimizer; it holds no observed
-                weight or sharded ones.
+            ValueError: The optimizer is attached to this or another BNP already, or another one with the same weights is; it
+                evaluates its closure several times (LBFGS), works on two gradients per step (SAM), or is no torch optimizer; it
+                holds no observed weight or sharded ones.
         """
         check_attachable(optimizer, "bnp")
         attached = self._layers_of(optimizer)
-        if any(handle.optimizer is optimizer for handle in self._handles):
-            raise ValueError("the optimizer is attached already; call normkit.handle(optimizer).remove() first")
+        if any(isinstance(handle.owner, BNP) for handle in attachments(optimizer)):
+            raise ValueError(
+                "the optimizer is attached already; call normkit.handle(optimizer).remove() first (one BNP serves several "
+                "models: normkit.BNP(nn.ModuleList([a, b])).attach(optimizer))"
+            )
         if not attached:
             raise ValueError(
                 "the optimizer holds no weight of a layer that BNP observes; build it from the parameters of this model"
@@ -312,6 +316,18 @@ class BNP:
         for observed in self._layers_of(optimizer):
             observed.discard()
 
+    def _say_what_is_in_eval_mode(self, layers: Sequence[Observed]) -> None:
+        """Log a warning, once, where layers have gradients and counted no rows because they are in eval mode."""
+        evaluating = [o for o in layers if not (o.layer.training or o.unsupported or o.counted) and o.has_gradient]
+        if evaluating and not self._said_eval_mode:
+            self._said_eval_mode = True
+            _logger.warning(
+                "bnp: %d layers are trained in eval mode (%s, ...), where no rows are counted, so their gradients stay as they "
+                "are; call model.train() before the forward pass (norms and dropout may stay in eval mode)",
+                len(evaluating),
+                evaluating[0].path,
+            )
+
     def _say_what_came_later(self, optimizer: Optimizer) -> None:
         """Log a warning where weights were added to the optimizer that no observed layer holds."""
         before = {id(p) for p in self._given}
@@ -346,6 +362,7 @@ class BNP:
         layers = [observed for observed in layers if observed.materialized()]
         if not layers:
             return
+        self._say_what_is_in_eval_mode(layers)
         if self.max_change is not None and rates is None:
             raise ValueError("max_change bounds a step, so it needs the learning rate: attach the optimizer first")
         self._preconditioners = self._statistics.advance(layers)

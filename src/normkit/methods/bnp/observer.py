@@ -190,6 +190,16 @@ class Observed(InputCounter[Sums]):
         """The geometry of the layer, which must have its shape by now."""
         return geometry(self.layer)
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the weight has a gradient at present."""
+        return self.weight is not None and self.weight.grad is not None
+
+    @property
+    def counted(self) -> bool:
+        """Whether rows may have counted since the last step (of compiled forwards the device alone knows)."""
+        return self._compiled or bool(self.pending)
+
     def materialized(self) -> bool:
         """Whether the layer has its shape by now (a lazy layer gets it in its first forward)."""
         return not isinstance(self.weight, UninitializedParameter)

@@ -80,7 +80,7 @@ class LayerIndex:
 
 
 class Preconditioners(NamedTuple):
-    """What preconditions the layers of a step, side by side; ``known`` is 1 for layers with rows so far, else 0."""
+    """What preconditions the layers of a step, side by side; ``known`` is 0 for layers that step as they are, else 1."""
 
     layer_index: LayerIndex
     mean: Tensor
@@ -139,12 +139,13 @@ class RowStatistics:
         torch._foreach_copy_(kept, (mean, variance, steps))  # a CUDA graph of the step reads what its last replay wrote
         self._running = index, *kept
 
-        largest, known = index.per_feature(index.largest(variance), steps)
-        guarded = guarded_variance(variance, self.eps_relative, self.eps, largest=largest)
-        # a layer that never saw a usable row (its weight is used without calling it, say) steps as it is
-        guarded.masked_fill_(known == 0, 1)
+        # a layer without rows in this step (in eval mode, or its weight is used without calling it), or that never saw a
+        # usable one, steps as it is
+        known = ((steps > 0) & (rows > 0)).to(steps.dtype)
+        largest, unknown = index.per_feature(index.largest(variance), 1 - known)
+        guarded = guarded_variance(variance, self.eps_relative, self.eps, largest=largest).masked_fill_(unknown > 0, 1)
         divisor = step_divisor(index.fan_in, positions).masked_fill_(positions == 0, 1)
-        return Preconditioners(index, mean, guarded, divisor, steps.clamp(max=1))
+        return Preconditioners(index, mean.masked_fill(unknown > 0, 0), guarded, divisor, known)
 
     def write_back(self) -> None:
         """Give each layer its own running statistics, which lie in one vector while the same layers step together."""

@@ -115,8 +115,9 @@ class ScaledWeightStandardization(FilterParametrization):
     def __init__(self, layer: _ConvNd, gamma: float = 1.0, *, ends_branch: bool = False) -> None:
         super().__init__(layer)
         self.gamma = gamma
-        self.gain = nn.Parameter(layer.weight.new_ones(layer.out_channels))
-        self.skip_gain = nn.Parameter(layer.weight.new_zeros(())) if ends_branch else None
+        trained = layer.weight.requires_grad
+        self.gain = nn.Parameter(layer.weight.new_ones(layer.out_channels), trained)
+        self.skip_gain = nn.Parameter(layer.weight.new_zeros(()), trained) if ends_branch else None
 
     def transform(self, filters: Tensor) -> Tensor:
         """Standardize and scale the filters."""
