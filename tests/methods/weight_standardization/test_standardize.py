@@ -12,6 +12,8 @@ from normkit.methods.weight_standardization.normalizer_free import ScaledWeightS
 from normkit.methods.weight_standardization.standardize import (
     WeightStandardization,
     parametrize_filters,
+    scaled_standardize,
+    standardize,
     standardize_weights,
     unparametrize_filters,
 )
@@ -44,8 +46,8 @@ def by_filter(layer, change):
 
 
 def standardized(filter_, _):
-    deviation = (filter_ - filter_.mean()).square().mean().sqrt()
-    return (filter_ - filter_.mean()) / (deviation + 1e-5)
+    variance = (filter_ - filter_.mean()).square().mean()
+    return (filter_ - filter_.mean()) / (variance + 1e-10).sqrt()
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -58,6 +60,17 @@ def test_the_convolution_uses_filters_of_mean_zero_and_deviation_one(name):
         expected.weight.copy_(by_filter(layer, standardized))
     parametrize_filters(layer, WeightStandardization(layer))
     torch.testing.assert_close(layer(x), expected(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.channels_last_3d])
+@pytest.mark.parametrize("function", [standardize, scaled_standardize])
+def test_channels_last_filters_are_standardized_as_the_plain_ones_and_stay_channels_last(function, memory_format):
+    shape = (4, 3, 5, 2) if memory_format == torch.channels_last else (4, 3, 5, 2, 2)
+    plain = torch.randn(shape, dtype=torch.float64)
+    last = plain.contiguous(memory_format=memory_format)
+    torch.testing.assert_close(function(last), function(plain), rtol=1e-12, atol=1e-12)
+    assert function(last).is_contiguous(memory_format=memory_format)
+    assert torch.autograd.gradgradcheck(function, last.requires_grad_())
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -86,7 +99,7 @@ def test_gradients_are_those_of_the_definition():
     weight = layer.weight.detach().clone().requires_grad_()
     flat = weight.flatten(1)
     centred = flat - flat.mean(1, keepdim=True)
-    used = (centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-5)).view_as(weight)
+    used = (centred / (centred.square().mean(1, keepdim=True) + 1e-10).sqrt()).view_as(weight)
     nn.functional.conv2d(x, used, layer.bias.detach()).square().sum().backward()
     parametrize_filters(layer, WeightStandardization(layer))
     layer(x).square().sum().backward()

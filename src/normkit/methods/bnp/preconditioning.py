@@ -263,10 +263,6 @@ def bounding_factors(change: Tensor, spread: Tensor, max_change: float) -> Tenso
     return (max_change * spread.clamp(min=SMALLEST_SPREAD) / change.clamp(min=1e-15)).clamp(max=1)
 
 
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""Memory format by number of dimensions."""
-
-
 class Layout:
     """A weight as the rows of its units, ``(groups, out, inputs times taps)``, and vectors that broadcast to them.
 
@@ -311,13 +307,6 @@ class Layout:
     def units(self, vector: Tensor) -> Tensor:
         """A vector over the output units."""
         return vector.reshape(self.groups, self.outs, 1)
-
-
-def taps_lie_first(weight: Tensor, transposed: bool) -> bool:
-    """Return whether the channels of a tap lie side by side in the memory of a weight, as in channels-last ones."""
-    if transposed or weight.dim() not in CHANNELS_LAST or weight.is_contiguous():
-        return False
-    return weight.is_contiguous(memory_format=CHANNELS_LAST[weight.dim()])
 
 
 def _check(weight_grad: Tensor, bias_grad: Tensor | None, mean: Tensor, variance: Tensor, layout: Layout) -> None:

@@ -21,9 +21,9 @@ from normkit.methods.bnp.preconditioning import (
     into_z_,
     lengths_of_units,
     out_of_z_,
-    taps_lie_first,
 )
 from normkit.methods.bnp.statistics import LayerIndex, Preconditioners, compute_dtype
+from normkit.moments import is_channels_last
 
 Rate: TypeAlias = Tensor | float
 
@@ -81,7 +81,7 @@ def _kinds(steps: Sequence[LayerStep], index: LayerIndex) -> list[_Kind]:
     for place, _, grad, bias_grad, rate in steps:
         observed, no_bias = index.layers[place], bias_grad is None
         number = numbers.setdefault(rate if isinstance(rate, float) else id(rate), len(numbers))
-        joined = no_bias, no_bias and observed.mean_removed, taps_lie_first(grad, observed.geometry.transposed)
+        joined = no_bias, no_bias and observed.mean_removed, is_channels_last(grad)
         kinds.append(_Kind(place, (grad.dtype, grad.device, number), joined))
     return kinds
 
@@ -141,8 +141,8 @@ class _Part:
         self.has_bias = steps[0].bias_grad is not None
         self.mean_removed = not self.has_bias and observed.mean_removed
         shape, geometry = (self.count * grad.shape[0], *grad.shape[1:]), observed.geometry
-        taps_first = taps_lie_first(grad, geometry.transposed)
-        self.layout = Layout(shape, self.count * geometry.groups, geometry.transposed, taps_first=taps_first)
+        groups, last = self.count * geometry.groups, is_channels_last(grad)
+        self.layout = Layout(shape, groups, geometry.transposed, taps_first=last and not geometry.transposed)
         self.features = self.layout.along_in(torch.cat([index.indices[step.place] for step in steps])).flatten()
         units = self.layout.groups * self.layout.outs // self.count
         self.owner = torch.cat([torch.full((units,), step.place, device=index.device) for step in steps])

@@ -4,7 +4,7 @@ Micro-Batch Training with Batch-Channel Normalization and Weight Standardization
 Shen, Alan Yuille, arXiv 1903.10520. For the filter W of an output channel, with mean mu and variance sigma^2 of its N weights
 (input channels of its group times kernel positions), the convolution uses
 
-    (W - mu) / (sigma + eps)
+    (W - mu) / sqrt(sigma^2 + eps)
 
 The optimizer trains W. The layer keeps its class, its parameters, its hooks and its place; state dicts of the plain model load.
 """
@@ -13,34 +13,36 @@ import logging
 import math
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from normkit.inspection.conformance import has_torch_forward
-from normkit.moments import statistics_dtype
+from normkit.moments import is_channels_last, statistics_dtype
 
 _logger = logging.getLogger("normkit")
 
 
-def standardize(filters: Tensor, eps: float = 1e-5) -> Tensor:
-    """Return ``(W - mu) / (sigma + eps)`` for every filter.
+def standardize(filters: Tensor, eps: float = 1e-10) -> Tensor:
+    """Return ``(W - mu) / sqrt(sigma^2 + eps)`` for every filter.
 
     Args:
         filters: ``(out, ...)``, one filter per row.
-        eps: Added to the standard deviation.
+        eps: Added to the variance.
 
     Returns:
         The standardized filters, statistics computed in fp32 or wider.
 
     Examples:
+        >>> import torch
         >>> standardize(torch.tensor([[1.0, 3.0, 5.0, 7.0]])).round(decimals=3)
-        tensor([[-1.3420, -0.4470,  0.4470,  1.3420]])
+        tensor([[-1.3416, -0.4472,  0.4472,  1.3416]])
     """
-    centred, variance = _centred(filters)
-    return (centred / (_root(variance) + eps)).to(filters.dtype)
+    rows = filters.movedim(1, -1) if is_channels_last(filters) else filters  # as they lie in memory
+    found = F.layer_norm(rows.to(statistics_dtype(rows.dtype)), rows.shape[1:], eps=eps).to(filters.dtype)
+    return found if rows is filters else found.movedim(-1, 1)
 
 
 def scaled_standardize(filters: Tensor, gain: Tensor | float = 1.0, eps: float = 1e-4) -> Tensor:
@@ -57,6 +59,7 @@ def scaled_standardize(filters: Tensor, gain: Tensor | float = 1.0, eps: float =
         The standardized filters, statistics computed in fp32 or wider.
 
     Examples:
+        >>> import torch
         >>> round(scaled_standardize(torch.tensor([[1.0, 3.0, 5.0, 7.0]])).square().sum().item(), 4)
         1.0
     """
@@ -68,15 +71,9 @@ def scaled_standardize(filters: Tensor, gain: Tensor | float = 1.0, eps: float =
 
 def _centred(filters: Tensor) -> tuple[Tensor, Tensor]:
     """Filters minus their means, and their variances, ``(out, 1, ...)``."""
-    wide = filters.to(statistics_dtype(filters.dtype))
-    variance, mean = torch.var_mean(wide, list(range(1, wide.ndim)), correction=0, keepdim=True)
-    return wide - mean, variance
-
-
-def _root(variance: Tensor) -> Tensor:
-    """A square root whose gradient at zero is zero: a filter whose weights are all equal has no direction."""
-    positive = variance > 0
-    return torch.where(positive, variance.where(positive, 1.0).sqrt(), 0.0)
+    wide, inner = filters.to(statistics_dtype(filters.dtype)), list(range(1, filters.ndim))
+    centred = wide - wide.mean(inner, keepdim=True)
+    return centred, centred.square().mean(inner, keepdim=True)  # on a CPU a fraction of the time of torch.var_mean
 
 
 class FilterParametrization(nn.Module):
