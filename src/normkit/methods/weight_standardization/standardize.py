@@ -38,7 +38,7 @@ def standardize(filters: Tensor, eps: float = 1e-10) -> Tensor:
     Examples:
         >>> import torch
         >>> standardize(torch.tensor([[1.0, 3.0, 5.0, 7.0]])).round(decimals=3)
-        tensor([[-1.3416, -0.4472,  0.4472,  1.3416]])
+        tensor([[-1.3420, -0.4470,  0.4470,  1.3420]])
     """
     rows = filters.movedim(1, -1) if is_channels_last(filters) else filters  # as they lie in memory
     found = F.layer_norm(rows.to(statistics_dtype(rows.dtype)), rows.shape[1:], eps=eps).to(filters.dtype)
