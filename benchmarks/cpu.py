@@ -33,12 +33,17 @@ def relative(model: str, size: int, batch: int, steps: int, rounds: int, methods
     return batchless.time(args, methods)
 
 
-def step_and_memory(batches: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Step time and peak memory of BNP on ResNet-20."""
+def step_and_memory(batches: Sequence[int], rounds: int, *, channels_last: bool = False) -> dict[str, Any]:
+    """Step time and peak memory on ResNet-20 of methods that need no batch."""
     args = argparse.Namespace(
-        device="cpu", size=32, channels_last=False, compile=False, bf16=False, rounds=rounds, seconds=0.15
+        device="cpu", size=32, channels_last=channels_last, compile=False, bf16=False, rounds=rounds, seconds=0.15
     )
-    return {f"batch {batch}": bnp.measure(args, "resnet20", batch, ("none", "batch", "bnp")) for batch in batches}
+    return {
+        f"batch {batch}": bnp.measure(
+            args, "resnet20", batch, ("none", "batch", "group", "group+ws", "bnp", "group+bnp")
+        )
+        for batch in batches
+    }
 
 
 def imports(rounds: int) -> dict[str, float]:
@@ -79,9 +84,12 @@ def trials(share: int) -> list[dict[str, object]]:
 def pieces(quick: bool) -> dict[str, Callable[[], Any]]:
     """Every piece, the most valuable first."""
     rounds = 1 if quick else 15
-    methods = ("none", "batch", "batchless", "batchless-projected", "group", "bnp")
+    methods = ("none", "batch", "batchless", "batchless-projected", "group", "group+ws", "bnp", "group+bnp")
     return {
-        "bnp, ResNet-20": lambda: step_and_memory((1,) if quick else (1, 2, 8, 128), rounds),
+        "step and memory, ResNet-20": lambda: step_and_memory((1,) if quick else (1, 2, 8, 128), rounds),
+        "the same, channels last": lambda: step_and_memory(
+            (1,) if quick else (1, 2, 8, 128), rounds, channels_last=True
+        ),
         "memory traffic, ResNet-20, batch 16": lambda: memory_traffic.table("resnet20", 16),
         "step, ResNet-20, batch 16": lambda: relative("resnet20", 32, 16, 1, rounds, methods),
         "step, digits-cnn, batch 1": lambda: relative("digits-cnn", 8, 1, 20, rounds, methods),
