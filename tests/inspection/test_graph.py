@@ -38,6 +38,15 @@ def test_a_model_that_does_not_trace_is_traced_in_parts():
     assert producers(Branching()) == {f"blocks.{i}.norm{j}": f"blocks.{i}.conv{j}" for i in (0, 1) for j in (1, 2)}
 
 
+def test_what_data_parallel_wraps_is_traced_wherever_it_stands():
+    assert producers(nn.DataParallel(Block())) == {"module.norm1": "module.conv1", "module.norm2": "module.conv2"}
+    found = producers(nn.Sequential(nn.DataParallel(nn.Sequential(nn.Conv2d(3, 4, 1))), nn.BatchNorm2d(4)))
+    assert found == {"1": "0.module.0"}
+    parts = Branching()
+    parts.blocks = nn.ModuleList([nn.DataParallel(Block())])
+    assert producers(parts) == {f"blocks.0.module.norm{j}": f"blocks.0.module.conv{j}" for j in (1, 2)}
+
+
 def test_residual_sums_appear_as_add_however_they_are_written():
     class Sum(nn.Module):
         def forward(self, x, y):

@@ -16,11 +16,13 @@ from typing import Any
 
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from normkit.inspection.markers import Leaf
 from normkit.inspection.norms import PRODUCERS, aligned, feature_dim, is_frozen_norm, is_norm, takes_maps
 from normkit.inspection.references import copy_detached
 
+_WRAPPERS = (DataParallel, DistributedDataParallel)
 _RECTIFIERS = {"relu", "relu6", "threshold"}
 _SAME_DIMENSIONS = {
     *_RECTIFIERS,
@@ -254,6 +256,11 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m)
 
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(m, _WRAPPERS):
+            return m.module(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
 
 def _pieces(module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[nn.Module, fx.Graph | None]]:
     """The largest parts of ``module`` that trace, with their graphs, and what holds them.
@@ -261,6 +268,8 @@ def _pieces(module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[nn.Module
     Yields:
         A module and its graph, or None where its own forward does not trace.
     """
+    while isinstance(module, _WRAPPERS):
+        module = module.module
     if module in seen or is_leaf(module):
         return
     seen.add(module)
