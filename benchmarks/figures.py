@@ -28,7 +28,7 @@ STYLE = ROOT / "src/normkit/study/report/templates/report.css"
 FINE_TUNING = ROOT / "benchmarks" / "results" / "fine_tuning.jsonl"
 CNN4 = ("cifar10-cnn4.json", "cifar10-cnn4-two.json", "cifar10-cnn4-single.json")  # one network, at several batch sizes
 SIZE = (760, 340)
-INDICES = ("batch", "none", "group", "bnp", "group+bnp", "batch-renorm", "batchless-projected", "batchless")
+INDICES = ("batch", "none", "group", "bnp", "group+bnp", "batch-renorm", "batchless-projected", "group+ws")
 """A method has the same colour and marker in every figure of a card."""
 
 Points = dict[str, dict[float, list[float]]]
@@ -156,8 +156,10 @@ def standalone(chart: str, dark: bool) -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    "accuracy": lambda: studies(*CNN4, methods=("batch", "group+bnp", "bnp", "instance", "sgd-g", "group")),
-    "baselines": lambda: studies(*CNN4, methods=("batch", "group", "instance", "batch-renorm", "none")),
+    "accuracy": lambda: studies(*CNN4, methods=("batch", "group+ws", "group+bnp", "bnp", "instance", "sgd-g", "group")),
+    "baselines": lambda: studies(*CNN4, methods=("batch", "group", "group+ws", "instance", "batch-renorm", "none")),
+    "revisited": lambda: studies("cifar10-cnn4-others.json", methods=("batch", "revisited")),
+    "filter-response": lambda: studies("cifar10-cnn4-others.json", methods=("batch", "group+ws", "filter-response")),
     "riemannian": lambda: studies("cifar10-cnn4.json", methods=("batch", "sgd-g", "group")),
     "fine-tuning": lambda: fine_tuning("colours"),
     "fine-tuning-classes": lambda: fine_tuning("classes"),

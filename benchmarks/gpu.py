@@ -50,8 +50,8 @@ from normkit.study.data.augmentation import Augmentation, augment  # noqa: E402
 from normkit.study.environment import environment  # noqa: E402
 from normkit.study.models import build_model  # noqa: E402
 
-METHODS = ("batch", "none", "group", "bnp", "batchless", "batchless-projected", "sgd-g")
-TRAINED = ("batch", "bnp", "batchless-projected", "group", "sgd-g")
+METHODS = ("batch", "none", "group", "group+ws", "group+bnp", "bnp", "batchless", "batchless-projected", "sgd-g")
+TRAINED = ("batch", "group+ws", "group+bnp", "bnp", "group", "sgd-g", "batchless-projected")
 WHEELS = ("optuna", "tyro", "rich", "datasets", "geoopt", "pytest", "pytest-timeout", "pytest-xdist")
 NEEDED = [
     "alembic",

@@ -93,7 +93,7 @@ def small_batch(seen: Examination) -> Finding | None:
     return _sick(
         "batch too small for its statistics",
         layers,
-        'use a larger batch, or a method that does not need one: normkit.apply("bnp", ...), "group+bnp", "group"',
+        'use a larger batch, or a method that does not need one: normkit.apply("group+ws", ...), "group+bnp", "bnp"',
     )
 
 
