@@ -34,16 +34,11 @@ def relative(model: str, size: int, batch: int, steps: int, rounds: int, methods
 
 
 def step_and_memory(batches: Sequence[int], rounds: int, *, channels_last: bool = False) -> dict[str, Any]:
-    """Step time and peak memory on ResNet-20 of methods that need no batch."""
+    """Step time and peak memory of BNP on ResNet-20."""
     args = argparse.Namespace(
         device="cpu", size=32, channels_last=channels_last, compile=False, bf16=False, rounds=rounds, seconds=0.15
     )
-    return {
-        f"batch {batch}": bnp.measure(
-            args, "resnet20", batch, ("none", "batch", "group", "group+ws", "bnp", "group+bnp")
-        )
-        for batch in batches
-    }
+    return {f"batch {batch}": bnp.measure(args, "resnet20", batch, ("none", "batch", "bnp")) for batch in batches}
 
 
 def imports(rounds: int) -> dict[str, float]:
@@ -86,12 +81,13 @@ def pieces(quick: bool) -> dict[str, Callable[[], Any]]:
     rounds = 1 if quick else 15
     methods = ("none", "batch", "batchless", "batchless-projected", "group", "group+ws", "bnp", "group+bnp")
     return {
-        "step and memory, ResNet-20": lambda: step_and_memory((1,) if quick else (1, 2, 8, 128), rounds),
-        "the same, channels last": lambda: step_and_memory(
+        "bnp, ResNet-20": lambda: step_and_memory((1,) if quick else (1, 2, 8, 128), rounds),
+        "bnp, ResNet-20, channels last": lambda: step_and_memory(
             (1,) if quick else (1, 2, 8, 128), rounds, channels_last=True
         ),
         "memory traffic, ResNet-20, batch 16": lambda: memory_traffic.table("resnet20", 16),
         "step, ResNet-20, batch 16": lambda: relative("resnet20", 32, 16, 1, rounds, methods),
+        "step, ResNet-20, batch 2": lambda: relative("resnet20", 32, 2, 4, rounds, methods[:2] + methods[4:]),
         "step, digits-cnn, batch 1": lambda: relative("digits-cnn", 8, 1, 20, rounds, methods),
         "optimizer step, ResNet-20": lambda: optimizer(rounds),
         "monitor": lambda: overhead(1 if quick else 5),

@@ -18,5 +18,5 @@ def test_every_piece_of_the_cpu_figures_is_measured(tmp_path):
     result = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))["result"]
     assert len(result) == 8
     assert all(piece["found"] for piece in result.values())
-    memory = result["step and memory, ResNet-20"]["found"]["batch 1"]["memory relative to batch"]
+    memory = result["bnp, ResNet-20"]["found"]["batch 1"]["memory relative to batch"]
     assert memory["bnp"] < 1, "a step of BNP needs no copy of the parameters"
