@@ -36,7 +36,7 @@ def test_every_piece_of_the_gpu_command_leaves_its_rows_and_is_not_repeated(tmp_
         assert (method == "batch") == ("over batch" not in measured)
     assert set(rows["accumulation"]) == {"resnet18/4/4", "resnet18/4/2"}
     assert {"SGDG", "AdamG", "torch SGD foreach"} <= rows["optimizers"]["resnet20"].keys()
-    assert {key.split("/")[0] for key in rows["training"]} == {"batch", "bnp"}
+    assert {key.split("/")[0] for key in rows["training"]} == {"batch", "group+ws"}
     assert all(0 <= row["accuracy"] <= 1 for row in rows["training"].values())
 
     before = {name: (tmp_path / f"{name}.json").read_text() for name in ("steps", "training")}
