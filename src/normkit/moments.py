@@ -121,7 +121,7 @@ _FITS_CACHE = 1 << 20
 
 
 _FEW_CHANNELS = 8
-"""Channels, side by side in memory, up to which two reductions take a fraction of the time of the one that gives both."""
+"""Channels, side by side in memory, below which two reductions take a fraction of the time of the one that gives both."""
 
 
 def weighted_sums(x: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

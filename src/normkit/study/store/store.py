@@ -118,6 +118,10 @@ class Store:
         if any(row.result is not None for row in self._rows.chosen()):
             before = {"methods": list(kept.methods), "batch_sizes": list(kept.batch_sizes), "seeds": kept.seeds}
             self.storage.set_study_user_attr(self.study_id, "grown", [*(self._rows.attribute("grown") or ()), before])
+        if self._rows.attribute("landscape"):
+            logger.warning(
+                "the landscape of %s is dropped, since it lacks the new methods; give --landscape again", self.name
+            )
         for name in ("costs", "landscape"):
             self.storage.set_study_user_attr(self.study_id, name, None)
         self.storage.set_study_user_attr(self.study_id, "config", json.dumps(pack(config)))
