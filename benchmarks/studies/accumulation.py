@@ -8,7 +8,7 @@ resumes.
     python -m benchmarks.studies.accumulation --data PATH/TO/cifar10
     python -m benchmarks.studies.accumulation --data PATH/TO/cifar10 --budget 100000 --seeds 8
 
-At 50,000 samples a run the three take about 50 core-minutes.
+At 50,000 samples a run the three take about 60 core-minutes.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from typing import Any
 
 import normkit
 
-METHODS = ["batch", "group", "bnp", "group+bnp"]
-DIVIDED = ["batch", "group+bnp"]
+METHODS = ["batch", "group", "group+ws", "bnp", "group+bnp", "batchless-projected"]
+DIVIDED = ["batch", "group+ws"]
 """Methods where the step is divided into micro-batches."""
 
 

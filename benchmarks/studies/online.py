@@ -1,6 +1,6 @@
 """Online learning on a stream whose distribution shifts: one image per step, one pass, predictions before each step.
 
-The stream is 9,600 images of CIFAR-10 in four phases: as they are, colours inverted, darkened to 30 %, and as they are again.
+The stream is 19,200 images of CIFAR-10 in four phases: as they are, colours inverted, darkened to 30 %, and as they are again.
 `cnn4` starts untrained. For each image the model predicts in eval mode, then takes one step in train mode: SGD, momentum 0.9,
 constant rate. Methods that start from data see the first 64 images, without labels.
 
@@ -18,7 +18,7 @@ Each run is one JSON line in ``runs/online.jsonl``; the same command resumes. ``
     python -m benchmarks.studies.online --data PATH/TO/cifar10
     python -m benchmarks.studies.online --table
 
-About 40 core-minutes. Longer: ``--images 40000``, ``--seeds 8``. ``--methods`` takes any recipe; ``input+`` before it puts an
+About 75 core-minutes. Longer: ``--images 40000``, ``--seeds 8``. ``--methods`` takes any recipe; ``input+`` before it puts an
 InputNorm in front.
 """
 
@@ -38,7 +38,7 @@ from benchmarks.studies.runs import Runs, rate_search, read
 from normkit.methods.revisited.input_norm import with_input_norm
 from normkit.study.models import build_model
 
-METHODS = ("none", "batch", "instance", "group", "bnp", "group+bnp", "batchless", "input+none")
+METHODS = ("none", "batch", "group", "group+ws", "bnp", "group+bnp", "batchless", "input+none", "instance")
 PHASES, WINDOWS = 4, 32
 """Into how many parts the stream is divided; the accuracy is read in each window."""
 
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--data", help="CIFAR-10: name or folder of the data set")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=9_600, help="length of the stream")
+    parser.add_argument("--images", type=int, default=19_200, help="length of the stream")
     parser.add_argument("--store", type=Path, default=RUNS / "online.jsonl")
     parser.add_argument("--table", action="store_true", help="print what is in the store, and run nothing")
     args = parser.parse_args()
