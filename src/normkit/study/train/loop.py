@@ -107,7 +107,8 @@ def training_step(
             gradients over ranks, so the weight of a sample is ranks / samples: shares may be of different sizes.
 
     Returns:
-        The mean loss over this rank's share, no longer attached to the graph.
+        The mean loss over this rank's share. Of a batch in one piece it still holds its graph, without what backward needed:
+        while a caller keeps it, the next step finds the parameters' gradient accumulators and makes none.
     """
     optimizer.zero_grad()
     count = sum(micro.samples for micro in batch)
@@ -119,19 +120,19 @@ def training_step(
         for number, micro in enumerate(batch, start=1):
             with nullcontext() if number == len(batch) else _unsynchronised(network):
                 loss = _backward(network, micro, training, micro.samples * world / samples)
-            losses.append(loss * (micro.samples / count))
+            losses.append(loss.detach() * (micro.samples / count))
         total = sum(losses[1:], start=losses[0])
     optimizer.step()
     return total
 
 
 def _backward(network: nn.Module, micro: MicroBatch, training: Training, share: float) -> Tensor:
-    """Add ``share`` times the gradient of the mean loss; returns that loss, detached."""
+    """Add ``share`` times the gradient of the mean loss; returns that loss."""
     batch = map_tensors(_channels_last, micro.batch) if training.channels_last else micro.batch
     with precision(training, next(network.parameters()).device) if training.amp else nullcontext():
         loss = network(batch, micro.samples)
     (loss if share == 1 else loss * share).backward()
-    return loss.detach()
+    return loss
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -233,7 +234,7 @@ class Loop:
         for step, batch in enumerate(stream, start=self.seen // size + 1):
             examples = min(size, self.budget - self.seen)
             loss = training_step(self.network, self.optimizer, batch, config, examples)
-            self._total.add_(loss, alpha=sum(micro.samples for micro in batch) * world / examples)
+            self._total.add_(loss.detach(), alpha=sum(micro.samples for micro in batch) * world / examples)
             self.schedule.step()
             if self.average is not None:
                 self.average.update()
