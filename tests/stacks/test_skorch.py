@@ -25,7 +25,7 @@ class Apply(skorch.callbacks.Callback):
             net.module_, net.optimizer_ = normkit.apply(self.name, net.module_, lr=0.05)
 
 
-@pytest.mark.parametrize("name", ["bnp", "batchless", "sgd-g"])
+@pytest.mark.parametrize("name", ["bnp", "batchless", "sgd-g", "group+ws"])
 def test_a_pickled_estimator_trains_on_as_the_original(name):
     x, y = (torch.cat(part).numpy() for part in zip(*batches(), strict=True))
     net = skorch.NeuralNetClassifier(

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -194,3 +195,44 @@ def test_what_cannot_be_standardized_is_named_and_left(caplog):
     assert "no convolution, so no weight is standardized" in caplog.text
     with pytest.raises(ValueError, match="run one batch"):
         standardize_weights(nn.Sequential(nn.LazyConv2d(4, 3)))
+
+
+def test_a_standardized_model_is_pickled_with_its_optimizer_and_both_train_on():
+    torch.manual_seed(0)
+    layers = (
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.GroupNorm(2, 4),
+        nn.ConvTranspose2d(4, 4, 2),
+        nn.Flatten(),
+        nn.LazyLinear(2),
+    )
+    model, x = nn.Sequential(*layers).double(), torch.randn(2, 3, 5, 5).double()
+    model(x)
+    standardize_weights(model)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step(model, optimizer)
+    again, its_optimizer = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps((model, optimizer)))))
+    alone = copy.copy(model[0])
+    for _ in range(2):
+        assert step(again, its_optimizer) == step(model, optimizer)
+    assert isinstance(again[0], nn.Conv2d)
+    assert alone.parametrizations.weight.original is model[0].parametrizations.weight.original
+    unparametrize_filters(again[0])
+    assert type(again[0]) is nn.Conv2d
+    assert torch.equal(again[0].weight, model[0].parametrizations.weight.original)
+
+
+def test_a_layer_with_a_parametrization_of_its_owner_is_pickled_too():
+    layer = standardize_weights(nn.Conv2d(3, 4, 3))
+    nn.utils.parametrize.register_parametrization(layer, "bias", nn.Tanh())
+    again = pickle.loads(pickle.dumps(layer))
+    x = torch.randn(1, 3, 4, 4)
+    assert torch.equal(again(x), layer(x))

@@ -153,8 +153,31 @@ def parametrizable(model: nn.Module, method: str) -> list[tuple[str, _ConvNd]]:
 def parametrize_filters(layer: _ConvNd, parametrization: FilterParametrization) -> None:
     """Parametrize the weight of a convolution; state dicts of the plain layer still load."""
     parametrize.register_parametrization(layer, "weight", parametrization)
+    _let_pickle(type(layer))
     layer.register_load_state_dict_pre_hook(_load_plain)
     vars(layer)["normkit_undo"] = unparametrize_filters
+
+
+def _let_pickle(parametrized: Any) -> None:
+    """Let layers of a class that torch made for parametrized ones be pickled, which torch refuses for lack of that class."""
+    if "__getstate__" in vars(parametrized):  # that refuses
+        del parametrized.__getstate__
+    parametrized.__reduce_ex__ = _reduced
+
+
+def _reduced(layer: Any, protocol: Any) -> tuple[Any, ...]:
+    _, _, *state = object.__reduce_ex__(layer, max(2, protocol))
+    return _empty, (type(layer).__bases__[0], *layer.parametrizations), *state
+
+
+def _empty(plain: type[nn.Module], *parametrized: str) -> nn.Module:
+    """A layer without state, of a class like that of a layer with these parametrized tensors."""
+    layer = plain.__new__(plain)
+    parametrize._inject_new_class(layer)  # pyright: ignore[reportPrivateUsage]
+    for name in parametrized:
+        parametrize._inject_property(layer, name)  # pyright: ignore[reportPrivateUsage]
+    _let_pickle(type(layer))
+    return layer
 
 
 def unparametrize_filters(layer: nn.Module) -> None:
