@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.studies import fine_tuning as fine_tuning_study
+from benchmarks.studies.online import PHASES, WINDOWS
 from benchmarks.studies.runs import best
 from normkit.study.report.chart import COLOURS, Series, line_chart
 from normkit.study.report.render import read_results
@@ -26,6 +27,8 @@ ROOT = Path(__file__).parents[1]
 IMAGES, REPORTS = ROOT / "docs" / "images", ROOT / "docs" / "results"
 STYLE = ROOT / "src/normkit/study/report/templates/report.css"
 FINE_TUNING = ROOT / "benchmarks" / "results" / "fine_tuning.jsonl"
+ONLINE = ROOT / "benchmarks" / "results" / "online.jsonl"
+STREAMED = ("batch", "none", "bnp", "group+bnp", "group+ws")
 CNN4 = ("cifar10-cnn4.json", "cifar10-cnn4-two.json", "cifar10-cnn4-single.json")  # one network, at several batch sizes
 SIZE = (760, 340)
 INDICES = ("batch", "none", "group", "bnp", "group+bnp", "batch-renorm", "batchless-projected", "group+ws")
@@ -70,6 +73,27 @@ def fine_tuning(target: str) -> str:
         points[method][size] = [run["best"] for run in found if run["lr"] == lr]
     before = mean(run["start"] for (method, _), found in runs.items() if method == "batch" for run in found)
     return by_size(points, "test accuracy after fine-tuning, %", (before, "before"))
+
+
+def online() -> str:
+    """Accuracy in each window of the stream, from the runs of ``benchmarks/studies/online.py``; ticks at the shifts."""
+    runs = defaultdict(list)
+    for line in ONLINE.read_text().splitlines():
+        run = json.loads(line)
+        if run["seed"] > 0 and run["method"] in STREAMED:  # that of the search chose the rate
+            runs[run["method"]].append(run)
+    images = runs[STREAMED[0]][0]["images"]
+    points: Points = {
+        method: {
+            images * place // WINDOWS: [mean(window)]
+            for place, window in enumerate(zip(*(run["windows"] for run in runs[method]), strict=True), start=1)
+        }
+        for method in STREAMED
+    }
+    x = Axis("images", 0, images, tuple(images * phase // PHASES for phase in range(PHASES + 1)), "{:,.0f}".format)
+    values = [value for found in points.values() for (value,) in found.values()]
+    ticks = nice_ticks(min(values), max(values))
+    return lines(points, x, Axis("accuracy in the last window, %", ticks[0], ticks[-1], ticks), markers=False)
 
 
 def by_size(points: Points, title: str, mark: tuple[float, str] | None = None) -> str:
@@ -163,6 +187,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "riemannian": lambda: studies("cifar10-cnn4.json", methods=("batch", "sgd-g", "group")),
     "fine-tuning": lambda: fine_tuning("colours"),
     "fine-tuning-classes": lambda: fine_tuning("classes"),
+    "online": online,
     "bnp-convergence": condition_numbers,
     "bnp-langevin": sampled,
     "batchless": lambda: reports(("batchless-spiral.md",), ("batch", "none", "batch-renorm", "batchless-adam")),

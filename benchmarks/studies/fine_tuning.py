@@ -43,9 +43,8 @@ from torch.optim import Optimizer
 
 import normkit
 from benchmarks.studies.cifar10 import RUNS, Splits, accuracy, cifar10, prepared
-from benchmarks.studies.runs import Runs, best, rate_search, read
+from benchmarks.studies.runs import Runs, best, cell, difference, rate_search, read
 from normkit.study.models import build_model
-from normkit.study.report.statistics import t_interval
 
 METHODS = ("batch", "frozen", "batch-renorm", "instance", "group", "batchless", "fold+none", "fold+bnp", "group+bnp")
 TARGETS = ("colours", "classes")
@@ -173,23 +172,10 @@ def table(results: list[dict[str, Any]]) -> str:
         for method in sorted(methods, key=METHODS.index):
             rates, lr = methods[method], chosen[method]
             edge = " (edge)" if lr in (min(rates), max(rates)) else ""
-            cells = [_cell([r[name] for r in rates[lr]]) for name in ("start", "best", "end")]
-            against = _difference(by_seed[method], by_seed.get("frozen", {}))
+            cells = [cell([r[name] for r in rates[lr]]) for name in ("start", "best", "end")]
+            against = difference(by_seed[method], by_seed.get("frozen", {}))
             text.append(f"| `{method}` | {lr:g}{edge} | {' | '.join(cells)} | {against} |")
     return "\n".join(text)
-
-
-def _difference(ours: dict[int, float], reference: dict[int, float]) -> str:
-    differences = [ours[seed] - reference[seed] for seed in sorted(ours.keys() & reference.keys())]
-    interval = t_interval(differences)
-    if interval is None:
-        return "–"
-    return f"{sum(differences) / len(differences):+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]"
-
-
-def _cell(values: list[float]) -> str:
-    deviation = f" ± {torch.tensor(values).std():.1f}" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.1f}{deviation} ({len(values)})"
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ the images depends on the seed alone, and all methods see the same stream.
 
 Each run is one JSON line in ``runs/online.jsonl``; the same command resumes. ``--table`` prints, as means over the seeds:
 
-- online accuracy over the whole stream, in per cent;
+- online accuracy over the whole stream, in per cent, and its difference to that of ``none`` with the 95 % t interval;
 - regret: errors in 1,000 images beyond those of the best method of the table;
 - for each shift, the accuracy in the last window before and the first after it, and the images until that of a window is back at
   the one before (``-``: not within the phase, for one seed at least). A window is a 32nd of the stream.
@@ -26,6 +26,7 @@ import argparse
 import math
 from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor
 
 import normkit
 from benchmarks.studies.cifar10 import RUNS, Splits, cifar10, prepared
-from benchmarks.studies.runs import Runs, rate_search, read
+from benchmarks.studies.runs import Runs, cell, difference, rate_search, read
 from normkit.methods.revisited.input_norm import with_input_norm
 from normkit.study.models import build_model
 
@@ -95,25 +96,25 @@ def table(results: list[dict[str, Any]]) -> str:
             sheets[r["images"]][r["method"]].append(r)
     text = []
     for images, methods in sorted(sheets.items()):
-        accuracy = {name: _mean([r["accuracy"] for r in runs]) for name, runs in methods.items()}
+        by_seed = {name: {r["seed"]: r["accuracy"] for r in runs} for name, runs in methods.items()}
+        highest = max(mean(found.values()) for found in by_seed.values())
         text += [f"\n{images:,} images\n"]
-        text += ["| method | rate | accuracy | regret | shift 1 | shift 2 | shift 3 |", "|---|---|---|---|---|---|---|"]
+        text += [
+            "| method | rate | accuracy | to `none` | regret | shift 1 | shift 2 | shift 3 |",
+            "|---|" + "---:|" * 7,
+        ]
         for name, runs in methods.items():
             shifts = []
             for phase in range(1, PHASES):
                 found = [recovery(r, phase) for r in runs]
-                before, after, back = (_mean(list(column)) for column in zip(*found, strict=True))
+                before, after, back = (mean(column) for column in zip(*found, strict=True))
                 shifts.append(f"{before:.0f} to {after:.0f}, {'-' if math.isnan(back) else f'{back:.0f}'}")
-            regret = 10 * (max(accuracy.values()) - accuracy[name])
+            accuracies = list(by_seed[name].values())
+            against = difference(by_seed[name], by_seed.get("none", {})) if name != "none" else "–"
+            regret = 10 * (highest - mean(accuracies))
             rate = ", ".join(sorted({f"{r['lr']:g}" for r in runs}))
-            text.append(
-                f"| `{name}` | {rate} | {accuracy[name]:.1f} ({len(runs)}) | {regret:.0f} | {' | '.join(shifts)} |"
-            )
+            text.append(f"| `{name}` | {rate} | {cell(accuracies)} | {against} | {regret:.0f} | {' | '.join(shifts)} |")
     return "\n".join(text)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def main() -> None:

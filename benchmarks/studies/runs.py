@@ -1,9 +1,12 @@
-"""What the studies share: runs that are kept in a file, and the search of a learning rate among them."""
+"""What the studies share: runs that are kept in a file, the search of a learning rate among them, and cells of tables."""
 
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
+
+from normkit.study.report.statistics import t_interval
 
 Result = dict[str, Any]
 MORE = 3
@@ -54,3 +57,18 @@ def rate_search(centre: float, run: Callable[[float], Result], score: Callable[[
             break
         found[rates[beyond]] = run(rates[beyond])
     return lr
+
+
+def difference(ours: dict[int, float], reference: dict[int, float]) -> str:
+    """Mean difference over the seeds that both ran, with its 95 % t interval."""
+    differences = [ours[seed] - reference[seed] for seed in sorted(ours.keys() & reference.keys())]
+    interval = t_interval(differences)
+    if interval is None:
+        return "–"
+    return f"{mean(differences):+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]"
+
+
+def cell(values: list[float]) -> str:
+    """Mean ± standard deviation (how many)."""
+    deviation = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{deviation} ({len(values)})"

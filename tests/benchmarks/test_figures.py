@@ -47,3 +47,18 @@ def test_fine_tuning_shows_each_method_at_its_best_rate(monkeypatch, tmp_path):
     monkeypatch.setattr(figures, "FINE_TUNING", tmp_path / "runs.jsonl")
     chart = figures.fine_tuning("colours")
     assert "batch: 40.5 at 4, 40.5 at 1. group: 60.5 at 4, 60.5 at 1." in chart
+
+
+def test_the_online_figure_shows_the_mean_over_the_streams_that_judge(monkeypatch, tmp_path):
+    monkeypatch.setattr(figures, "STREAMED", ("batch", "group+ws"))
+    runs = [
+        {"method": method, "images": 3200, "lr": 0.1, "seed": seed, "windows": [base + 10 * seed] * 31 + [base]}
+        for method, base in (("batch", 10), ("group+ws", 30), ("none", 90))
+        for seed in (0, 1, 2)
+    ]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    monkeypatch.setattr(figures, "ONLINE", tmp_path / "runs.jsonl")
+    chart = figures.online()
+    assert "batch: 25 at 100, " in chart
+    assert "45 at 3,100, 30 at 3,200." in chart
+    assert "none" not in chart
