@@ -248,3 +248,11 @@ def test_a_search_with_less_than_the_budget_says_so(share, examples):
     assert f"Search runs saw {examples} examples" in html_of(realistic(search_budget=share))
     for whole in (realistic(), realistic(search_budget=1.0), PARTIAL["finals only"]()):
         assert "Search runs saw" not in markdown_of(whole)
+
+
+def test_a_study_of_divided_batches_says_so():
+    whole = realistic()
+    divided = dataclasses.replace(whole, config={**whole.config, "micro_batch": 8})
+    assert "Batches are divided into micro-batches of 8, whose gradients accumulate." in markdown_of(divided)
+    assert "of 8 samples; gradients accumulate" in Tags(html_of(divided)).text
+    assert "micro-batch" not in (markdown_of(whole) + html_of(whole)).lower()
