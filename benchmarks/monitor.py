@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import normkit
-from common import interleaved, save
+from common import interleaved, save, timer
 from normkit.instruments import Monitor
 from normkit.study.models import build_model
 
@@ -55,7 +55,7 @@ def measure(
         "watched": lambda: step(rare, count),
         "measured": lambda: step(always, 1),
     }
-    seconds = interleaved(tasks, rounds)
+    seconds = interleaved(tasks, rounds, timer(device))
     rare.close()
     always.close()
     plain, watched = ([t / count for t in seconds[kind]] for kind in ("plain", "watched"))

@@ -1,7 +1,7 @@
 """Watch a training run with one object: cheap figures at every step, the instruments at intervals."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +86,7 @@ class Monitor:
         self.steps, self.span = steps, span
         self.history: list[dict[str, Any]] = []
         self._step = 0
-        self._waiting: list[tuple[dict[str, Any], Tensor, Tensor]] = []  # record, loss, norms of the gradients
+        self._waiting: list[tuple[dict[str, Any], Tensor, Sequence[Tensor]]] = []  # record, loss, norms of gradients
         self._before: dict[str, Tensor] | None = None
         self._parallel = isinstance(model, DistributedDataParallel)
         writes = not self._parallel or dist.get_rank() == 0
@@ -107,8 +107,9 @@ class Monitor:
             loss: Its loss.
         """
         record: dict[str, Any] = {"step": self._step, "lr": float(self.optimizer.param_groups[0]["lr"])}
-        norms = _norms([p.grad for p in self._parameters if p.grad is not None])
-        value = loss.detach().clone() if isinstance(loss, Tensor) else torch.as_tensor(loss, device=norms.device)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]  # pyright: ignore[reportPrivateImportUsage]
+        value = loss.detach().clone() if isinstance(loss, Tensor) else torch.as_tensor(loss, device=norms[0].device)
         if self._step % self.every == 0:
             record.update(self._measure(batch, record["lr"]))
             self._before = snapshot(self.model)
@@ -156,9 +157,10 @@ class Monitor:
         """Write the records that are not written yet."""
         if not self._waiting:
             return
+        sizes = [_together(norms) for *_, norms in self._waiting]
         figures = torch.stack([
-            torch.stack([value.reshape(()).to(norms.device).float(), torch.linalg.vector_norm(norms).float()])
-            for _, value, norms in self._waiting
+            torch.stack([value.reshape(()).to(size.device).float(), size.float()])
+            for (_, value, _), size in zip(self._waiting, sizes, strict=True)
         ])
         if self._parallel:
             dist.all_reduce(figures.div_(dist.get_world_size()))
@@ -201,14 +203,10 @@ class Monitor:
         return label(ax, "loss along the gradient", "step", "loss")
 
 
-def _norms(gradients: list[Tensor]) -> Tensor:
-    """Norm of each gradient; the norm of all together is left to the flush, so that a step has few operations."""
-    if not gradients:
-        return torch.zeros(1)
-    norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
+def _together(norms: Sequence[Tensor]) -> Tensor:
+    """Norm of all gradients from that of each; left to the flush, so that a step has few operations."""
     dtype, device = norms[0].dtype, norms[0].device
-    alike = [n if n.dtype == dtype and n.device == device else n.to(device, dtype) for n in norms]
-    return torch.stack(alike)
+    return torch.linalg.vector_norm(torch.stack([n.to(device, dtype) for n in norms]))
 
 
 def _board(folder: Path | str) -> "SummaryWriter":
