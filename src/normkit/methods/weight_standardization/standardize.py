@@ -166,8 +166,10 @@ def _let_pickle(parametrized: Any) -> None:
 
 
 def _reduced(layer: Any, protocol: Any) -> tuple[Any, ...]:
-    _, _, *state = object.__reduce_ex__(layer, max(2, protocol))
-    return _empty, (type(layer).__bases__[0], *layer.parametrizations), *state
+    made, rest = type(layer), object.__reduce_ex__(layer, max(2, protocol))
+    if "__reduce_ex__" not in vars(made):  # somebody, FSDP for one, derived a class from it
+        return rest
+    return _empty, (made.__bases__[0], *layer.parametrizations), *rest[2:]
 
 
 def _empty(plain: type[nn.Module], *parametrized: str) -> nn.Module:
