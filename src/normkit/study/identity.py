@@ -91,7 +91,8 @@ def former_name(options: dict[str, Any], config: StudyConfig) -> str:
 def extends(given: StudyConfig, kept: StudyConfig) -> bool:
     """Return whether ``given`` is ``kept`` with more methods, seeds or batch sizes: it has every trial of ``kept`` as it was.
 
-    A batch size above the largest is no extension, since samples are evaluated in batches of that size.
+    A batch size above the largest is no extension, since samples are evaluated in batches of that size; nor is another
+    reference, since what is claimed was compared with the former. The order of methods and sizes is that of the report alone.
 
     Examples:
         >>> kept = StudyConfig(methods=("batch", "group"), batch_sizes=(8,), seeds=3)
@@ -108,6 +109,7 @@ def extends(given: StudyConfig, kept: StudyConfig) -> bool:
         and {*given.methods} >= {*kept.methods}
         and {*given.batch_sizes} >= {*kept.batch_sizes}
         and max(given.batch_sizes) == max(kept.batch_sizes)
+        and given.reference == kept.reference
     )
 
 
@@ -115,6 +117,8 @@ def difference(kept: StudyConfig, given: StudyConfig) -> str:
     """Return the differences of two configurations as an error message."""
     old, new = kept.to_dict(), given.to_dict()
     changes = "; ".join(f"{key}: kept {old[key]}, given {new[key]}" for key in sorted(old) if old[key] != new[key])
+    if kept.reference != given.reference:
+        changes += f"; the reference: kept {kept.reference}, given {given.reference}"
     return (
         f"--out holds a study with another configuration ({changes}); give another --out, or the kept values (methods, seeds and "
         "smaller batch sizes may be added)"

@@ -154,6 +154,25 @@ def test_a_study_that_runs_is_not_extended(tmp_path):
     make(tmp_path, dataclasses.replace(CONFIG, seeds=4))
 
 
+def test_methods_in_another_order_are_the_same_study(tmp_path):
+    config = dataclasses.replace(CONFIG, methods=("batch", "group", "none"))
+    store = make(tmp_path, config)
+    store.set_attr("costs", [1])
+    finish(store, store.claim())
+    again = make(tmp_path, dataclasses.replace(config, methods=("none", "batch", "group")))
+    assert again.get_attr("costs") == [1]
+    assert again.get_attr("grown") is None
+    assert len(again.results()) == 1
+
+
+@pytest.mark.parametrize("methods", [("none", "group"), ("group", "none", "batch")])
+def test_a_study_keeps_its_reference(tmp_path, methods):
+    config = dataclasses.replace(CONFIG, methods=("group", "none"))
+    make(tmp_path, config)
+    with pytest.raises(StudyError, match=f"the reference: kept group, given {'batch' if 'batch' in methods else 'none'}"):
+        make(tmp_path, dataclasses.replace(config, methods=methods))
+
+
 @pytest.mark.slow
 def test_the_slot_of_a_killed_process_is_run_again_and_counted_once(tmp_path):
     make(tmp_path)

@@ -200,7 +200,8 @@ def _grown(record: StudyRecord) -> tuple[str, ...]:
         sizes = [f"batch size {size}" for size in after["batch_sizes"] if size not in before["batch_sizes"]]
         seeds = after["seeds"] - before["seeds"]
         added = [*methods, *sizes, *([f"{seeds} of {pluralize(after['seeds'], 'seed')}"] if seeds else [])]
-        sentences.append(f"Added after trials had ended: {enumerate_words(added)}.")
+        if added:
+            sentences.append(f"Added after trials had ended: {enumerate_words(added)}.")
     return tuple(sentences)
 
 

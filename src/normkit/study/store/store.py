@@ -109,6 +109,9 @@ class Store:
         """
         if not extends(config, kept):
             raise StudyError(difference(kept, config))
+        if {*slots(config)} == {*slots(kept)}:  # in another order
+            self.storage.set_study_user_attr(self.study_id, "config", json.dumps(pack(config)))
+            return
         self._rows.refresh()
         if any(alive(holder) for _, holder in self._rows.running()):
             raise StudyError(
