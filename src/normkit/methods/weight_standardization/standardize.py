@@ -165,7 +165,7 @@ def _let_pickle(parametrized: Any) -> None:
     parametrized.__reduce_ex__ = _reduced
 
 
-def _reduced(layer: Any, protocol: Any) -> tuple[Any, ...]:
+def _reduced(layer: Any, protocol: Any) -> Any:
     made, rest = type(layer), object.__reduce_ex__(layer, max(2, protocol))
     if "__reduce_ex__" not in vars(made):  # somebody, FSDP for one, derived a class from it
         return rest
