@@ -19,6 +19,7 @@ from benchmarks.studies import fine_tuning as fine_tuning_study
 from benchmarks.studies.online import PHASES, WINDOWS
 from benchmarks.studies.runs import best
 from normkit.study.report.chart import COLOURS, Series, line_chart
+from normkit.study.report.format import enumerate_words
 from normkit.study.report.render import read_results
 from normkit.study.report.scales import Axis, log_ticks, nice_ticks
 from normkit.study.report.statistics import summarize
@@ -29,7 +30,8 @@ STYLE = ROOT / "src/normkit/study/report/templates/report.css"
 FINE_TUNING = ROOT / "benchmarks" / "results" / "fine_tuning.jsonl"
 ONLINE = ROOT / "benchmarks" / "results" / "online.jsonl"
 STREAMED = ("batch", "none", "bnp", "group+bnp", "group+ws")
-CNN4 = ("cifar10-cnn4.json", "cifar10-cnn4-two.json", "cifar10-cnn4-single.json")  # one network, at several batch sizes
+CNN4 = tuple(f"cifar10-cnn4{name}.json" for name in ("", "-four", "-two", "-single"))
+"""One network, at several batch sizes."""
 SIZE = (760, 340)
 INDICES = ("batch", "none", "group", "bnp", "group+bnp", "batch-renorm", "batchless-projected", "group+ws")
 """A method has the same colour and marker in every figure of a card."""
@@ -41,11 +43,14 @@ Points = dict[str, dict[float, list[float]]]
 def studies(*files: str, methods: tuple[str, ...] = ()) -> str:
     """Accuracy against batch size, from several studies' ``results.json`` in docs/results; of all methods or of these."""
     points: Points = defaultdict(dict)
+    lengths: dict[int, list[str]] = defaultdict(list)
     for record in (read_results(REPORTS / file) for file in files):
+        lengths[record.config["budget"]] += map(str, record.config["batch_sizes"])
         for summary in summarize(record):
             if summary.scores and (not methods or summary.method in methods):
                 points[summary.method][summary.batch_size] = [100 * score for score in summary.scores]
-    return by_size(points, "test accuracy, %")
+    runs = [f"{budget:,} at {enumerate_words(sizes)}" for budget, sizes in lengths.items()]
+    return by_size(points, "test accuracy, %", note=f"; samples a run: {', '.join(runs)}" if len(runs) > 1 else "")
 
 
 def reports(files: tuple[str, ...], methods: tuple[str, ...]) -> str:
@@ -96,10 +101,10 @@ def online() -> str:
     return lines(points, x, Axis("accuracy in the last window, %", ticks[0], ticks[-1], ticks), markers=False)
 
 
-def by_size(points: Points, title: str, mark: tuple[float, str] | None = None) -> str:
+def by_size(points: Points, title: str, mark: tuple[float, str] | None = None, note: str = "") -> str:
     """A score against batch size, small to the right."""
     sizes = sorted({size for values in points.values() for size in values}, reverse=True)
-    x = Axis("batch size (log scale, small to the right)", sizes[0], sizes[-1], tuple(sizes), scale=math.log2)
+    x = Axis(f"batch size (log scale, small to the right{note})", sizes[0], sizes[-1], tuple(sizes), scale=math.log2)
     values = [v for scores in points.values() for found in scores.values() for v in found]
     ticks = nice_ticks(min(values), max(values))
     shown = mark if mark and ticks[0] < mark[0] < ticks[-1] else None
