@@ -169,7 +169,9 @@ def test_methods_in_another_order_are_the_same_study(tmp_path):
 def test_a_study_keeps_its_reference(tmp_path, methods):
     config = dataclasses.replace(CONFIG, methods=("group", "none"))
     make(tmp_path, config)
-    with pytest.raises(StudyError, match=f"the reference: kept group, given {'batch' if 'batch' in methods else 'none'}"):
+    with pytest.raises(
+        StudyError, match=f"the reference: kept group, given {'batch' if 'batch' in methods else 'none'}"
+    ):
         make(tmp_path, dataclasses.replace(config, methods=methods))
 
 
