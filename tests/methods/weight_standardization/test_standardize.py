@@ -236,3 +236,10 @@ def test_a_layer_with_a_parametrization_of_its_owner_is_pickled_too():
     again = pickle.loads(pickle.dumps(layer))
     x = torch.randn(1, 3, 4, 4)
     assert torch.equal(again(x), layer(x))
+
+
+def test_a_class_derived_from_a_standardized_layers_is_not_pickled_as_something_else():
+    layer = standardize_weights(nn.Conv2d(3, 4, 3))
+    layer.__class__ = type("Sharded", (type(layer),), {})
+    with pytest.raises((pickle.PicklingError, AttributeError), match="Sharded"):
+        pickle.dumps(layer)

@@ -341,6 +341,7 @@ class Loop:
             self._set_random(*state["random"][rank])
         self.seen, self.seconds, self.validation_seconds, total, self._count = state["progress"]
         self._total = total.to(self.config.device)
+        self._losses.clear()
         self.curve = [CurvePoint(**point) for point in state["curve"]]
 
     def _set_random(self, cpu: Tensor, cuda: Tensor | None) -> None:
