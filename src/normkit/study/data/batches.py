@@ -57,8 +57,8 @@ def batches(
     """
     if isinstance(dataset, TensorSamples):
         dataset = dataset if augmented else replace(dataset, augmentation=None)
-        for inputs, labels in _blocks(dataset, batch_size, budget, seed, device, start, share):
-            yield _split(inputs, labels, micro_batch or len(labels))
+        whole = _blocks(dataset, batch_size, budget, seed, device, start, share)
+        yield from (_split(batch, micro_batch) for batch in whole) if micro_batch else ([batch] for batch in whole)
         return
     requests = _requests(len(dataset), batch_size, budget, seed, start, share, micro_batch)
     made = fetched(Fetcher(dataset, "train", seed, collate), requests, workers)
@@ -83,8 +83,8 @@ def _blocks(
     device: torch.device | str,
     start: int,
     share: tuple[int, int],
-) -> Iterator[tuple[Tensor, Tensor]]:
-    # Inputs and labels of each batch; several batches are read, moved, augmented and normalised in one call.
+) -> Iterator[MicroBatch]:
+    # Each batch in one piece; several batches are read, moved, augmented and normalised in one call.
     rank, ranks = share
     data, split = dataset.data, dataset.split
     together = max(1, BLOCK // (batch_size * math.prod(data.input_shape)))
@@ -99,13 +99,13 @@ def _blocks(
         inputs, labels = (part.to(device) for part in split.examples(indices.to(split.labels.device)))
         if dataset.augmentation:
             inputs = augment(inputs, dataset.augmentation, draws)
-        yield from zip(data.normalise(inputs).split(sizes), labels.split(sizes), strict=True)
+        pairs = zip(data.normalise(inputs).split(sizes), labels.split(sizes), strict=True)
+        yield from map(MicroBatch, pairs, sizes)
 
 
-def _split(inputs: Tensor, labels: Tensor, size: int) -> list[MicroBatch]:
-    if size >= len(labels):
-        return [MicroBatch((inputs, labels), len(labels))]
-    return [MicroBatch((x, y), len(y)) for x, y in zip(inputs.split(size), labels.split(size), strict=True)]
+def _split(whole: MicroBatch, size: int) -> list[MicroBatch]:
+    parts: tuple[tuple[Tensor, ...], ...] = tuple(tensor.split(size) for tensor in whole.batch)
+    return [MicroBatch(pair, len(pair[1])) for pair in zip(*parts, strict=True)]
 
 
 def _requests(

@@ -95,7 +95,7 @@ def training_step(
     optimizer: Optimizer,
     batch: Sequence[MicroBatch],
     training: Training,
-    samples: int | None = None,
+    weight: float = 1.0,
 ) -> Tensor:
     """One optimizer step on one batch, in micro-batches whose gradients accumulate.
 
@@ -104,23 +104,21 @@ def training_step(
         optimizer: The optimizer.
         batch: The micro-batches of this rank's share of the batch.
         training: How to train.
-        samples: Size of the whole batch over all ranks, default that of this rank's share. Data parallelism averages
-            gradients over ranks, so the weight of a sample is ranks / samples: shares may be of different sizes.
+        weight: Of this rank's share in the mean over ranks, which data parallelism takes of gradients: its samples times ranks
+            over those of the whole batch. Shares may be of different sizes.
 
     Returns:
         The mean loss over this rank's share. Of a batch in one piece it still holds its graph, without what backward needed:
         while a caller keeps it, the next step finds the parameters' gradient accumulators and makes none.
     """
     optimizer.zero_grad()
-    count = samples_of(batch)
-    samples, (_, world) = samples or count, ranks()
     if len(batch) == 1:
-        total = _backward(network, batch[0], training, count * world / samples)
+        total = _backward(network, batch[0], training, weight)
     else:
-        losses = []
+        losses, count = [], samples_of(batch)
         for number, micro in enumerate(batch, start=1):
             with nullcontext() if number == len(batch) else _unsynchronised(network):
-                loss = _backward(network, micro, training, micro.samples * world / samples)
+                loss = _backward(network, micro, training, micro.samples * weight / count)
             losses.append(loss.detach() * (micro.samples / count))
         total = sum(losses[1:], start=losses[0])
     optimizer.step()
@@ -241,8 +239,9 @@ class Loop:
         earlier = self.seconds
         for step, batch in enumerate(stream, start=self.seen // size + 1):
             examples = min(size, self.budget - self.seen)
-            loss = training_step(self.network, self.optimizer, batch, config, examples)
-            self._losses.append((loss.detach(), samples_of(batch) * world / examples))
+            weight = samples_of(batch) * world / examples
+            loss = training_step(self.network, self.optimizer, batch, config, weight)
+            self._losses.append((loss.detach(), weight))
             if len(self._losses) == ADDED_TOGETHER:
                 self._add_losses()
             self.schedule.step()
