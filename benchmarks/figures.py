@@ -30,7 +30,7 @@ STYLE = ROOT / "src/normkit/study/report/templates/report.css"
 FINE_TUNING = ROOT / "benchmarks" / "results" / "fine_tuning.jsonl"
 ONLINE = ROOT / "benchmarks" / "results" / "online.jsonl"
 STREAMED = ("batch", "none", "bnp", "group+bnp", "group+ws")
-CNN4 = tuple(f"cifar10-cnn4{name}.json" for name in ("", "-four", "-two", "-single"))
+CNN4 = (*(f"cifar10-cnn4{name}.json" for name in ("", "-four", "-two", "-single")), "accumulation-whole.json")
 """One network, at several batch sizes."""
 SIZE = (760, 340)
 INDICES = ("batch", "none", "group", "bnp", "group+bnp", "batch-renorm", "batchless-projected", "group+ws")
@@ -41,16 +41,21 @@ Points = dict[str, dict[float, list[float]]]
 
 
 def studies(*files: str, methods: tuple[str, ...] = ()) -> str:
-    """Accuracy against batch size, from several studies' ``results.json`` in docs/results; of all methods or of these."""
+    """Accuracy against batch size, from several studies' ``results.json`` in docs/results; of all methods or of these.
+
+    Lines connect runs of one length.
+    """
     points: Points = defaultdict(dict)
-    lengths: dict[int, list[str]] = defaultdict(list)
+    lengths: dict[int, list[int]] = defaultdict(list)
     for record in (read_results(REPORTS / file) for file in files):
-        lengths[record.config["budget"]] += map(str, record.config["batch_sizes"])
+        lengths[record.config["budget"]] += record.config["batch_sizes"]
         for summary in summarize(record):
             if summary.scores and (not methods or summary.method in methods):
                 points[summary.method][summary.batch_size] = [100 * score for score in summary.scores]
-    runs = [f"{budget:,} at {enumerate_words(sizes)}" for budget, sizes in lengths.items()]
-    return by_size(points, "test accuracy, %", note=f"; samples a run: {', '.join(runs)}" if len(runs) > 1 else "")
+    parts = {budget: tuple(sorted(sizes, reverse=True)) for budget, sizes in lengths.items()}
+    runs = [f"{budget:,} at {enumerate_words([*map(str, sizes)])}" for budget, sizes in parts.items()]
+    note = f"; samples a run: {', '.join(runs)}" if len(runs) > 1 else ""
+    return by_size(points, "test accuracy, %", note=note, parts=tuple(parts.values()))
 
 
 def reports(files: tuple[str, ...], methods: tuple[str, ...]) -> str:
@@ -101,14 +106,20 @@ def online() -> str:
     return lines(points, x, Axis("accuracy in the last window, %", ticks[0], ticks[-1], ticks), markers=False)
 
 
-def by_size(points: Points, title: str, mark: tuple[float, str] | None = None, note: str = "") -> str:
-    """A score against batch size, small to the right."""
+def by_size(
+    points: Points,
+    title: str,
+    mark: tuple[float, str] | None = None,
+    note: str = "",
+    parts: tuple[tuple[float, ...], ...] = (),
+) -> str:
+    """A score against batch size, small to the right; each of ``parts``, which are sizes, has a line of its own."""
     sizes = sorted({size for values in points.values() for size in values}, reverse=True)
     x = Axis(f"batch size (log scale, small to the right{note})", sizes[0], sizes[-1], tuple(sizes), scale=math.log2)
     values = [v for scores in points.values() for found in scores.values() for v in found]
     ticks = nice_ticks(min(values), max(values))
     shown = mark if mark and ticks[0] < mark[0] < ticks[-1] else None
-    return lines(points, x, Axis(title, ticks[0], ticks[-1], ticks, mark=shown))
+    return lines(points, x, Axis(title, ticks[0], ticks[-1], ticks, mark=shown), parts=parts)
 
 
 def beta(file: str) -> str:
@@ -154,19 +165,25 @@ def log_axis(title: str, points: Points) -> Axis:
     return Axis(title, min(values), max(values), log_ticks(min(values), max(values)), "{:.0e}".format, scale=math.log10)
 
 
-def lines(points: Points, x: Axis, y: Axis, *, markers: bool = True) -> str:
-    """One line per method through the means, with a dot per seed."""
+def lines(points: Points, x: Axis, y: Axis, *, markers: bool = True, parts: tuple[tuple[float, ...], ...] = ()) -> str:
+    """One line per method through the means, or one through each of ``parts``, with a dot per seed."""
     indices = {method: INDICES.index(method) for method in points if method in INDICES}
     free = (index for index in reversed(range(COLOURS)) if index not in indices.values())
     indices |= {method: next(free) for method in points if method not in INDICES}
     backwards = x.low > x.high  # lines are labelled at their last point
+    place = {at: number for number, part in enumerate(parts) for at in part}
+
+    def order(at: float) -> tuple[int, float]:
+        return place.get(at, 0), -at if backwards else at
+
     series = [
         Series(
             method,
             indices[method],
-            points=tuple((at, mean(values)) for at, values in sorted(found.items(), reverse=backwards)),
+            points=tuple((at, mean(found[at])) for at in sorted(found, key=order)),
             dots=tuple((at, value) for at, values in found.items() for value in values if len(values) > 1),
             markers=markers,
+            starts=tuple(next((at for at in part if at in found), part[0]) for part in parts),
         )
         for method, found in points.items()
     ]

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,16 +20,18 @@ from normkit._errors import nearest
 from normkit.inspection.norms import is_batchnorm
 from normkit.inspection.references import snapshot
 from normkit.methods.bnp.bnp import BNP
-from normkit.methods.catalog import RECIPES
+from normkit.methods.catalog import RECIPES, TARGETS
 from normkit.methods.method import OPTIMIZERS, ParamGroups, Part, Recipe, Request, make_optimizer
 from normkit.optim.effect import Effect
 from normkit.optim.rates import watch_rates
 from normkit.optim.step_hooks import StepHandle, attachments
-from normkit.surgery._convert import Where, convert
+from normkit.surgery._convert import Where, convert, select, undo_in_place
 from normkit.surgery._describe import describe
 from normkit.surgery.conversion_state import origin_of
 
 _logger = logging.getLogger("normkit")
+
+_CHOSEN = ("normalization layers", "convolutions")  # that ``where`` chooses
 
 
 def recipes() -> dict[str, Recipe]:
@@ -75,12 +78,14 @@ def apply(
         ValueError: The method, the optimizer or an option is unknown, a number is negative or not finite, ``where`` or
             ``optimizer`` has no meaning for the method, or the method refuses the model.
     """
-    if name not in RECIPES:
-        raise ValueError(f"unknown method {name!r}; {nearest(name, RECIPES)}")
-    recipe = RECIPES[name]
+    recipe = _recipe(name)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"apply: model is {str(model)[:60]!r}, of type {type(model).__name__}; give an nn.Module")
     for argument, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"apply: {argument} is {value}; give a finite number that is not negative")
+        if isinstance(value, bool) or not isinstance(value, Real | Tensor) or not 0 <= value < math.inf:
+            raise ValueError(f"apply: {argument} is {value!r}; give a finite number that is not negative")
+    if not (where is None or callable(where) or isinstance(where, str)):
+        where = list(where)
     _check_optimizer(recipe, optimizer)
     if where is not None and recipe.convert is None:
         raise ValueError(f"apply: where chooses layers to convert, and {name!r} converts none; leave it out")
@@ -95,6 +100,19 @@ def apply(
         watch_rates(made, name)
     _report(name, describe(model, made).effects, chosen=where is not None)
     return model, made
+
+
+def _recipe(name: Any) -> Recipe:
+    """The recipe of a name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"apply: the method is {str(name)[:60]!r}, of type {type(name).__name__}; give its name first")
+    if name not in RECIPES:
+        raise ValueError(f"unknown method {name!r}; {nearest(name, RECIPES)}")
+    return RECIPES[name]
 
 
 def handle(optimizer: Optimizer) -> BNP | StepHandle:
@@ -128,7 +146,7 @@ def _report(name: str, effects: Iterable[Effect], *, chosen: bool) -> None:
     """Log what the method reaches, and warn where that is little, unless the user chose the layers."""
     _logger.info("%s: %s", name, "; ".join(map(str, effects)))
     for effect in effects:
-        if effect.little and not (chosen and effect.verb == "replaced"):
+        if effect.little and not (chosen and effect.unit in _CHOSEN):
             shown = [f"{path or 'the model'}: {reason}" for path, reason in effect.left.items()]
             more = (
                 f"; and {len(shown) - 3} more (normkit.describe(model, optimizer) lists all)" if len(shown) > 3 else ""
@@ -136,11 +154,11 @@ def _report(name: str, effects: Iterable[Effect], *, chosen: bool) -> None:
             warnings.warn(f"{name} does little here: {effect}; {'; '.join(shown[:3])}{more}", stacklevel=3)
 
 
-def _say_what_is_lost(name: str, model: nn.Module) -> None:
-    """Log a warning where batch normalization that has been trained is about to be removed."""
+def _say_what_is_lost(name: str, model: nn.Module, where: Where) -> None:
+    """Log a warning where batch normalization that has been trained is about to be replaced by another function."""
     trained = [
         path or "the model"
-        for path, layer in model.named_modules()
+        for path, layer in select(model, where).items()
         if is_batchnorm(layer)
         and isinstance(mean := getattr(layer, "running_mean", None), Tensor)
         and not (is_lazy(mean) or mean.is_meta)
@@ -148,12 +166,12 @@ def _say_what_is_lost(name: str, model: nn.Module) -> None:
     ]
     if trained:
         _logger.warning(
-            "%s: %d batch normalizations with trained statistics are removed, and with them what the model computes (%s, ...); "
-            "normkit.apply(%r, normkit.fold(model).train(), ...) starts from the same function",
+            "%s: %d batch normalizations with trained statistics are replaced, and with them what the model computes (%s, ...); "
+            "normkit.apply(%s, ...) starts from the same function",
             name,
             len(trained),
             trained[0],
-            name,
+            f"{name!r}, normkit.fold(model).train()" if RECIPES[name].without_layers else "'frozen', model",
         )
 
 
@@ -182,9 +200,10 @@ def _check_optimizer(recipe: Recipe, optimizer: Any) -> None:
 
 def _carry_out(recipe: Recipe, model: nn.Module, request: Request, where: Where) -> tuple[nn.Module, Optimizer]:
     given = request.options
+    undo_in_place(model)
     if recipe.convert is not None:
-        if recipe.convert.does == "none":
-            _say_what_is_lost(recipe.name, model)
+        if TARGETS[recipe.convert.does].another:
+            _say_what_is_lost(recipe.name, model, where)
         model = convert(model, recipe.convert.does, where=where, **recipe.convert.settings(given))
     if recipe.prepare is not None:
         model = recipe.prepare.does(model, request.batches, **recipe.prepare.settings(given))

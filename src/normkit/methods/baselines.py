@@ -144,23 +144,27 @@ METHOD = Method(
             "weight, bias and running statistics are set aside until revert and not saved: what loads where they are "
             "expected is revert(copy.deepcopy(model)).state_dict()",
             channels_last=True,
+            another=True,
         ),
         "batch": Target(to_batchnorm, is_batchnorm, FROM_START),
         "group": Target(
             lambda source, _: _to_groups(source, group_count(features_of(source))),
             lambda m: isinstance(m, nn.GroupNorm) and (m.num_groups > 1 or group_count(m.num_channels) == 1),
             _UNUSED,
+            another=True,
         ),
         "layer": Target(
             lambda source, _: _to_groups(source, 1),
             lambda m: isinstance(m, nn.LayerNorm) or (isinstance(m, nn.GroupNorm) and m.num_groups == 1),
             _UNUSED,
+            another=True,
         ),
         "instance": Target(
             lambda source, _: _to_groups(source, features_of(source)),  # a group per channel
             lambda m: isinstance(m, nn.GroupNorm) and m.num_groups == m.num_channels,
             _UNUSED,
             needs_positions=True,
+            another=True,
         ),
     },
 )

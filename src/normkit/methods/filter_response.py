@@ -228,6 +228,7 @@ METHOD = Method(
         "filter-response": layer_target(
             (FilterResponseNorm1d, FilterResponseNorm2d, FilterResponseNorm3d),
             "the mean is not removed; running statistics are set aside until revert and not saved",
+            another=True,
         )
     },
 )

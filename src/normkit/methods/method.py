@@ -96,6 +96,11 @@ class Recipe:
         return self.optimizer is not None
 
     @property
+    def without_layers(self) -> bool:
+        """Whether no normalization layer stays."""
+        return self.convert is not None and self.convert.does == "none"
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """The steps that take settings, in the order in which they are carried out."""
         return tuple(p for p in (self.convert, self.prepare, self.optimizer, self.attach) if isinstance(p, Part))
@@ -121,6 +126,7 @@ class Target:
             without the projection of batch normalization's backward pass, does not stop it from being trained, and it
             would grow for nothing.
         needs_positions: Whether it needs several values per channel and sample, so that flat features cannot have it.
+        another: Whether a batch normalization in evaluation becomes another function.
     """
 
     build: Callable[..., nn.Module]
@@ -130,6 +136,7 @@ class Target:
     configurable: bool = False
     freezes_bias: bool = False
     needs_positions: bool = False
+    another: bool = False
 
 
 @dataclass(frozen=True)

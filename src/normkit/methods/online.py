@@ -278,6 +278,7 @@ METHOD = Method(
         "online": layer_target(
             (OnlineNorm1d, OnlineNorm2d, OnlineNorm3d),
             FROM_START + ", and every sample is scaled by its features' root mean square",
+            another=True,
         )
     },
 )

@@ -35,9 +35,9 @@ Rule: TypeAlias = Literal["exact", "paper"]
 _PASS = {"contiguous"}
 _CONCATENATE = {"cat", "concat", "concatenate"}
 # Positively homogeneous, channel by channel: a scale passes through, but a bias behind them is no constant any more.
-_HOMOGENEOUS = {"relu", "leaky_relu", "dropout", *(f"dropout{d}d" for d in (1, 2, 3))}
-_HOMOGENEOUS |= {f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg") for d in (1, 2, 3)}
-_HOMOGENEOUS_MODULES = (
+HOMOGENEOUS = {"relu", "leaky_relu", "dropout", *(f"dropout{d}d" for d in (1, 2, 3))}
+HOMOGENEOUS |= {f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg") for d in (1, 2, 3)}
+HOMOGENEOUS_MODULES = (
     *(nn.ReLU, nn.LeakyReLU, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
@@ -205,7 +205,7 @@ def _follow(
         step = flow.steps[consumer]
         module = modules.get(step.path or "") if step.name == "module" else None
         passes = step.name in _PASS or type(module) is nn.Identity
-        scales = step.name in _HOMOGENEOUS or type(module) in _HOMOGENEOUS_MODULES
+        scales = step.name in HOMOGENEOUS or type(module) in HOMOGENEOUS_MODULES
         joined = _joined(flow, modules, consumer, index, part) if step.name in _CONCATENATE else None
         if passes or (scales and free) or joined:
             found = _follow(flow, modules, consumer, free, training, joined or part)
@@ -254,7 +254,7 @@ def _channels(flow: Dataflow, modules: dict[str, nn.Module], index: int) -> int 
     if step.name in _CONCATENATE:
         sizes = [_channels(flow, modules, source) for source in step.inputs]
         return None if None in sizes else sum(size for size in sizes if size is not None)
-    same = step.name in (_PASS | _HOMOGENEOUS) or type(module) in (nn.Identity, *_HOMOGENEOUS_MODULES)
+    same = step.name in (_PASS | HOMOGENEOUS) or type(module) in (nn.Identity, *HOMOGENEOUS_MODULES)
     return _channels(flow, modules, step.inputs[0]) if same and step.inputs else None
 
 

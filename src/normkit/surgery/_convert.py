@@ -102,7 +102,7 @@ def convert(
     if settings and not TARGETS[to].configurable:
         raise ValueError(f"convert: target {to!r} has no settings, got {', '.join(settings)}")
     _check(model, optimizer)
-    layers = _select(model, where)
+    layers = select(model, where)
     if where is None:
         _leave_others(layers, to)
     if not layers:
@@ -140,7 +140,7 @@ def revert(model: nn.Module, *, where: Where = None, optimizer: Optimizer | None
         ValueError: As in [`normkit.convert`][].
     """
     _check(model, optimizer)
-    changed = _select(model, where, _is_changed).values()
+    changed = select(model, where, _is_changed).values()
     converted = [(layer, origin) for layer in changed if (origin := origin_of(layer))]
     swaps = [_Swap(layer, o.module, restored(layer, o, reference(layer, model))) for layer, o in converted]
     return _carry_out(model, swaps, optimizer, [layer for layer in changed if origin_of(layer) is None])
@@ -184,7 +184,14 @@ def _is_changed(layer: nn.Module) -> bool:
     return origin_of(layer) is not None or "normkit_undo" in vars(layer)
 
 
-def _select(
+def undo_in_place(model: nn.Module) -> None:
+    """Undo what methods have changed in layers that stayed: standardized weights."""
+    for layer in list(model.modules()):
+        if "normkit_undo" in vars(layer):
+            vars(layer).pop("normkit_undo")(layer)
+
+
+def select(
     model: nn.Module, where: Where, candidate: Callable[[nn.Module], bool] = _is_replaceable
 ) -> dict[str, nn.Module]:
     """The candidates that ``where`` chooses; each once, by its first path.

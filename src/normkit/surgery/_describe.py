@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from normkit.inspection.norms import features_of, is_batchnorm, is_norm, outputs
 from normkit.methods.catalog import TARGETS
 from normkit.methods.revisited.revisit import Revision, revision_of
+from normkit.methods.weight_standardization.standardize import effects as standardized
 from normkit.optim.effect import Effect, effects_of
 from normkit.surgery.conversion_state import origin_of
 
@@ -112,7 +113,7 @@ def describe(model: nn.Module, optimizer: Optimizer | None = None) -> Descriptio
             rows.append(LayerDescription(path, kind, features_of(layer), revision=revision))
     if optimizer is None:
         return Description(rows)
-    return Description(rows, [*_replaced(model, rows), *effects_of(model, optimizer)])
+    return Description(rows, [*_replaced(model, rows), *standardized(model), *effects_of(model, optimizer)])
 
 
 def _replaced(model: nn.Module, layers: list[LayerDescription]) -> list[Effect]:

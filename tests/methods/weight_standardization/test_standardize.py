@@ -9,10 +9,13 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+import normkit
 from normkit.methods.weight_standardization.normalizer_free import ScaledWeightStandardization
 from normkit.methods.weight_standardization.standardize import (
     WeightStandardization,
+    is_standardized,
     parametrize_filters,
+    reasons,
     scaled_standardize,
     standardize,
     standardize_weights,
@@ -179,22 +182,127 @@ class Own(nn.Conv2d):
         return super().forward(input).relu()
 
 
+def before_norms(*convolutions):
+    """A model in which a GroupNorm follows each layer."""
+    return nn.Sequential(*(part for layer in convolutions for part in (layer, nn.GroupNorm(2, 4))))
+
+
+def are_standardized(model):
+    return {path for path, layer in model.named_modules() if is_standardized(layer)}
+
+
 def test_what_cannot_be_standardized_is_named_and_left(caplog):
     spectral = nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1))
     pruned = prune.identity(nn.Conv2d(4, 4, 1), "weight")
-    kept = (nn.Conv2d(4, 4, 1, groups=4), Own(4, 4, 3), spectral, nn.Linear(3, 3), pruned)
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), *kept)
+    constant = nn.Conv2d(4, 4, 3)
+    nn.init.zeros_(constant.weight[2])
+    kept = {
+        nn.Conv2d(4, 4, 1, groups=4): "its filters have 1 weight)",
+        nn.Conv2d(4, 4, 1, groups=2): "its filters have 2 weights)",
+        Own(4, 4, 3): "Own has a forward",
+        spectral: "its weight is computed from other parameters already",
+        pruned: "its weight is computed from other parameters already",
+        nn.Conv2d(4, 4, 3, dtype=torch.complex64): "its weights are torch.complex64",
+        constant: "it has filters of equal weights",
+    }
+    model = before_norms(nn.Conv2d(3, 4, 1), *kept)
     with caplog.at_level(logging.WARNING, logger="normkit"):
         standardize_weights(model)
-    assert [nn.utils.parametrize.is_parametrized(layer) for layer in model] == [True, False, False, True, False, False]
-    computed = "its weight is computed from other parameters already"
-    for reason in ("1 (its filters have one weight)", "2 (Own has a forward", f"3 ({computed})", f"5 ({computed})"):
-        assert reason in caplog.text
+    assert are_standardized(model) == {"0"}
+    for place, reason in enumerate(kept.values(), start=1):
+        assert f"{2 * place} ({reason}" in caplog.text
     with caplog.at_level(logging.WARNING, logger="normkit"):
         standardize_weights(nn.Linear(2, 2))
+        standardize_weights(nn.Conv2d(3, 4, 3))
     assert "no convolution, so no weight is standardized" in caplog.text
+    assert "no convolution in front of a group normalization that could be used" in caplog.text
     with pytest.raises(ValueError, match="run one batch"):
         standardize_weights(nn.Sequential(nn.LazyConv2d(4, 3)))
+
+
+class Branches(nn.Module):
+    """A stem, a pre-activated residual block with a gate, a concatenation, and two heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(1, 4)
+        self.inner, self.between, self.outer = nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(1, 4), nn.Conv2d(4, 4, 1)
+        self.gate, self.side = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+        self.last, self.after, self.head = nn.GroupNorm(2, 6), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 3, 1)
+        self.frozen, self.stays = nn.Conv2d(4, 4, 1).requires_grad_(False), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.between(self.inner(torch.relu(self.norm(x))))
+        x = x + 0.5 * self.outer(y) * 1.0
+        x = torch.cat([torch.relu(x), self.side(y * torch.sigmoid(self.gate(y)))], 1)
+        seen = self.norm(self.frozen(y)), self.stays(self.stem(y[:, :3]))
+        return self.head(torch.relu(self.after(self.last(x)))), seen
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside = Branches()
+        self.outside, self.norm = nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)
+
+    def forward(self, x):
+        return self.inside(x), self.norm(self.outside(x)) if x.sum() > 0 else None
+
+
+def test_only_convolutions_whose_output_reaches_group_normalizations_alone_are_standardized():
+    model = standardize_weights(Branches())
+    assert are_standardized(model) == {"inner", "outer", "side"}
+    left = reasons(model, {path: m for path, m in model.named_modules() if isinstance(m, nn.Conv2d)})
+    assert {path: left[path] for path in ("stem", "gate", "after", "head", "frozen")} == {
+        "stem": "no group normalization between it and stays",
+        "gate": "no group normalization between it and sigmoid",
+        "after": "no group normalization between it and head",
+        "head": "no group normalization between it and the output of the model",
+        "frozen": "it is frozen",
+    }
+
+
+def test_a_model_that_does_not_trace_is_run_on_a_batch_if_there_is_one():
+    x = torch.rand(2, 3, 8, 8)
+    blind, _ = normkit.apply("group+ws", Untraceable(), lr=0.1, where=lambda path, layer: path != "inside.stays")
+    seeing, optimizer = normkit.apply(
+        "group+ws", Untraceable(), lr=0.1, batches=[x], where=lambda path, layer: path != "inside.stays"
+    )
+    traced = {"inside.inner", "inside.outer", "inside.side"}
+    assert are_standardized(blind) == traced
+    assert are_standardized(seeing) == traced | {"outside"}
+    (effect,) = [e for e in normkit.describe(seeing, optimizer).effects if e.unit == "convolutions"]
+    assert set(effect.done) == traced | {"outside"}
+    assert effect.elements[1] == sum(
+        p.numel() for m in seeing.modules() if isinstance(m, nn.Conv2d) for p in m.parameters()
+    )
+
+
+@pytest.mark.parametrize("name", ["group", "none", "group+ws", "normalizer-free"])
+def test_another_method_starts_from_the_weights_as_they_are_trained(name):
+    def net():
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3))
+
+    plain = net()
+    twice, once = copy.deepcopy(plain), normkit.apply(name, plain, lr=0.1)[0]
+    twice, _ = normkit.apply("group+ws", twice, lr=0.1)
+    twice, _ = normkit.apply(name, twice, lr=0.1)
+    x = torch.randn(2, 3, 6, 6)
+    assert torch.equal(twice(x), once(x))
+    assert are_standardized(twice) == are_standardized(once)
+
+
+def test_a_layer_that_is_parametrized_already_is_put_back_on_an_error_and_its_copies_go_on():
+    model, x = before_norms(nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 6, 6)
+    nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+    copied, expected = copy.deepcopy(model), model(x)
+    with pytest.raises(ZeroDivisionError):
+        normkit.apply("group+ws", model, lr=0.1, optimizer=lambda groups: 1 / 0)
+    assert torch.equal(model(x), expected)
+    normkit.apply("group+ws", model, lr=0.1)
+    assert not torch.allclose(model(x), expected)
+    assert torch.equal(copied(x), expected)
 
 
 def test_a_standardized_model_is_pickled_with_its_optimizer_and_both_train_on():
@@ -203,6 +311,7 @@ def test_a_standardized_model_is_pickled_with_its_optimizer_and_both_train_on():
         nn.Conv2d(3, 4, 3, bias=False),
         nn.GroupNorm(2, 4),
         nn.ConvTranspose2d(4, 4, 2),
+        nn.GroupNorm(2, 4),
         nn.Flatten(),
         nn.LazyLinear(2),
     )
@@ -231,7 +340,7 @@ def test_a_standardized_model_is_pickled_with_its_optimizer_and_both_train_on():
 
 
 def test_a_layer_with_a_parametrization_of_its_owner_is_pickled_too():
-    layer = standardize_weights(nn.Conv2d(3, 4, 3))
+    layer = standardize_weights(before_norms(nn.Conv2d(3, 4, 3)))[0]
     nn.utils.parametrize.register_parametrization(layer, "bias", nn.Tanh())
     again = pickle.loads(pickle.dumps(layer))
     x = torch.randn(1, 3, 4, 4)
@@ -239,7 +348,7 @@ def test_a_layer_with_a_parametrization_of_its_owner_is_pickled_too():
 
 
 def test_a_class_derived_from_a_standardized_layers_is_not_pickled_as_something_else():
-    layer = standardize_weights(nn.Conv2d(3, 4, 3))
+    layer = standardize_weights(before_norms(nn.Conv2d(3, 4, 3)))[0]
     layer.__class__ = type("Sharded", (type(layer),), {})
     with pytest.raises((pickle.PicklingError, AttributeError), match="Sharded"):
         pickle.dumps(layer)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from itertools import pairwise
 from xml.etree import ElementTree
 
@@ -48,6 +49,13 @@ def test_values_are_where_the_axes_say():
     assert marks[0][0] < marks[1][0] < marks[2][0]  # small batches to the right, evenly on a log scale
     assert marks[1][0] - marks[0][0] == pytest.approx(marks[2][0] - marks[1][0], abs=0.2)
     assert marks[0][1] > marks[1][1] > marks[2][1]  # higher is higher
+
+
+def test_a_line_begins_anew_where_it_is_told_to():
+    whole = Series("batch", 0, ((64, 0.0), (1, 1.0), (8, 0.5), (4, 0.2)))
+    for line, strokes in ((whole, [4]), (replace(whole, starts=(64, 8)), [2, 2]), (replace(whole, starts=(4,)), [3])):
+        (path,) = (e.get("d") for e in drawn([line]).iter("path") if "line" in e.get("class").split())
+        assert [len(stroke.split("L")) for stroke in path.split("M")[1:]] == strokes
 
 
 def test_every_line_is_named_once_and_no_names_overlap():

@@ -168,6 +168,8 @@ def test_the_plan_says_what_runs_how_many_trials_and_where_to():
         in text
     )
     assert str(Path("runs/digits/report.html")) in text
+    assert "10 steps at batch size 64, in which networks learn little: raise the budget" in text
+    assert "learn little" not in plan_text(dataclasses.replace(config, budget=1280), "", "", Path())
     costs = [Cost("batch", 64, step_seconds=0.1), Cost("batch", 8, step_seconds=0.01), Cost("none", 8, error="no")]
     expected = expected_seconds(config, costs)
     assert expected == {("batch", 64): pytest.approx(1.0), ("batch", 8): pytest.approx(0.8)}

@@ -11,7 +11,7 @@ gamma makes up for the activation in front of the convolution: 1 / sqrt(Var f(x)
 ReLU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from normkit.inspection.branches import branch_ends, classifiers
 from normkit.inspection.graph import Dataflow, dataflow
+from normkit.inspection.record import record
 from normkit.methods.method import Method, Part, Recipe
 from normkit.methods.weight_standardization.standardize import (
     FilterParametrization,
@@ -240,9 +241,12 @@ def _clip(optimizer: Optimizer, *, groups: dict[Tensor, int], threshold: float, 
             clip_by_unit_(parameter, parameter.grad, limit, eps)
 
 
-def standardize_model(model: nn.Module, batches: object) -> nn.Module:
-    """:func:`standardize_weights` as a step of a recipe."""
-    return standardize_weights(model)
+def standardize_model(model: nn.Module, batches: Iterable[Any] | None) -> nn.Module:
+    """:func:`standardize_weights` as a step of a recipe; a model that does not trace is run on the first of ``batches``."""
+    flow = dataflow(model)
+    if flow.opaque and batches is not None:
+        flow, _ = record(model, next(iter(batches)))
+    return standardize_weights(model, flow)
 
 
 def free_model(model: nn.Module, batches: object) -> nn.Module:

@@ -5,6 +5,7 @@ The page's style sheet sets the colours, so light and dark are its business alon
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -40,6 +41,7 @@ class Series:
         crosses: x of runs without a y (diverged or failed); drawn at the bottom.
         ring: x of a point to ring, or None.
         markers: Whether points carry markers.
+        starts: x of points at which the line begins anew.
     """
 
     label: str
@@ -50,6 +52,7 @@ class Series:
     crosses: tuple[float, ...] = ()
     ring: float | None = None
     markers: bool = True
+    starts: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,10 @@ def _line(s: Series, plot: _Plot) -> Markup:
         edge = [plot.place((at, low)) for at, low, _ in s.band]
         edge += [plot.place((at, high)) for at, _, high in reversed(s.band)]
         parts.append(Markup('<path class="band c{}" d="M{}Z"/>').format(colour, _path(edge)))
-    if len(s.points) > 1:
-        path = _path([plot.place(point) for point in s.points])
+    cuts = [0, *(n for n, (at, _) in enumerate(s.points) if n and at in s.starts), len(s.points)]
+    pieces = [s.points[first:last] for first, last in pairwise(cuts) if last - first > 1]
+    if pieces:
+        path = "M".join(_path([plot.place(point) for point in piece]) for piece in pieces)
         parts.append(Markup('<path class="line c{}{}" d="M{}"/>').format(colour, _dash(s.index), path))
     dot = Markup('<circle class="dot c{}" cx="{:.1f}" cy="{:.1f}" r="2"/>')
     parts += [dot.format(colour, *plot.place(point)) for point in s.dots]

@@ -20,6 +20,7 @@ from normkit.study.records import ACCURACY, Cost, Metric, TrialKey, TrialResult
 from normkit.study.report.format import enumerate_words, format_duration, format_score, pluralize
 
 _RUNNING_SHOWN = 4
+_FEW_STEPS = 20
 _BAR = range(8, 31)  # widths of a bar
 _GAP = 2  # between columns
 
@@ -56,9 +57,19 @@ def plan_text(config: StudyConfig, task: str, model: str, folder: Path) -> str:
         *named,
         f"{model} on {task}",
         f"batch size{'s' if len(config.batch_sizes) > 1 else ''} {sizes}, {config.budget:,} training samples a trial",
+        *_few_steps(config),
         f"{pluralize(len(planned), 'trial')}: {len(planned) - finals} to search learning rates{_more(config)}, {finals} final",
         f"report: {folder / 'report.html'}",
     ])
+
+
+def _few_steps(config: StudyConfig) -> list[str]:
+    size = max(config.batch_sizes)
+    steps = math.ceil(config.budget / size)
+    remedy = (
+        f"that is {pluralize(steps, 'step')} at batch size {size}, in which networks learn little: raise the budget"
+    )
+    return [remedy] if steps < _FEW_STEPS else []
 
 
 def _more(config: StudyConfig) -> str:
