@@ -169,6 +169,18 @@ def test_a_configuration_survives_its_json():
         ({"momentum": 1.0}, "--momentum 1.0"),
         ({"weight_decay": -1.0}, "--weight-decay -1.0"),
         ({"micro_batch": -1}, "--micro-batch -1"),
+        (
+            {"batch_sizes": (27,), "budget": 1000},
+            "--budget: of 1000 samples a last batch of one .* 27; give 999 or 1026",
+        ),
+        (
+            {"batch_sizes": (8,), "search_budget": 161.0},
+            "--search-budget: of 161 samples a last batch of one .* give 160 or 168",
+        ),
+        (
+            {"batch_sizes": (33,), "micro_batch": 16},
+            "--micro-batch: 16 would leave a micro-batch of one sample of a batch of 33",
+        ),
     ],
 )
 def test_bad_input_names_the_argument_the_value_and_the_remedy(change, message):

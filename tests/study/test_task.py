@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 import normkit
 from normkit.cli.main import main
@@ -18,6 +18,7 @@ from normkit.study.config import StudyConfig
 from normkit.study.data.batches import batches, evaluation_batches
 from normkit.study.data.structure import map_tensors, to_device
 from normkit.study.errors import StudyError
+from normkit.study.load import load_task
 from normkit.study.plan import choose_lr
 from normkit.study.records import Metric, TrialKey, TrialResult
 from normkit.study.report.statistics import Paired, direction
@@ -209,6 +210,11 @@ def raising(index):
     return Broken(40)
 
 
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(Lines(40))
+
+
 class Uneven(Lines):
     def __getitem__(self, index):
         return {"x": torch.ones(2 + index % 2), "y": torch.ones(1)}
@@ -244,6 +250,10 @@ ONE = build()
         ({"model": lambda: 3}, "is a int; Task"),
         ({"model": lambda: nn.Linear(2, 1) / 2}, "TypeError"),
         ({"test": Lines(0)}, "test has no samples"),
+        ({"loss": lambda m, b: squared(m, b)[None]}, r"the loss is a tensor of shape \(1,\); return one scalar"),
+        ({"train": Endless(), "validation": None}, "Endless has no length; give a map-style dataset"),
+        ({"train": Endless(), "validation": Lines(8)}, "Endless has no length; give a map-style dataset"),
+        ({"test": Endless()}, "test: Endless has no length; give a map-style dataset"),
     ],
 )
 def test_what_is_wrong_with_a_task_is_one_line_before_the_first_run(changes, message):
@@ -353,13 +363,66 @@ def test_a_study_extended_later_has_the_trials_of_one_that_had_everything_from_t
         normkit.compare(lines(), out=tmp_path / "out", **QUICK)
 
 
+def test_numbers_of_numpy_and_options_left_out_are_plain_ones(tmp_path):
+    seeds, sizes, rate = np.int64(1), [np.int64(8)], np.float64(0.05)
+    given = {**QUICK, "seeds": seeds, "batch_sizes": sizes, "lr": rate, "margin": None, "limit": None}
+    command = normkit.compare(lines(), out=tmp_path / "out", **given).record.command
+    assert "seeds=1, lr=0.05)" in command
+    again = normkit.compare(lines(), out=tmp_path / "out", **QUICK)
+    assert again.record.config["seeds"] == 1
+
+
 def test_bad_calls_are_one_line(tmp_path):
     with pytest.raises(StudyError, match="unknown option 'metods'; did you mean 'methods'"):
         normkit.compare(lines(), metods=["batch"])
     with pytest.raises(StudyError, match="methods='batch'; give a list"):
         normkit.compare(lines(), methods="batch")
+    for options, message in (
+        ({"optimizer": "lion"}, "optimizer='lion'; give 'sgd' or 'nesterov' or"),
+        ({"budget": 96.0}, "budget=96.0; give int"),
+        ({"batch_sizes": [8.0]}, "batch_sizes=.* give tuple"),
+        ({"lr": "0.1"}, "lr='0.1'; give float or dict.* or 'auto'"),
+        ({"flip": 1}, "flip=1; give bool"),
+    ):
+        with pytest.raises(StudyError, match=message):
+            normkit.compare(lines(), out=tmp_path / "out", **{**QUICK, **options})
     with pytest.raises(StudyError, match="workers=2: processes cannot import task 'lines'"):
         normkit.compare(lines(), workers=2, **QUICK)
+
+
+def test_a_task_file_imports_the_modules_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "networks_beside.py").write_text("from torch import nn\n\ndef build():\n    return nn.Linear(3, 1)\n")
+    file = tmp_path / "importing.py"
+    before, body = SCRIPT.split("def build():\n")[0], "def task():" + SCRIPT.split("def task():")[1]
+    file.write_text(f"{before}from networks_beside import build\n\n{body}")
+    assert load_task(f"{file}:task").name == "sums"
+
+
+@pytest.mark.slow
+def test_a_task_whose_samples_are_drawn_anew_in_every_process_is_refused(tmp_path, capsys):
+    file = tmp_path / "drawn.py"
+    file.write_text(
+        SCRIPT.replace("generator=torch.Generator().manual_seed(0)", "generator=GENERATOR").replace(
+            "x = torch", "GENERATOR = torch.Generator()\nGENERATOR.seed()\nx = torch"
+        )
+    )
+    options = [
+        "--methods",
+        "batch,none",
+        "--batch-sizes",
+        "8",
+        "--budget",
+        "48",
+        "--seeds",
+        "1",
+        "--lr",
+        "0.05",
+        "--quiet",
+    ]
+    command = ["compare", "--task", f"{file}:task", *options, "--workers", "2", "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "has other samples in every process; draw them from generators with a seed" in capsys.readouterr().err
 
 
 @pytest.mark.slow

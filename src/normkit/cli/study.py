@@ -44,7 +44,7 @@ class Compare(Comparison):
     examples: ClassVar = (
         "normkit compare",
         "normkit compare --methods batch,group,bnp --batch-sizes 64,8,1 --dry-run",
-        "normkit compare --data PATH/TO/cifar10 --model resnet20 --budget 50000 --flip --crop 4",
+        "normkit compare --data PATH/TO/cifar10 --model resnet20 --budget 50000",
         "normkit compare --data mine.py:data --model mine.py:model",
     )
 

@@ -183,8 +183,8 @@ def _check_samples(task: Task, split: str) -> None:
         return
     try:
         total = length(dataset)
-    except TypeError as error:
-        raise StudyError(f"{task.data_label}: {split} has no length; give a map-style dataset") from error
+    except StudyError as error:
+        raise StudyError(f"{task.data_label}: {split}: {error}") from error
     if total == 0:
         raise StudyError(f"{task.data_label}: {split} has no samples; give some")
     fetcher = Fetcher(dataset, split, collate=task.collate)
@@ -200,7 +200,7 @@ def _check_loss(task: Task, model: nn.Module, device: str) -> None:
         loss, doubled = (task.training_loss(model, batch) for batch in batches)
     except Exception as error:
         raise StudyError(f"{task.data_label}: the loss raised {type(error).__name__}: {error}") from error
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
+    if not isinstance(loss, Tensor) or loss.dim() > 0:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise StudyError(f"{task.data_label}: the loss is {found}; return one scalar, the mean over the batch")
     if not loss.requires_grad:

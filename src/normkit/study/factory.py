@@ -74,6 +74,9 @@ def _load_file(path: Path) -> Any:
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     module = module_from_spec(spec)
+    beside = str(path.resolve().parent)
+    if beside not in sys.path:
+        sys.path.append(beside)  # for the modules beside it, also those that it imports later
     before = sys.modules.get(spec.name)
     sys.modules[spec.name] = module  # dataclasses and pickling look a module up while it is being executed
     try:

@@ -85,6 +85,7 @@ def validate_options(config: StudyConfig) -> None:
             raise StudyError(
                 f"--batch-sizes: {size} is larger than the budget of {config.budget} examples; raise --budget"
             )
+    _check_last_batches(config)
     if isinstance(config.lr, dict) and sorted(config.lr) != sorted(config.methods):
         raise StudyError(f"--lr: rates for {', '.join(config.lr)}; give one for each of {', '.join(config.methods)}")
     for rate in (given_rates(config) or {}).values():
@@ -106,6 +107,27 @@ def validate_options(config: StudyConfig) -> None:
     if config.task is not None:
         _check_options_of_task(config)
     config.validate()
+
+
+def _check_last_batches(config: StudyConfig) -> None:
+    """Refuse a last batch, or micro-batch, of one sample: batch normalization may not run on it, which would say nothing of it.
+
+    Raises:
+        StudyError: There is one.
+    """
+    for size in config.batch_sizes:
+        for flag, phase in (("--budget", "final"), ("--search-budget", "search")):
+            samples = config.budget_of(phase)
+            if size > 1 and samples % size == 1 and (phase == "final" or config.lr == "auto"):
+                raise StudyError(
+                    f"{flag}: of {samples} samples a last batch of one would be left at batch size {size}; give {samples - 1} or "
+                    f"{samples - 1 + size}"
+                )
+        micro = config.micro_batch
+        if 1 < micro < size and size % micro == 1:
+            raise StudyError(
+                f"--micro-batch: {micro} would leave a micro-batch of one sample of a batch of {size}; give a divisor of {size}"
+            )
 
 
 def _check_options_of_task(config: StudyConfig) -> None:

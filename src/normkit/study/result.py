@@ -1,11 +1,14 @@
 """``normkit.compare``: a study from Python, in a script or a notebook."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from html import escape
+from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from normkit._errors import nearest
 from normkit.study import compare as study
@@ -135,7 +138,7 @@ def compare(
         landscape=landscape,
         track=track,
         retry_failed=retry_failed,
-        command=_command(place, options, held is not None),
+        command=_command(place, _plain(config, options), held is not None),
         task=held,
     )
     return Result(record, path)
@@ -183,7 +186,56 @@ def _configured(place: str | None, options: dict[str, Any]) -> StudyConfig:
     for name in ("methods", "batch_sizes", "primary"):
         if name in plain and not isinstance(plain[name], tuple):
             raise StudyError(f"compare: {name}={plain[name]!r}; give a list")
-    return StudyConfig(task=place, **plain)
+    hints = get_type_hints(StudyConfig)
+    return StudyConfig(task=place, **{name: _of_type(name, value, hints[name]) for name, value in plain.items()})
+
+
+def _of_type(name: str, value: Any, hint: Any) -> Any:
+    """The value of an option as plain data of its type, NumPy's numbers as Python's.
+
+    Raises:
+        StudyError: It is of another type.
+    """
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (UnionType, Union):
+        return _of_union(name, value, parts)
+    try:
+        if kind is tuple and isinstance(value, tuple):
+            kinds = parts[:1] * len(value) if parts[-1] is ... else parts
+            return tuple(_of_type(name, item, part) for item, part in zip(value, kinds, strict=True))
+        if kind is dict and isinstance(value, dict):
+            return {key: _of_type(name, item, parts[1]) for key, item in value.items()}
+        if kind is Literal and value in parts:
+            return value
+        if hint is Path or (hint in (bool, str) and isinstance(value, hint)):
+            return hint(value)
+        if hint in (int, float) and not isinstance(value, bool | str):
+            return index(value) if hint is int else float(value)
+    except (TypeError, ValueError):
+        pass
+    raise StudyError(f"compare: {name}={value!r}; give {_in_words(hint)}")
+
+
+def _of_union(name: str, value: Any, parts: tuple[Any, ...]) -> Any:
+    if value is None and type(None) in parts:
+        return None
+    for part in parts:
+        if part is not type(None):
+            with suppress(StudyError):
+                return _of_type(name, value, part)
+    raise StudyError(f"compare: {name}={value!r}; give {' or '.join(map(_in_words, parts))}")
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    return "None" if hint is type(None) else str(hint) if get_args(hint) else hint.__name__
+
+
+def _plain(config: StudyConfig, names: Iterable[str]) -> dict[str, Any]:
+    """Options that were given, as the study has them."""
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
 
 def _command(place: str | None, options: dict[str, Any], here: bool) -> str:

@@ -340,8 +340,15 @@ def as_number(value: Any) -> float:
 
 
 def length(dataset: Any) -> int:
-    """Return the number of samples of a map-style dataset; torch's ``Dataset`` does not declare it."""
-    return len(dataset)
+    """Return the number of samples of a map-style dataset; torch's ``Dataset`` does not declare it.
+
+    Raises:
+        StudyError: It has no length.
+    """
+    try:
+        return len(dataset)
+    except TypeError as error:
+        raise StudyError(f"{type(dataset).__name__} has no length; give a map-style dataset") from error
 
 
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:

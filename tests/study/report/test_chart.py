@@ -8,8 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from normkit.study.records import Metric
 from normkit.study.report.chart import COLOURS, Series, interval, line_chart, swatch
-from normkit.study.report.figures import by_batch_size
+from normkit.study.report.figures import by_batch_size, score_axis
 from normkit.study.report.scales import Axis
 from normkit.study.report.statistics import summarize
 from tests.study.report.fake_study import realistic
@@ -56,6 +57,14 @@ def test_a_line_begins_anew_where_it_is_told_to():
     for line, strokes in ((whole, [4]), (replace(whole, starts=(64, 8)), [2, 2]), (replace(whole, starts=(4,)), [3])):
         (path,) = (e.get("d") for e in drawn([line]).iter("path") if "line" in e.get("class").split())
         assert [len(stroke.split("L")) for stroke in path.split("M")[1:]] == strokes
+
+
+@pytest.mark.parametrize("values", [[1.3, 1.6], [0.4, 1.3], [35.0, 70.0]])
+def test_a_score_in_percent_above_one_has_an_axis_that_covers_it(values):
+    axis = score_axis("test", Metric("WER", "%", False), values)
+    assert axis.low <= min(values) < max(values) <= axis.high
+    assert len(axis.ticks) > 1
+    assert score_axis("test", Metric("accuracy", "%"), [0.5, 0.97]).high <= 1.0
 
 
 def test_every_line_is_named_once_and_no_names_overlap():

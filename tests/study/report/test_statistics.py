@@ -118,6 +118,15 @@ def test_order_of_the_trials_does_not_matter(order):
     assert summarize(dataclasses.replace(study(), trials=tuple(shuffled))) == summarize(study())
 
 
+@pytest.mark.parametrize("scale", [1.0, 7e4, 1e-13])
+def test_rounding_is_relative_to_the_scores(scale):
+    reference = [scale * (1 + 0.1 * k) for k in range(5)]
+    shifted = [score + 0.1 * scale for score in reference]
+    assert paired_p_value(shifted, reference, "two-sided") is None
+    clear = [score + scale * (0.1 + 0.01 * k) for k, score in enumerate(reference)]
+    assert 0 < paired_p_value(clear, reference, "two-sided") < 0.01
+
+
 def test_equal_accuracies_give_p_of_one_and_equal_shifts_none():
     assert paired_p_value(REFERENCE, REFERENCE, "two-sided") == pytest.approx(1.0)
     assert paired_p_value([a + 0.01 for a in REFERENCE], REFERENCE, "two-sided") is None

@@ -47,6 +47,21 @@ def test_fall_above_chance_is_told_as_a_fall():
     assert "where `batch` fell to 50." in verdict_of(study(levels)).sentence
 
 
+def test_a_score_without_chance_level_stays_near_none():
+    levels = {"batch": {64: -0.77}, "none": {64: -0.14}}
+    trials = study(levels, 6, chance=None, metric={"name": "score", "unit": "", "higher_is_better": True})
+    assert "chance" not in verdict_of(trials).sentence
+
+
+def test_where_seeds_are_lost_the_difference_on_the_shared_ones_is_told():
+    trials = [result(seed=seed, accuracy=accuracy) for seed, accuracy in enumerate((0.9, 0.901, 0.902, 0.1, 0.9))]
+    for seed, accuracy in enumerate((0.8, 0.81, 0.8, None, 0.805)):
+        lost = {"state": "diverged"} if accuracy is None else {"accuracy": accuracy}
+        trials.append(result(method="group", seed=seed, **lost))
+    sentence = verdict_of(record(trials, ("batch", "group"), (64,), seeds=4)).sentence
+    assert sentence.endswith("and `group` (80.4 %; −9.7 points on 4 shared seeds) did worse.")
+
+
 def test_level_methods_are_told_as_level():
     levels = {"batch": {64: 0.95}, "group": {64: 0.951}}
     assert verdict_of(study(levels)).sentence == "At batch size 64 no method differs from `batch` beyond the noise."

@@ -25,7 +25,9 @@ def failing(reason, times):
     return call, calls
 
 
-@pytest.mark.parametrize("reason", ["database or disk is full", "attempt to write a readonly database"])
+@pytest.mark.parametrize(
+    "reason", ["database or disk is full", "attempt to write a readonly database", "database disk image is malformed"]
+)
 def test_what_waiting_does_not_help_is_told_at_once(reason):
     call, calls = failing(reason, times=1)
     with pytest.raises(StudyError, match=f"--storage: cannot be used .*{reason}.*give the command again"):

@@ -10,6 +10,7 @@ from normkit.study.config import StudyConfig
 from normkit.study.data.samples import MicroBatch
 from normkit.study.load import load
 from normkit.study.task import classification_loss
+from normkit.study.train import cost
 from normkit.study.train.cost import measure_costs, saved_bytes
 from normkit.study.train.loop import LossOf
 
@@ -48,6 +49,21 @@ def test_memory_is_that_of_the_precision_that_is_trained(task):
 def test_memory_is_that_of_a_micro_batch(task):
     whole, pieces = memory(CONFIG, task), memory(replace(CONFIG, micro_batch=8), task)
     assert pieces["batch"] < 0.3 * whole["batch"]
+
+
+def test_a_method_that_fails_in_a_step_has_the_reason_and_the_others_their_costs(task, monkeypatch):
+    real = cost.build_trial
+
+    def building(config, key, given):
+        model, optimizer = real(config, key, given)
+        if key.method == "none":
+            next(model.parameters()).register_hook(lambda gradient: 1 / 0)
+        return model, optimizer
+
+    monkeypatch.setattr(cost, "build_trial", building)
+    batch, none = measure_costs(CONFIG, task)
+    assert none.error == "ZeroDivisionError: division by zero"
+    assert batch.step_seconds > 0
 
 
 def test_a_method_that_cannot_run_has_the_reason_in_place_of_its_cost():

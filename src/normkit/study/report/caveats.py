@@ -161,8 +161,8 @@ def _equivalences(record: StudyRecord, ran: Sequence[Summary]) -> tuple[str, ...
         ]
         if clauses:
             found.append(f"{'; '.join(clauses)} (paired 90 % intervals).")
-    few = all(s.paired.pairs < PAIRS_FOR_A_CLAIM for s in ran if s.paired)
-    if few and not unfinished(record):
+    pairs = [s.paired.pairs for s in ran if s.paired]
+    if pairs and max(pairs) < PAIRS_FOR_A_CLAIM and not unfinished(record):
         found.append(f"Equivalence within {margin} is not judged with fewer than {PAIRS_FOR_A_CLAIM} seeds.")
     return tuple(found)
 

@@ -176,5 +176,6 @@ def score_axis(split: str, metric: Metric, values: Sequence[float]) -> Axis:
     title = f"{split} {metric.name}{in_unit(metric.unit)}{better}"
     if metric.unit != "%":
         return Axis(title, ticks[0], ticks[-1], ticks)
-    ticks = tuple(tick for tick in ticks if tick <= 1.0 + 1e-9)
+    if max(values, default=0.0) <= 1.0:  # an error rate may be larger
+        ticks = tuple(tick for tick in ticks if tick <= 1.0 + 1e-9)
     return Axis(title, ticks[0], max(ticks[-1], *values, ticks[0] + 0.01), ticks, lambda value: f"{100 * value:g}")

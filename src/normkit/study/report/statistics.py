@@ -24,7 +24,7 @@ CONFIDENCE = 0.95
 EQUIVALENCE_CONFIDENCE = 0.90  # two one-sided tests at the 5 % level each
 SECOND_REFERENCE = "group"  # beside ``batch``, where primary comparisons are named
 PAIRS_FOR_A_CLAIM = 5
-_NO_SPREAD = 1e-12  # accuracies are ratios of small integers: below this, differences differ by rounding only
+_ROUNDING = 1e-12  # of the largest score: differences that differ by less differ by rounding only
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,15 @@ class Summary:
         return float(np.std(self.scores, ddof=1)) if len(self.scores) > 1 else None
 
 
-def t_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+def t_interval(
+    differences: Sequence[float], confidence: float = CONFIDENCE, *, rounding: float = _ROUNDING
+) -> tuple[float, float] | None:
     r"""Return the t interval of a mean, \(\bar d \pm t_{n-1} s / \sqrt n\).
 
     Args:
         differences: The n values.
         confidence: Coverage, in (0, 1).
+        rounding: Spread that counts as none.
 
     Returns:
         Lower and upper end; None with fewer than two values, or where all are equal.
@@ -114,10 +117,15 @@ def t_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> 
     >>> t_interval([1.0, 2.0, 3.0])
     (-0.484..., 4.484...)
     """
-    if len(differences) < 2 or np.ptp(differences) < _NO_SPREAD:
+    if len(differences) < 2 or np.ptp(differences) <= rounding:
         return None
     interval = stats.ttest_1samp(differences, 0.0).confidence_interval(confidence)
     return float(interval.low), float(interval.high)
+
+
+def rounding_of(*scores: Sequence[float]) -> float:
+    """Return what rounding can make of differences of scores."""
+    return _ROUNDING * max((abs(score) for values in scores for score in values), default=0.0)
 
 
 def paired_p_value(method: Sequence[float], reference: Sequence[float], alternative: Alternative) -> float | None:
@@ -129,8 +137,9 @@ def paired_p_value(method: Sequence[float], reference: Sequence[float], alternat
         alternative: ``two-sided``, or ``greater`` for "the method is better than the reference".
     """
     differences = np.subtract(method, reference)
-    if np.ptp(differences) < _NO_SPREAD:
-        return 1.0 if abs(differences[0]) < _NO_SPREAD else None
+    rounding = rounding_of(method, reference)
+    if np.ptp(differences) <= rounding:
+        return 1.0 if abs(differences[0]) <= rounding else None
     return float(stats.ttest_rel(method, reference, alternative=alternative).pvalue)
 
 
@@ -150,12 +159,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def equivalence(differences: Sequence[float], margin: float) -> Equivalence | None:
+def equivalence(differences: Sequence[float], margin: float, *, rounding: float = _ROUNDING) -> Equivalence | None:
     """What two one-sided t tests say of a mean difference and a margin: where the 90 % interval lies.
 
     Args:
         differences: Method minus reference, signed so that higher is better.
         margin: Largest difference that counts as none.
+        rounding: Spread of the differences that counts as none.
 
     Returns:
         ``same`` where the interval is within (-margin, margin), ``no worse`` where it is above -margin, ``worse`` where it is
@@ -164,7 +174,7 @@ def equivalence(differences: Sequence[float], margin: float) -> Equivalence | No
     >>> [equivalence([d - 0.01, d, d + 0.01], 0.05) for d in (0.0, 0.1, -0.1, 0.045, -0.045)]
     ['same', 'no worse', 'worse', 'no worse', 'not decided']
     """
-    interval = t_interval(differences, EQUIVALENCE_CONFIDENCE)
+    interval = t_interval(differences, EQUIVALENCE_CONFIDENCE, rounding=rounding)
     if interval is None:
         return None
     low, high = interval
@@ -294,7 +304,8 @@ def _compare(
 def _paired(method: Sequence[float], reference: Sequence[float], record: StudyRecord, *, claimed: bool) -> Paired:
     """The difference of scores that stand seed by seed, with a p-value and equivalence where those are claimed."""
     differences = np.subtract(method, reference).tolist()
-    low, high = t_interval(differences) or (None, None)
+    rounding = rounding_of(method, reference)
+    low, high = t_interval(differences, rounding=rounding) or (None, None)
     paired = Paired(float(np.mean(differences)), low, high, len(differences))
     if not claimed or len(differences) < PAIRS_FOR_A_CLAIM:
         return paired
@@ -304,7 +315,7 @@ def _paired(method: Sequence[float], reference: Sequence[float], record: StudyRe
     return replace(
         paired,
         p=paired_p_value([*map(signed, method)], [*map(signed, reference)], alternative),
-        equivalence=None if margin is None else equivalence([*map(signed, differences)], margin),
+        equivalence=None if margin is None else equivalence([*map(signed, differences)], margin, rounding=rounding),
     )
 
 

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from normkit.study.records import Metric, StudyRecord
 from normkit.study.report.caveats import caveats, progress
-from normkit.study.report.format import enumerate_words, format_score, quoted
+from normkit.study.report.format import (
+    difference_unit,
+    enumerate_words,
+    format_difference,
+    format_score,
+    pluralize,
+    quoted,
+)
 from normkit.study.report.statistics import Summary, direction
 
 _NEAR_CHANCE = 1.5  # a fraction below 1.5 times chance level is called that
@@ -53,8 +60,21 @@ def _name(summary: Summary) -> str:
     return quoted(summary.method)
 
 
-def _scored(summary: Summary, metric: Metric) -> str:
-    return _name(summary) + (f" ({format_score(metric, summary.mean)})" if summary.mean is not None else "")
+def _scored(summary: Summary, metric: Metric, base: Summary | None = None) -> str:
+    shared = "" if base is None else _on_shared_seeds(summary, base, metric)
+    score = "" if summary.mean is None else format_score(metric, summary.mean)
+    details = "; ".join(filter(None, (score, shared)))
+    return _name(summary) + (f" ({details})" if details else "")
+
+
+def _on_shared_seeds(summary: Summary, base: Summary, metric: Metric) -> str:
+    """The paired difference, where runs without a score make the means stand for other seeds than it; else nothing."""
+    paired = summary.paired
+    if paired is None or paired.pairs == len(summary.scores) == len(base.scores):
+        return ""
+    unit = difference_unit(metric)
+    apart = f"{format_difference(metric, paired.difference)}{f' {unit}' if unit else ''}"
+    return f"{apart} on {pluralize(paired.pairs, 'shared seed')}"
 
 
 def _alone(ran: Sequence[Summary], metric: Metric) -> str:
@@ -69,7 +89,7 @@ def _leaning(others: Sequence[Summary], metric: Metric, sign: int) -> list[Summa
 
 def _compared(record: StudyRecord, ran: Sequence[Summary]) -> str:
     """Describe the largest difference in full, then in brief where else a method is ahead, none is, or all are level."""
-    reference, chance = record.config["reference"], record.config["chance"] or 0.0
+    reference, chance = record.config["reference"], record.config["chance"]
     metric = record.metric
     best = max((s.mean for s in ran if s.method == reference and s.mean is not None), default=0.0, key=metric.signed)
     one_sided = record.config.get("alternative") == "greater"
@@ -117,7 +137,7 @@ def _unmeasured(seen: Sequence[Summary], metric: Metric) -> str:
 
 
 def _ahead(
-    others: Sequence[Summary], base: Summary, metric: Metric, best: float, chance: float
+    others: Sequence[Summary], base: Summary, metric: Metric, best: float, chance: float | None
 ) -> tuple[float, str, str] | None:
     """By how much the best method is ahead of the reference, in full and in brief; None where none is.
 
@@ -126,24 +146,25 @@ def _ahead(
         base: The reference.
         metric: What is compared.
         best: The reference's best mean over all batch sizes.
-        chance: Score of guessing; 0 where it is not known.
+        chance: Score of guessing, if it is known.
     """
     if base.mean is None:
         top = others[0].mean or 0.0
         how = "diverged" if not base.failed else "failed" if not base.diverged else "diverged or failed"
         text = f"{_name(others[0])} reached {format_score(metric, top)}, while every run of {_name(base)} {how}"
-        return top, text, text
+        return metric.signed(top), text, text
     ahead = _leaning(others, metric, 1)
     if not ahead:
         return None
     top, more = ahead[0].mean or 0.0, ahead[1:]
     fate = f"against {format_score(metric, base.mean)} with {_name(base)}"
-    if base.mean < _NEAR_CHANCE * chance:
+    if chance is not None and base.mean < _NEAR_CHANCE * chance:
         fate = f"where {_name(base)} stayed near chance at {format_score(metric, base.mean)}"
     elif metric.unit == "%" and metric.signed(best - base.mean) > _FELL:
         verb = "fell" if metric.higher_is_better else "rose"
         fate = f"where {_name(base)} {verb} to {format_score(metric, base.mean)}"
-    reached = f"{_name(ahead[0])} reached {format_score(metric, top)}"
+    shared = _on_shared_seeds(ahead[0], base, metric)
+    reached = f"{_name(ahead[0])} reached {format_score(metric, top)}{f' ({shared})' if shared else ''}"
     who = enumerate_words([_name(s) for s in more]) if 0 < len(more) <= _NAMED else f"{len(more)} other methods"
     full = f"{reached}, {fate}{f' ({who} did better too)' if more else ''}"
     return abs(top - base.mean), full, f"{reached} against {format_score(metric, base.mean)}"
@@ -154,7 +175,7 @@ def _behind(others: Sequence[Summary], base: Summary, metric: Metric, none: str)
     behind = _leaning(others, metric, -1)[::-1]
     if not behind or base.mean is None:
         return None
-    who = enumerate_words([_scored(s, metric) for s in behind])
+    who = enumerate_words([_scored(s, metric, base) for s in behind])
     if len(behind) > _NAMED:
         who = (
             f"{len(behind)} methods ({'lowest' if metric.higher_is_better else 'highest'} {_scored(behind[0], metric)})"

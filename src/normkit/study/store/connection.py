@@ -24,7 +24,10 @@ CONNECT_ATTEMPTS = 10
 PATIENCE_SECONDS = 300.0  # a database server that restarts must not end a study
 RETRY_SECONDS = 1.0
 _SIMULTANEOUS = ("already exists", "database is locked", "duplicate key")
-_LASTING = ("database or disk is full", "disk I/O error", "readonly database", "unable to open")  # SQLite's words
+_LASTING = (  # SQLite's words
+    *("database or disk is full", "disk I/O error", "readonly database"),
+    *("unable to open", "malformed", "not a database"),
+)
 
 _waits: ContextVar[bool] = ContextVar("waits", default=True)
 _P = ParamSpec("_P")

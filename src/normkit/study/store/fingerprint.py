@@ -48,6 +48,26 @@ def check_fingerprint(store: Store, config: StudyConfig, task: Task) -> None:
             )
 
 
+def check_same_data(store: Store, task: Task) -> None:
+    """Refuse to train in a process whose data are not those of the study: drawn anew with every import, without a seed.
+
+    Raises:
+        StudyError: They are others.
+    """
+    kept, found = store.get_attr("identity", _read), fingerprint_of_data(task)
+    if kept is not None and not alike(kept["data"], {role: found.get(role) for role in kept["data"]}):
+        raise StudyError(
+            f"{task.data_label}: has other samples in every process; draw them from generators with a seed, so that all methods "
+            "train on the same ones"
+        )
+
+
+def fingerprint_of_data(task: Task) -> dict[str, Any]:
+    """The part of the fingerprint that is of the data."""
+    splits = {"train": task.train, "validation": task.validation, "test": task.test}
+    return {role: _of_split(split, role) for role, split in splits.items() if split is not None}
+
+
 def fingerprint(task: Task, device: str) -> dict[str, Any]:
     """Return the fingerprint: some samples of the data, and labels; layers and untrained output of the model.
 
@@ -55,7 +75,6 @@ def fingerprint(task: Task, device: str) -> dict[str, Any]:
         task: The task.
         device: Where the model runs.
     """
-    splits = {"train": task.train, "validation": task.validation, "test": task.test}
     seed_all(0)
     model = task.model().to(device)
     layers = [(path, type(module).__name__) for path, module in model.named_modules()]
@@ -63,7 +82,7 @@ def fingerprint(task: Task, device: str) -> dict[str, Any]:
     shapes = [(path, tuple(tensor.shape)) for path, tensor in model.state_dict().items()]
     output = _untrained_output(task, model, device)
     return {
-        "data": {role: _of_split(split, role) for role, split in splits.items() if split is not None},
+        "data": fingerprint_of_data(task),
         "model": {
             "layers": _digest(repr((layers, shapes)).encode()),
             "settings": _digest(_ADDRESS.sub("", repr(single)).encode()),

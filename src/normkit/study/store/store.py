@@ -129,6 +129,7 @@ class Store:
             self.storage.set_study_user_attr(self.study_id, name, None)
         self.storage.set_study_user_attr(self.study_id, "config", json.dumps(pack(config)))
 
+    @patient
     def exists(self) -> bool:
         """Return whether the storage has the study."""
         return self.name in optuna.get_all_study_names(self.storage)

@@ -27,7 +27,7 @@ from normkit.study.load import load
 from normkit.study.plan import Slot, slots
 from normkit.study.records import CurvePoint, TrialResult
 from normkit.study.store import connection
-from normkit.study.store.fingerprint import fingerprint
+from normkit.study.store.fingerprint import check_same_data, fingerprint
 from normkit.study.store.owner import owner
 from normkit.study.store.store import Claim, Store
 from normkit.study.task import Task
@@ -264,7 +264,9 @@ def _worker_main(address: StoreAddress, config: StudyConfig, messages: Connectio
     try:
         store = address.store()
         store.config = config
-        work(store, config, load(config), address.checkpoints)
+        task = load(config)
+        check_same_data(store, task)
+        work(store, config, task, address.checkpoints)
     except Exception as error:  # not of a trial, whose errors are results: the parent says it, and the study ends
         known = isinstance(error, (StudyError, DataError))
         messages.send(str(error) if known else f"a worker failed: {type(error).__name__}: {error}")

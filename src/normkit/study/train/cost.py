@@ -42,7 +42,7 @@ def _costs(config: StudyConfig, task: Task, size: int) -> list[Cost]:
             model, optimizer = build_trial(config, TrialKey("search", method, size, rate, 0), task)
             network = prepare(config, model, task.training_loss).train()
             memory[method] = _memory(network, optimizer, batch, config)
-            timers[method] = Timer(
+            timer = Timer(
                 "step(network, optimizer, batch, config)",
                 globals={
                     "step": training_step,
@@ -53,7 +53,8 @@ def _costs(config: StudyConfig, task: Task, size: int) -> list[Cost]:
                 },
                 num_threads=1,
             )
-            timers[method].timeit(3)
+            timer.timeit(3)
+            timers[method] = timer
         except Exception as error:  # a method that cannot run at this size is reported, not raised
             failed[method] = f"{type(error).__name__}: {error}".splitlines()[0]
     seconds: dict[str, list[float]] = {method: [] for method in timers}
