@@ -30,8 +30,11 @@ STYLE = ROOT / "src/normkit/study/report/templates/report.css"
 FINE_TUNING = ROOT / "benchmarks" / "results" / "fine_tuning.jsonl"
 ONLINE = ROOT / "benchmarks" / "results" / "online.jsonl"
 STREAMED = ("batch", "none", "bnp", "group+bnp", "group+ws")
-CNN4 = (*(f"cifar10-cnn4{name}.json" for name in ("", "-four", "-two", "-single")), "accumulation-whole.json")
-"""One network, at several batch sizes."""
+CNN4 = (
+    *(f"cifar10-cnn4{name}.json" for name in ("", "-four", "-two", "-single", "-eight", "-one", "-others")),
+    "accumulation-whole.json",
+)
+"""One network, at several batch sizes; what several have is taken from the first."""
 SIZE = (760, 340)
 INDICES = ("batch", "none", "group", "bnp", "group+bnp", "batch-renorm", "batchless-projected", "group+ws")
 """A method has the same colour and marker in every figure of a card."""
@@ -50,9 +53,10 @@ def studies(*files: str, methods: tuple[str, ...] = ()) -> str:
     for record in (read_results(REPORTS / file) for file in files):
         lengths[record.config["budget"]] += record.config["batch_sizes"]
         for summary in summarize(record):
-            if summary.scores and (not methods or summary.method in methods):
+            wanted = summary.scores and (not methods or summary.method in methods)
+            if wanted and summary.batch_size not in points[summary.method]:
                 points[summary.method][summary.batch_size] = [100 * score for score in summary.scores]
-    parts = {budget: tuple(sorted(sizes, reverse=True)) for budget, sizes in lengths.items()}
+    parts = {budget: tuple(sorted({*sizes}, reverse=True)) for budget, sizes in lengths.items()}
     runs = [f"{budget:,} at {enumerate_words([*map(str, sizes)])}" for budget, sizes in parts.items()]
     note = f"; samples a run: {', '.join(runs)}" if len(runs) > 1 else ""
     return by_size(points, "test accuracy, %", note=note, parts=tuple(parts.values()))
@@ -202,8 +206,11 @@ def standalone(chart: str, dark: bool) -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    "accuracy": lambda: studies(*CNN4, methods=("batch", "group+ws", "group+bnp", "bnp", "instance", "sgd-g", "group")),
-    "baselines": lambda: studies(*CNN4, methods=("batch", "group", "group+ws", "instance", "batch-renorm", "none")),
+    "accuracy": lambda: studies(*CNN4, methods=("batch", "group+ws", "group+bnp", "bnp", "instance", "group")),
+    "baselines": lambda: studies(
+        *CNN4,
+        methods=("batch", "group", "group+ws", "instance", "batch-renorm", "none", "normalizer-free", "online"),
+    ),
     "revisited": lambda: studies("cifar10-cnn4-others.json", methods=("batch", "revisited")),
     "filter-response": lambda: studies("cifar10-cnn4-others.json", methods=("batch", "group+ws", "filter-response")),
     "riemannian": lambda: studies("cifar10-cnn4.json", methods=("batch", "sgd-g", "group")),
