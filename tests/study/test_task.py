@@ -436,3 +436,12 @@ def test_a_script_is_imported_by_its_workers_or_told_how(script, guarded, tmp_pa
         assert (tmp_path / "out" / "report.html").exists()
     else:
         assert 'call normkit.compare under `if __name__ == "__main__":`' in done.stderr
+
+
+@pytest.mark.slow
+def test_a_script_that_compares_named_data_without_a_guard_is_told_so(tmp_path):
+    script = tmp_path / "named.py"
+    script.write_text(f"import normkit\nnormkit.compare(out={str(tmp_path / 'out')!r}, workers=2, **{QUICK!r})\n")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode
+    assert 'call normkit.compare under `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]

@@ -228,7 +228,10 @@ def run_workers(
                 idle_deaths = 0 if freed else idle_deaths + 1
                 if idle_deaths > MAX_IDLE_DEATHS:
                     last = died or "it was stopped from outside"
-                    raise StudyError(f"workers end before their first trial; the last: {last}")
+                    raise StudyError(
+                        f"workers end before their first trial; the last: {last}. They import the script that started them: it "
+                        'must call normkit.compare under `if __name__ == "__main__":`; what else it may be is printed above'
+                    )
             if time.monotonic() - checked > connection.HEARTBEAT_SECONDS:
                 freed = store.requeue()
                 for worker in [w for w in workers if w.owner in freed]:  # stopped: no heartbeat for a while
