@@ -115,8 +115,9 @@ def _check_last_batches(config: StudyConfig) -> None:
     Raises:
         StudyError: There is one.
     """
+    phases: tuple[tuple[str, Phase], ...] = (("--budget", "final"), ("--search-budget", "search"))
     for size in config.batch_sizes:
-        for flag, phase in (("--budget", "final"), ("--search-budget", "search")):
+        for flag, phase in phases:
             samples = config.budget_of(phase)
             if size > 1 and samples % size == 1 and (phase == "final" or config.lr == "auto"):
                 raise StudyError(

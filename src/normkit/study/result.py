@@ -207,8 +207,10 @@ def _of_type(name: str, value: Any, hint: Any) -> Any:
             return {key: _of_type(name, item, parts[1]) for key, item in value.items()}
         if kind is Literal and value in parts:
             return value
-        if hint is Path or (hint in (bool, str) and isinstance(value, hint)):
-            return hint(value)
+        if hint is Path:
+            return Path(value)
+        if hint in (bool, str) and isinstance(value, hint):
+            return value
         if hint in (int, float) and not isinstance(value, bool | str):
             return index(value) if hint is int else float(value)
     except (TypeError, ValueError):
