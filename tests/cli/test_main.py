@@ -156,6 +156,10 @@ def test_recipes_are_listed_in_groups_with_their_papers(capsys):
         (["compare", "--data", ""], "data '' is no name"),
         (["report", "/nonexistent"], "holds no study"),
         (["worker", "--storage", "sqlite:///none.db", "--workers", "-1"], "--workers -1: give at least 1"),
+        (
+            ["doctor", "--batch-size", "100000"],
+            "--batch-size 100000: is larger than the training split of 1347 examples",
+        ),
         (["doctor", "--device", "xpu:9"], "--device xpu:9: cannot be used here"),
         (["doctor", "--checkpoint", __file__], "cannot be read"),
     ],

@@ -14,6 +14,7 @@ from normkit.study.config import DoctorConfig
 from normkit.study.environment import check_device
 from normkit.study.errors import StudyError
 from normkit.study.load import load_unsplit
+from normkit.study.task import length
 
 BATCHES = 8
 
@@ -32,6 +33,10 @@ def run_doctor(config: DoctorConfig) -> Diagnosis:
     check_device(config.device)
     saved = read_weights(config.checkpoint) if config.checkpoint is not None else None
     task = load_unsplit(config)
+    if config.batch_size > length(task.train):
+        raise StudyError(
+            f"--batch-size {config.batch_size}: is larger than the training split of {length(task.train)} examples; give less"
+        )
     model = build(task, config.device)
     check_task(task, model, config.device)
     size = config.batch_size
