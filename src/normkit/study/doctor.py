@@ -33,7 +33,8 @@ def run_doctor(config: DoctorConfig) -> Diagnosis:
     check_device(config.device)
     saved = read_weights(config.checkpoint) if config.checkpoint is not None else None
     task = load_unsplit(config)
-    if config.batch_size > max(length(task.train), DoctorConfig.batch_size):  # the default repeats samples of small data
+    most = max(length(task.train), DoctorConfig.batch_size)  # the default repeats samples of small data
+    if config.batch_size > most:
         raise StudyError(
             f"--batch-size {config.batch_size}: is larger than the training split of {length(task.train)} examples; give less"
         )
