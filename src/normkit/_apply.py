@@ -61,7 +61,8 @@ def apply(
         name: One of [`normkit.recipes`][].
         model: Any module; methods that convert layers do so in place (use the returned model).
         lr: Learning rate.
-        batches: Batches for methods that start from data (``batchless*``, ``*+input``).
+        batches: Batches for methods that start from data (``batchless*``, ``*+input``), and for ``group+ws`` on a model that
+            does not trace.
         momentum: Momentum of SGD-like optimizers.
         weight_decay: Weight decay.
         optimizer: ``sgd``, ``nesterov``, ``adam`` or ``adamw``; methods with an optimizer of their own keep it. Or a class,
@@ -200,7 +201,7 @@ def _check_optimizer(recipe: Recipe, optimizer: Any) -> None:
 
 def _carry_out(recipe: Recipe, model: nn.Module, request: Request, where: Where) -> tuple[nn.Module, Optimizer]:
     given = request.options
-    undo_in_place(model)
+    undo_in_place(model.modules())
     if recipe.convert is not None:
         if TARGETS[recipe.convert.does].another:
             _say_what_is_lost(recipe.name, model, where)

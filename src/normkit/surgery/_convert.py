@@ -184,9 +184,9 @@ def _is_changed(layer: nn.Module) -> bool:
     return origin_of(layer) is not None or "normkit_undo" in vars(layer)
 
 
-def undo_in_place(model: nn.Module) -> None:
+def undo_in_place(layers: Iterable[nn.Module]) -> None:
     """Undo what methods have changed in layers that stayed: standardized weights."""
-    for layer in list(model.modules()):
+    for layer in list(layers):
         if "normkit_undo" in vars(layer):
             vars(layer).pop("normkit_undo")(layer)
 
@@ -300,8 +300,7 @@ def _carry_out(
 ) -> nn.Module:
     swaps = _writable(model, swaps)
     before = dict(model.named_parameters())
-    for layer in undone:
-        vars(layer).pop("normkit_undo")(layer)
+    undo_in_place(undone)
     for swap in swaps:
         _swap_biases(swap, reference(swap.old, model))
     model = exchange(model, {swap.old: swap.new for swap in swaps})

@@ -293,6 +293,19 @@ def test_another_method_starts_from_the_weights_as_they_are_trained(name):
     assert are_standardized(twice) == are_standardized(once)
 
 
+def test_an_error_after_standardization_was_undone_leaves_the_model_standardized():
+    model, _ = normkit.apply("group+ws", nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), lr=0.1)
+    x = torch.randn(2, 3, 6, 6)
+    expected, keys = model(x), list(model.state_dict())
+    with pytest.raises(ZeroDivisionError):
+        normkit.apply("group", model, lr=0.1, optimizer=lambda groups: 1 / 0)
+    assert are_standardized(model) == {"0"}
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(x), expected)
+    with pytest.raises(ValueError, match="batches is empty"):
+        normkit.apply("group+ws", Untraceable(), lr=0.1, batches=[])
+
+
 def test_a_layer_that_is_parametrized_already_is_put_back_on_an_error_and_its_copies_go_on():
     model, x = before_norms(nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 6, 6)
     nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Tanh())

@@ -242,10 +242,18 @@ def _clip(optimizer: Optimizer, *, groups: dict[Tensor, int], threshold: float, 
 
 
 def standardize_model(model: nn.Module, batches: Iterable[Any] | None) -> nn.Module:
-    """:func:`standardize_weights` as a step of a recipe; a model that does not trace is run on the first of ``batches``."""
+    """:func:`standardize_weights` as a step of a recipe; a model that does not trace is run on the first of ``batches``.
+
+    Raises:
+        ValueError: There is none.
+    """
     flow = dataflow(model)
     if flow.opaque and batches is not None:
-        flow, _ = record(model, next(iter(batches)))
+        for batch in batches:
+            flow, _ = record(model, batch)
+            break
+        else:
+            raise ValueError("group+ws: batches is empty; give one batch, or leave it out")
     return standardize_weights(model, flow)
 
 

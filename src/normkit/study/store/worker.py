@@ -229,8 +229,8 @@ def run_workers(
                 if idle_deaths > MAX_IDLE_DEATHS:
                     last = died or "it was stopped from outside"
                     raise StudyError(
-                        f"workers end before their first trial; the last: {last}. They import the script that started them: it "
-                        'must call normkit.compare under `if __name__ == "__main__":`; what else it may be is printed above'
+                        f"workers end before their first trial; the last: {last}. Their output is above; a script must "
+                        'call normkit.compare under `if __name__ == "__main__":`'
                     )
             if time.monotonic() - checked > connection.HEARTBEAT_SECONDS:
                 freed = store.requeue()
