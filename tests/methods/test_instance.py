@@ -53,3 +53,21 @@ def test_flat_features_keep_their_normalization_and_the_log_names_it(caplog):
     assert [type(model[i]) for i in (1, 4, 6)] == [nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm1d]
     assert "4 (BatchNorm1d) normalizes flat features" in caplog.text
     assert "6 (BatchNorm1d) normalizes flat features" in caplog.text
+
+
+@pytest.mark.parametrize("to", ["group", "layer"])
+def test_groups_of_few_flat_features_are_named_and_single_features_stay(to, caplog):
+    model = nn.Sequential(
+        nn.Linear(3, 1), nn.BatchNorm1d(1), nn.Linear(1, 2), nn.BatchNorm1d(2), nn.Linear(2, 4), nn.BatchNorm1d(4)
+    )
+    normkit.convert(model, to)
+    assert [type(model[i]) for i in (1, 3, 5)] == [nn.BatchNorm1d, nn.GroupNorm, nn.GroupNorm]
+    assert (
+        f"1 (BatchNorm1d) normalizes flat features, of which '{to}' would leave nothing: it stays as it is"
+        in caplog.text
+    )
+    assert (
+        f"3 (BatchNorm1d) normalizes flat features, of which '{to}' would leave little, since it normalizes 2 at a time"
+        in caplog.text
+    )
+    assert "5 (BatchNorm1d)" not in caplog.text

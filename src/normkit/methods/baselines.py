@@ -163,7 +163,6 @@ METHOD = Method(
             lambda source, _: _to_groups(source, features_of(source)),  # a group per channel
             lambda m: isinstance(m, nn.GroupNorm) and m.num_groups == m.num_channels,
             _UNUSED,
-            needs_positions=True,
             another=True,
         ),
     },

@@ -125,7 +125,6 @@ class Target:
         freezes_bias: Whether the bias of the layer before is no longer trained: the new layer takes a constant out, but,
             without the projection of batch normalization's backward pass, does not stop it from being trained, and it
             would grow for nothing.
-        needs_positions: Whether it needs several values per channel and sample, so that flat features cannot have it.
         another: Whether a batch normalization in evaluation becomes another function.
     """
 
@@ -135,7 +134,6 @@ class Target:
     channels_last: bool = False
     configurable: bool = False
     freezes_bias: bool = False
-    needs_positions: bool = False
     another: bool = False
 
 

@@ -43,6 +43,8 @@ from normkit.surgery.conversion_state import (
 
 _logger = logging.getLogger("normkit")
 
+_LITTLE = 4
+"""Values that a group normalization must have together; two become plus and minus one, whatever they are."""
 _TORCH_INSTANCE = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _InstanceNorm)
 
 Where = Callable[[str, nn.Module], bool] | Iterable[str] | None
@@ -243,14 +245,6 @@ def _plan(
     several = isinstance(source, nn.LayerNorm) and len(source.normalized_shape) > 1
     if (several or isinstance(source, nn.RMSNorm)) and to != "none":
         return None
-    if target.needs_positions and _is_flat(source, producer, model):
-        _logger.warning(
-            "convert: %s (%s) normalizes flat features, of which %r would leave nothing: it stays as it is",
-            path,
-            type(source).__name__,
-            to,
-        )
-        return None
     with_children = applies_children(source)
     if is_frozen_norm(source) or not (with_children or computes_as_its_type(source)):
         raise ValueError(
@@ -263,6 +257,17 @@ def _plan(
         new, biased = Removed(), producer if producer.bias is None else None
     else:
         new = target.build(source, lambda: spatial_dims(path, source, producer, model), **settings)
+    together = new.num_channels // new.num_groups if isinstance(new, nn.GroupNorm) else _LITTLE
+    if together < _LITTLE and _is_flat(source, producer, model):
+        _logger.warning(
+            "convert: %s (%s) normalizes flat features, of which %r would leave %s",
+            path,
+            type(source).__name__,
+            to,
+            "nothing: it stays as it is" if together == 1 else f"little, since it normalizes {together} at a time",
+        )
+        if together == 1:
+            return None
     constant = producer is not None and computes_as_its_type(producer)
     if target.freezes_bias and constant and producer is not None and producer.bias is not None:
         trained = producer.bias.requires_grad or (origin is not None and origin.frozen is producer)

@@ -148,6 +148,13 @@ def test_terminal_report_has_verdict_and_every_method(width):
         assert text.count(f" {method} ") >= 3
 
 
+def test_terminal_report_gives_the_reason_of_failed_runs():
+    lost = [result("final", "batch", 1, 0.1, seed, 0.0, "failed", error="ValueError: one value") for seed in range(2)]
+    out = console(terminal=False)
+    out.print(render_terminal(record([*lost, result("final", "group", 1, 0.1, 0, 0.9)], planned=3)))
+    assert "2 final runs of batch at batch size 1 failed: ValueError: one value" in out.file.getvalue()
+
+
 def test_terminal_report_of_an_empty_study_says_so():
     out = console(terminal=False)
     out.print(render_terminal(record([], planned=9)))

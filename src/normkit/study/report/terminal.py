@@ -10,8 +10,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from normkit.study.records import StudyRecord
+from normkit.study.report.format import pluralize
 from normkit.study.report.statistics import summarize
-from normkit.study.report.tables import Cell, Table, tables
+from normkit.study.report.tables import Cell, Table, failed_runs, tables
 from normkit.study.report.verdict import reach_verdict
 
 # beginnings of the titles of columns that are left out, in this order, where there is no room
@@ -27,7 +28,12 @@ def render_terminal(record: StudyRecord) -> RenderableType:
     """
     summaries = summarize(record)
     verdict = reach_verdict(record, summaries)
-    words = [_names(verdict.sentence, "bold"), *(_names(caveat, "dim") for caveat in verdict.caveats)]
+    lost = (
+        f"{pluralize(r.runs, f'{r.phase} run')} of `{r.method}` at batch size {r.batch_size} {r.what}"
+        for r in failed_runs(record)
+        if r.what.startswith("failed: ")
+    )
+    words = [_names(verdict.sentence, "bold"), *(_names(text, "dim") for text in (*verdict.caveats, *lost))]
     return Group(*map(_Fitted, tables(record, summaries)), *words)
 
 
