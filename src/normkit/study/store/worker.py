@@ -31,6 +31,7 @@ from normkit.study.store.fingerprint import check_same_data, fingerprint
 from normkit.study.store.owner import owner
 from normkit.study.store.store import Claim, Store
 from normkit.study.task import Task
+from normkit.study.train.allocator import keep_freed_memory
 from normkit.study.train.loop import from_first
 from normkit.study.train.trial import run_trial
 
@@ -263,6 +264,7 @@ def _death(exit_code: int | None) -> str | None:
 def _worker_main(address: StoreAddress, config: StudyConfig, messages: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _end_with_parent()
+    keep_freed_memory()
     torch.set_num_threads(1)
     try:
         store = address.store()
