@@ -83,13 +83,16 @@ def apply(
     if not isinstance(model, nn.Module):
         raise ValueError(f"apply: model is {str(model)[:60]!r}, of type {type(model).__name__}; give an nn.Module")
     for argument, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-        if isinstance(value, bool) or not isinstance(value, Real | Tensor) or not 0 <= value < math.inf:
+        number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+        if isinstance(value, bool) or not number or not 0 <= value < math.inf:
             raise ValueError(f"apply: {argument} is {value!r}; give a finite number that is not negative")
-    if not (where is None or callable(where) or isinstance(where, str)):
+    if isinstance(where, Iterable) and not isinstance(where, str | nn.Module):
         where = list(where)
     _check_optimizer(recipe, optimizer)
     if where is not None and recipe.convert is None:
         raise ValueError(f"apply: where chooses layers to convert, and {name!r} converts none; leave it out")
+    if not isinstance(options, Mapping | None):
+        raise ValueError(f"apply: options is {options!r}; give a mapping from names to values")
     given = dict(options or {})
     for option in given:
         if option not in recipe.options:
@@ -99,7 +102,7 @@ def apply(
     with _restored_on_error(model):
         model, made = _carry_out(recipe, model, request, where)
         watch_rates(made, name)
-    _report(name, describe(model, made).effects, chosen=where is not None)
+        _report(name, describe(model, made).effects, chosen=where is not None)
     return model, made
 
 
@@ -176,6 +179,21 @@ def _say_what_is_lost(name: str, model: nn.Module, where: Where) -> None:
         )
 
 
+def _say_what_stays(name: str, model: nn.Module) -> None:
+    """Log a warning where a recipe that converts nothing meets what was converted before."""
+    converted = {path: origin.to for path, layer in model.named_modules() if (origin := origin_of(layer)) is not None}
+    if converted:
+        path, to = next(iter(converted.items()))
+        _logger.warning(
+            "%s: %d normalization layers stay as they were converted before (%s to %r, ...); call normkit.revert(model) first to "
+            "have the model's own",
+            name,
+            len(converted),
+            path or "the model",
+            to,
+        )
+
+
 def _check_optimizer(recipe: Recipe, optimizer: Any) -> None:
     """Refuse what makes no optimizer for the recipe.
 
@@ -202,7 +220,9 @@ def _check_optimizer(recipe: Recipe, optimizer: Any) -> None:
 def _carry_out(recipe: Recipe, model: nn.Module, request: Request, where: Where) -> tuple[nn.Module, Optimizer]:
     given = request.options
     undo_in_place(model.modules())
-    if recipe.convert is not None:
+    if recipe.convert is None:
+        _say_what_stays(recipe.name, model)
+    else:
         if TARGETS[recipe.convert.does].another:
             _say_what_is_lost(recipe.name, model, where)
         model = convert(model, recipe.convert.does, where=where, **recipe.convert.settings(given))

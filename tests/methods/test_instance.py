@@ -62,12 +62,17 @@ def test_groups_of_few_flat_features_are_named_and_single_features_stay(to, capl
     )
     normkit.convert(model, to)
     assert [type(model[i]) for i in (1, 3, 5)] == [nn.BatchNorm1d, nn.GroupNorm, nn.GroupNorm]
-    assert (
-        f"1 (BatchNorm1d) normalizes flat features, of which '{to}' would leave nothing: it stays as it is"
-        in caplog.text
-    )
-    assert (
-        f"3 (BatchNorm1d) normalizes flat features, of which '{to}' would leave little, since it normalizes 2 at a time"
-        in caplog.text
-    )
+    assert f"{to!r} would leave nothing: it stays as it is" in caplog.text
+    assert f"{to!r} would leave little, since it normalizes 2 at a time" in caplog.text
     assert "5 (BatchNorm1d)" not in caplog.text
+
+
+def test_single_positions_are_seen_behind_pooling_and_dropout(caplog):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.BatchNorm2d(4),
+        nn.Flatten(), nn.Linear(4, 8), nn.Dropout(), nn.BatchNorm1d(8), nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 4, 1),
+        nn.BatchNorm1d(4),
+    )  # fmt: skip
+    normkit.convert(model, "instance")
+    assert [type(model[i]) for i in (1, 5, 9, 12)] == [nn.GroupNorm, nn.BatchNorm2d, nn.BatchNorm1d, nn.GroupNorm]
+    assert "5 (BatchNorm2d) normalizes flat features or single positions" in caplog.text

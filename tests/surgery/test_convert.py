@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize, prune
 
 import normkit
 from normkit.inspection.norms import is_batchnorm
@@ -328,6 +329,24 @@ def test_where_takes_a_predicate_or_paths_and_knows_near_misses():
     assert not is_batchnorm(model[1][4])
     with pytest.raises(ValueError, match=r"no module '1\.44'; did you mean '1\.4'"):
         convert(model, "group", where=["1.44"])
+    with pytest.warns(UserWarning, match="no normalization layer to convert to 'none'"):
+        convert(model, "none", where=["0.0"])
+
+
+@pytest.mark.parametrize("where", [nn.BatchNorm2d, nn.BatchNorm2d(3), 3, [nn.BatchNorm2d(3)]])
+def test_where_of_a_wrong_type_is_named(where):
+    with pytest.raises(ValueError, match=r"^where (is|holds a) "):
+        convert(small_net(), "group", where=where)
+    with pytest.raises(ValueError, match=r"^where (is|holds a) "):
+        normkit.apply("group", small_net(), lr=0.1, where=where)
+
+
+def test_models_and_optimizers_of_a_wrong_type_are_named():
+    for call in (lambda m: convert(m, "group"), revert, normkit.fold):
+        with pytest.raises(ValueError, match=r"model is '\[\]', of type list"):
+            call([])
+    with pytest.raises(ValueError, match="optimizer is 'sgd'"):
+        convert(small_net(), "group", optimizer="sgd")
 
 
 @pytest.mark.parametrize(
@@ -395,6 +414,11 @@ class Caching(nn.BatchNorm2d):
         return self.latest, x
 
 
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 class Contiguous(nn.BatchNorm2d):
     def forward(self, x):
         return super().forward(x.contiguous())
@@ -417,6 +441,23 @@ def test_a_subclass_that_computes_something_else_is_refused_and_nothing_is_chang
     assert model[3] is layers[3]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: parametrize.register_parametrization(layer, "weight", nn.Softplus()),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+)
+def test_a_norm_whose_scale_is_computed_is_refused_and_nothing_is_changed(change):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    change(model[1])
+    layers = list(model)
+    for to in ("group", "frozen", "none"):
+        with pytest.raises(ValueError, match=r"1: the weight of this \w+ is computed from other tensors"):
+            convert(model, to)
+    assert list(model) == layers
+
+
 def test_what_a_subclass_computes_counts_and_not_that_it_has_a_forward():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), Contiguous(8), ChannelsFirst(8))
     convert(model, "none", where=["1"])
@@ -428,6 +469,18 @@ def test_what_a_subclass_computes_counts_and_not_that_it_has_a_forward():
         with pytest.raises(ValueError, match="0: Caching computes something else"):
             convert(model, "none")
         model(torch.randn(2, 3, 4, 4))
+
+
+def test_a_removed_norm_without_parameters_leaves_its_input_alone():
+    class Residual(nn.Sequential):
+        def forward(self, x):
+            return x + super().forward(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid())
+    model.append(Residual(nn.InstanceNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1)))
+    convert(model, "none")
+    assert model[2][0].bias.shape == (8,)
+    model(torch.randn(2, 3, 6, 6)).sum().backward()
 
 
 def test_a_group_norm_whose_dimensions_are_unknown_is_refused_and_nothing_is_changed():
@@ -594,6 +647,46 @@ def test_when_a_recipe_raises_the_model_is_as_it_was(name, options, message):
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert observed is None or len(model[8]._forward_hooks) == 1
+
+
+def test_when_the_warning_of_a_recipe_is_an_error_the_model_is_as_it_was():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Doubled(8, 8, 3), Doubled(8, 8, 1))
+    layers = list(model)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match="bnp does little here"):
+                normkit.apply("bnp", model, lr=0.1)
+        assert list(model) == layers
+        assert not model[0]._forward_hooks
+
+
+def test_a_recipe_that_converts_nothing_names_what_was_converted_before(caplog):
+    model, _ = normkit.apply("group", trained_net(), lr=0.1)
+    caplog.clear()
+    normkit.apply("batch", model, lr=0.1)
+    assert "batch: 4 normalization layers stay as they were converted before (1 to 'group', ...)" in caplog.text
+
+
+@pytest.mark.parametrize("to", ["online", "batchless", "l1", "group", "none"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_cast_while_converted_evaluates_and_comes_back_in_that_dtype(to, dtype):
+    model = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), to).to(dtype)
+    x = torch.randn(4, 3, 8, 8, dtype=dtype)
+    model.train()(x)
+    model.eval()(x)
+    revert(model)(x)
+    assert model[1].running_var.dtype == dtype
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_state_dicts_from_before_the_counter_of_batches_load(to):
+    old = {name: t for name, t in trained_net().state_dict().items() if not name.endswith("num_batches_tracked")}
+    model = convert(small_net(), to)
+    model.load_state_dict(old)
+    revert(model)
+    for name in ("1.weight", "1.running_var", "4.running_mean"):
+        torch.testing.assert_close(model.state_dict()[name], old[name])
 
 
 def test_when_a_conversion_raises_the_model_is_as_it_was():

@@ -163,6 +163,33 @@ def test_hooks_are_not_folded_over():
     check(model, torch.randn(2, 3, 5, 5).double(), left=["the Conv2d before it has hooks"])
 
 
+@pytest.mark.parametrize(
+    "between", [nn.Sequential(nn.Conv2d(3, 4, 1)), nn.Sequential(nn.Conv2d(3, 4, 1), nn.Identity())]
+)
+def test_hooks_of_what_lies_between_are_not_folded_over(between):
+    model = randomized(nn.Sequential(copy.deepcopy(between), nn.BatchNorm2d(4)))
+    hooked = model[0] if len(between) == 1 else model[0][1]
+    hooked.register_forward_hook(lambda module, args, output: output * 2 + 1)
+    x = torch.randn(2, 3, 5, 5).double()
+    check(model, x, left=["1 layer stays"])
+    with pytest.warns(UserWarning, match="1 layer stays"):
+        torch.testing.assert_close(normkit.fold(model, example=x)(x), model(x))
+
+
+class Switched(nn.Sequential):
+    def forward(self, x, raw=False, unused=False):
+        y = self[0](x)
+        return y if raw else self[1](y)
+
+
+def test_switches_of_forward_that_take_another_path_are_named():
+    check(
+        randomized(Switched(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))),
+        torch.randn(2, 3, 5, 5).double(),
+        left=["value of raw=False"],
+    )
+
+
 class Block(nn.Module):
     def __init__(self, width, stride):
         super().__init__()

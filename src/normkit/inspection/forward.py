@@ -29,8 +29,10 @@ def check_batches(batches: Any, caller: str) -> None:
     """Refuse one batch where an iterable of batches belongs: its rows would be taken for batches.
 
     Raises:
-        ValueError: ``batches`` is a tensor.
+        ValueError: ``batches`` is a tensor, or no iterable; None is none given.
     """
+    if not isinstance(batches, Iterable | None):
+        raise ValueError(f"{caller}: batches is a {type(batches).__name__}; give several batches, such as a list")
     if isinstance(batches, Tensor):
         raise ValueError(f"{caller}: batches is one tensor of shape {tuple(batches.shape)}; give several, or [batch]")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from normkit.inspection.markers import Leaf
@@ -37,6 +38,8 @@ _SAME_DIMENSIONS = {
     "dropout",
     "contiguous",
 }
+_RESIZING = {"pooling", "padding", "upsampling"}
+_ADAPTIVE = (_AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd)
 _METADATA = {"shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_cuda", "stride", "is_floating_point"}
 
 
@@ -178,8 +181,40 @@ def _is_map(flow: Dataflow, modules: dict[str, nn.Module], index: int) -> bool:
         index = step.inputs[0]
 
 
+def has_one_position(flow: Dataflow, modules: dict[str, nn.Module], path: str) -> bool | None:
+    """Return whether a module takes one value per channel and sample at every call; None where that is not known."""
+    answers = {_one_position(flow, modules, index) for index in flow.calls(path)}
+    return answers.pop() if len(answers) == 1 else None
+
+
+def _one_position(flow: Dataflow, modules: dict[str, nn.Module], index: int) -> bool | None:
+    while flow.steps[index].inputs:
+        index = flow.steps[index].inputs[0]
+        step = flow.steps[index]
+        module = modules.get(step.path or "") if step.name == "module" else None
+        if isinstance(module, nn.Linear):
+            return None if _is_map(flow, modules, index) else True
+        if isinstance(module, _ADAPTIVE):
+            size = module.output_size
+            return all(extent == 1 for extent in (size if isinstance(size, tuple) else (size,)))
+        if isinstance(module, _ConvNd):
+            if any(k > 1 for k in module.kernel_size) or not (
+                isinstance(module.padding, str) or not any(module.padding)
+            ):
+                return False
+        elif len(step.inputs) > 1 or not (
+            step.name in _SAME_DIMENSIONS if module is None else _keeps_positions(module)
+        ):
+            return None  # sums and products may broadcast
+    return None
+
+
+def _keeps_positions(module: nn.Module) -> bool:
+    return _keeps_dimensions(module) and type(module).__module__.rpartition(".")[2] not in _RESIZING
+
+
 def _keeps_dimensions(module: nn.Module) -> bool:
-    kinds = ("activation", "dropout", "pooling", "padding", "upsampling")
+    kinds = ("activation", "dropout", *_RESIZING)
     own = type(module).__module__ in [f"torch.nn.modules.{kind}" for kind in kinds] and not any(module.children())
     return own or is_norm(module) or isinstance(module, nn.Linear | nn.Identity)
 
@@ -248,8 +283,14 @@ def _after(flow: Dataflow, modules: dict[str, nn.Module], index: int) -> str | N
 
 def _is_identity(step: Step, modules: dict[str, nn.Module]) -> bool:
     if step.name == "module" and step.path is not None:
-        return isinstance(modules[step.path], nn.Identity) and not any(True for _ in modules[step.path].parameters())
+        module = modules[step.path]
+        return isinstance(module, nn.Identity) and not any(True for _ in module.parameters()) and not has_hooks(module)
     return step.name == "contiguous"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether something may change what goes into the module or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class _Tracer(fx.Tracer):
@@ -283,10 +324,44 @@ def _pieces(module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[nn.Module
         yield module, graph
 
 
-def _symbolic(module: nn.Module) -> fx.Graph:
-    clone = _scratch_copy(module)
+def deciding_defaults(model: nn.Module) -> list[str]:
+    """Return the switches among the arguments of forward whose other value takes another path, as ``name=default``.
+
+    Examples:
+        >>> class Net(nn.Module):
+        ...     def forward(self, x, twice=False, unused=False):
+        ...         return 2 * x if twice else x
+        >>> deciding_defaults(Net())
+        ['twice=False']
+    """
+    found = []
+    for root, graph in _pieces(model, set()):
+        if graph is None:
+            continue
+        for name, default in _defaults(root).items():
+            if isinstance(default, bool):
+                try:
+                    other = _symbolic(root, **{name: not default})
+                except Exception:  # as in _pieces
+                    other = None
+                if other is None or _operations(other) != _operations(graph):
+                    found.append(f"{name}={default}")
+    return found
+
+
+def _operations(graph: fx.Graph) -> list[tuple[str, str, tuple[str, ...]]]:
+    called = [node for node in graph.nodes if node.op != "placeholder"]
+    return [(node.op, str(node.target), tuple(source.name for source in node.all_input_nodes)) for node in called]
+
+
+def _defaults(module: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(module.forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _symbolic(module: nn.Module, **arguments: Any) -> fx.Graph:
+    clone = _scratch_copy(module)
+    defaults = _defaults(module) | arguments
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fx warns about defaults that it cannot guard; nobody runs this graph
         return _Tracer().trace(clone, concrete_args=defaults)

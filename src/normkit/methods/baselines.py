@@ -83,10 +83,14 @@ def _to_groups(source: nn.Module, groups: int) -> nn.Module:
 
 def _to_removed(source: nn.Module, _: Dims) -> nn.Module:
     beta = source._parameters.get("bias")
-    if beta is None:
-        return Removed()
-    new = Removed(tuple(beta.shape), -1 if isinstance(source, nn.LayerNorm) else 1)
-    new.bias = nn.Parameter(torch.zeros_like(beta), requires_grad=beta.requires_grad)
+    last = isinstance(source, nn.LayerNorm | nn.RMSNorm)
+    shape = source.normalized_shape if last else (features_of(source),)
+    new = Removed(tuple(shape), -1 if last else 1)
+    like = next((t for t in (beta, *source.parameters(), *source.buffers()) if t is not None), None)
+    if like is not None:
+        new = new.to(like.device, like.dtype)
+    if beta is not None:
+        new.requires_grad_(beta.requires_grad)
     return new
 
 

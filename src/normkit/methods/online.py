@@ -226,7 +226,9 @@ class OnlineNorm(WideStatistics, Successor, nn.Module):
                 y = y + self.bias.view(shape)
             y = y.to(x.dtype)
         else:
-            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            wide = self.running_mean.dtype  # which torch's batch normalization wants of all four
+            weight, bias = (None if t is None else t.to(wide) for t in (self.weight, self.bias))
+            y = F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
         return layer_scaling(y, self.eps)
 
     @disable_dynamo

@@ -159,8 +159,10 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
     """Check that ``optimizer`` holds parameters of ``model``.
 
     Raises:
-        ValueError: It holds none of the model's parameters.
+        ValueError: It is no optimizer, or holds none of the model's parameters.
     """
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"optimizer is {optimizer!r}; give the torch optimizer that trains the model")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in model.parameters()):
         raise ValueError(

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from normkit._errors import closest
 from normkit.inspection.conformance import applies_children, computes_as_its_type, has_torch_forward
-from normkit.inspection.graph import producers
+from normkit.inspection.graph import dataflow, has_one_position, producers
 from normkit.inspection.norms import PRODUCERS, Producer, is_frozen_norm, is_norm, outputs, statistics_of
 from normkit.inspection.reads import attributes_read
 from normkit.inspection.references import exchange, unwritable
@@ -108,14 +108,18 @@ def convert(
     if where is None:
         _leave_others(layers, to)
     if not layers:
-        if to != "none":  # a model without normalization layers is what that asks for
+        if to != "none" or where is not None:  # a model without normalization layers is what that asks for
             warnings.warn(f"convert: no normalization layer to convert to {to!r}; the model is unchanged", stacklevel=2)
         return model
     _leave_read(model, layers)
-    fed_by = feeding(model)
-    plans = [_plan(model, path, layer, fed_by.get(layer), to, settings) for path, layer in layers.items()]
+    flow, modules = dataflow(model), dict(model.named_modules())
+    sources = producers(model, flow)
+    plans = []
+    for path, layer in layers.items():
+        source, single = modules.get(sources.get(path, path)), has_one_position(flow, modules, path)
+        plans.append(_plan(model, path, layer, source if isinstance(source, PRODUCERS) else None, to, settings, single))
     swaps = [swap for swap in plans if swap is not None]
-    if not swaps and not any(origin_of(layer) or TARGETS[to].is_native(layer) for layer in layers.values()):
+    if layers and not swaps and not any(origin_of(layer) or TARGETS[to].is_native(layer) for layer in layers.values()):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers.values()}))
         warnings.warn(f"convert: {kinds} cannot become {to!r}; the model is unchanged", stacklevel=2)
     return _carry_out(model, swaps, optimizer)
@@ -148,14 +152,9 @@ def revert(model: nn.Module, *, where: Where = None, optimizer: Optimizer | None
     return _carry_out(model, swaps, optimizer, [layer for layer in changed if origin_of(layer) is None])
 
 
-def feeding(model: nn.Module) -> dict[nn.Module, Producer]:
-    """``normkit.inspection.graph.producers`` as modules."""
-    modules = dict(model.named_modules())
-    pairs = ((modules[norm], modules[source]) for norm, source in producers(model).items())
-    return {norm: source for norm, source in pairs if isinstance(source, PRODUCERS)}
-
-
 def _check(model: nn.Module, optimizer: Optimizer | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {str(model)[:60]!r}, of type {type(model).__name__}; give an nn.Module")
     for path, module in model.named_modules():
         where = path or "the model"
         if isinstance(module, DistributedDataParallel):
@@ -204,11 +203,15 @@ def select(
     layers = {path: m for path, m in model.named_modules() if candidate(m)}
     if where is None:
         return layers
+    if isinstance(where, type | nn.Module) or not (callable(where) or isinstance(where, Iterable)):
+        raise ValueError(f"where is {str(where)[:60]!r}; give paths, or a predicate such as lambda path, layer: ...")
     if callable(where):
         return {path: layer for path, layer in layers.items() if where(path, layer)}
     everywhere = dict(model.named_modules(remove_duplicate=False))
     chosen: set[nn.Module] = set()
     for path in [where] if isinstance(where, str) else where:
+        if not isinstance(path, str):
+            raise ValueError(f"where holds a {type(path).__name__}; give paths, which are strings")
         if path not in everywhere:
             near = closest(path, everywhere)
             raise ValueError(f"where: the model has no module {path!r}" + (f"; did you mean {near!r}?" if near else ""))
@@ -217,7 +220,13 @@ def select(
 
 
 def _plan(
-    model: nn.Module, path: str, layer: nn.Module, producer: Producer | None, to: str, settings: dict[str, Any]
+    model: nn.Module,
+    path: str,
+    layer: nn.Module,
+    producer: Producer | None,
+    to: str,
+    settings: dict[str, Any],
+    single: bool | None,
 ) -> _Swap | None:
     """The swap that turns ``layer`` into the target, or None where it is one already or cannot be.
 
@@ -245,6 +254,12 @@ def _plan(
     several = isinstance(source, nn.LayerNorm) and len(source.normalized_shape) > 1
     if (several or isinstance(source, nn.RMSNorm)) and to != "none":
         return None
+    computed = next((name for name in ("weight", "bias") if _is_computed(source, name)), None)
+    if computed is not None:
+        raise ValueError(
+            f"{path}: the {computed} of this {type(source).__name__} is computed from other tensors (parametrization, pruning), "
+            "which would be lost; remove that first, or leave the layer out with `where`"
+        )
     with_children = applies_children(source)
     if is_frozen_norm(source) or not (with_children or computes_as_its_type(source)):
         raise ValueError(
@@ -258,9 +273,9 @@ def _plan(
     else:
         new = target.build(source, lambda: spatial_dims(path, source, producer, model), **settings)
     together = new.num_channels // new.num_groups if isinstance(new, nn.GroupNorm) else _LITTLE
-    if together < _LITTLE and _is_flat(source, producer, model):
+    if together < _LITTLE and (_is_flat(source, producer, model) if single is None else single):
         _logger.warning(
-            "convert: %s (%s) normalizes flat features, of which %r would leave %s",
+            "convert: %s (%s) normalizes flat features or single positions, of which %r would leave %s",
             path,
             type(source).__name__,
             to,
@@ -290,6 +305,11 @@ def _plan(
         vars(new)["normkit_origin"]._child_hook = take_children(source, new)
     new.register_load_state_dict_pre_hook(load_other_form)
     return _Swap(layer, new, was)
+
+
+def _is_computed(norm: nn.Module, name: str) -> bool:
+    """Whether a tensor of ``norm`` is neither a parameter nor a buffer."""
+    return not (name in norm._parameters or name in norm._buffers) and isinstance(getattr(norm, name, None), Tensor)
 
 
 def _is_flat(norm: nn.Module, producer: Producer | None, model: nn.Module) -> bool:

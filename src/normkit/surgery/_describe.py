@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
-from normkit.inspection.norms import features_of, is_batchnorm, is_norm, outputs
+from normkit.inspection.norms import features_of, is_batchnorm, is_frozen_norm, is_norm, outputs
 from normkit.methods.catalog import TARGETS
 from normkit.methods.revisited.revisit import Revision, revision_of
 from normkit.methods.weight_standardization.standardize import effects as standardized
@@ -109,7 +109,7 @@ def describe(model: nn.Module, optimizer: Optimizer | None = None) -> Descriptio
         elif "normkit_undo" in vars(layer) and is_parametrized(layer):
             used = ", ".join(type(p).__name__ for p in layer.parametrizations.weight)  # pyright: ignore
             rows.append(LayerDescription(path, f"{kind} with {used}", outputs(layer)))  # pyright: ignore
-        elif is_norm(layer):
+        elif is_norm(layer) or is_frozen_norm(layer):
             rows.append(LayerDescription(path, kind, features_of(layer), revision=revision))
     if optimizer is None:
         return Description(rows)

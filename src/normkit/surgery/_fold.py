@@ -16,7 +16,15 @@ from torch.nn.utils import parametrize
 
 from normkit.inspection.conformance import has_torch_forward
 from normkit.inspection.forward import Forward, evaluating, run_batch
-from normkit.inspection.graph import Dataflow, dataflow, sole_consumer, source_of, works_on_positions
+from normkit.inspection.graph import (
+    Dataflow,
+    dataflow,
+    deciding_defaults,
+    has_hooks,
+    sole_consumer,
+    source_of,
+    works_on_positions,
+)
 from normkit.inspection.markers import is_attachment
 from normkit.inspection.norms import PRODUCERS, NormTraits, is_frozen_norm, is_norm, is_placeholder, takes_maps
 from normkit.inspection.reads import attributes_read, tensors_read
@@ -35,12 +43,13 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
     or unpadded convolutional layer that alone takes theirs; ``torch.nn.Identity`` stands in their place. Before a
     zero-padded convolution an input normalization becomes padding with the mean, so that the border is exact too. What
     stays is named in a warning, with the reason; where torch's batch normalization computes the same, it stands there. Hooks
-    of this package are not in the copy.
+    of this package are not in the copy. The copy computes the same for calls that take the same path through the model: its
+    present attributes, the defaults of ``forward`` or the way in which ``example`` is run.
 
     Args:
         model: Any module; not changed. Of one wrapped in DistributedDataParallel, the module inside is folded.
-        example: One batch. With it the model is run instead of traced, so that nothing about its data flow stays
-            unknown, and the copy is checked against it.
+        example: One batch. With it the model is run instead of traced, so that nothing about the data flow of this call
+            stays unknown, and the copy is checked against it.
         forward: How to run the model on ``example``; by default a mapping goes in as keyword arguments, of a tuple or
             list the first entry, anything else as it is.
 
@@ -48,6 +57,7 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
         The copy.
 
     Raises:
+        ValueError: ``model`` is no module.
         RuntimeError: On ``example``, the copy computes something else.
 
     Examples:
@@ -58,6 +68,8 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
           (2): ReLU()
         )
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"fold: model is {str(model)[:60]!r}, of type {type(model).__name__}; give an nn.Module")
     model = model.module if isinstance(model, DistributedDataParallel) else model
     folded = _bare_copy(model).eval()
     flow = dataflow(folded) if example is None else record(folded, example, forward=forward)[0]
@@ -73,11 +85,12 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
             if consumer is not None and source_of(flow, modules, consumer) != path:
                 consumer = None
             around = {side: near for side, near in (("before", source), ("behind", consumer)) if near is not None}
+            apart = {near: hooked for near in around.values() if (hooked := _hooks_between(path, near, modules))}
             across = [near for near in around.values() if works_on_positions(flow, modules, near)]
             outcome = _try(
                 modules[path],
                 {side: modules[near] for side, near in around.items()},
-                fixed,
+                fixed | {modules[near]: f"{hooked} between them has hooks" for near, hooked in apart.items()},
                 [modules[near] for near in across],
             )
             if isinstance(outcome, str):
@@ -91,6 +104,11 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
         if plain is not None:
             swaps[modules[path]] = modules[path] = plain
     folded = exchange(folded, swaps)
+    if example is None and (decided := deciding_defaults(folded)):
+        warnings.warn(
+            f"fold: another value of {', '.join(decided)} takes another path through the model; the copy is for this one",
+            stacklevel=2,
+        )
     if reasons:
         left = "1 layer stays" if len(reasons) == 1 else f"{len(reasons)} layers stay"
         warnings.warn(f"fold: {left}. {_grouped(reasons, modules)}", stacklevel=2)
@@ -98,6 +116,17 @@ def fold(model: nn.Module, *, example: Any = None, forward: Forward = run_batch)
         with evaluating(model), evaluating(folded):
             _check_same(forward(model, example), forward(folded, example))
     return folded
+
+
+def _hooks_between(path: str, other: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """A container with hooks that holds one of two modules and not the other."""
+    apart = set(_containers(path)) ^ set(_containers(other))
+    return next((container for container in sorted(apart) if has_hooks(modules[container])), None)
+
+
+def _containers(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def _grouped(reasons: dict[str, str], modules: dict[str, nn.Module]) -> str:
@@ -147,7 +176,7 @@ def _try(
     affine = affine_of(norm)
     if isinstance(affine, str):
         return affine
-    if _has_hooks(norm):
+    if has_hooks(norm):
         return "it has hooks"
     reasons = []
     for side, layer in around.items():
@@ -168,7 +197,7 @@ def _obstacle(layer: nn.Module, side: str, fixed: str) -> str:
     name = f"the {type(layer).__name__} {side} it"
     if fixed:
         return f"{name} must stay as it is: {fixed}"
-    if _has_hooks(layer):
+    if has_hooks(layer):
         return f"{name} has hooks"
     if not has_torch_forward(layer):
         return f"{name} has a forward of its own"
@@ -194,7 +223,7 @@ def _plain(layer: Any) -> Any:
 def _torch_layer(path: str, norm: nn.Module, model: nn.Module) -> nn.Module | None:
     """The batch normalization of torch that computes what a layer of this package does in eval mode, if there is one."""
     affine = affine_of(norm)
-    if not isinstance(norm, NormTraits) or isinstance(affine, str) or is_placeholder(norm) or _has_hooks(norm):
+    if not isinstance(norm, NormTraits) or isinstance(affine, str) or is_placeholder(norm) or has_hooks(norm):
         return None
     if affine.channel_dim != 1:
         return None
@@ -207,10 +236,6 @@ def _torch_layer(path: str, norm: nn.Module, model: nn.Module) -> nn.Module | No
         torch.allclose(a, b, rtol=1e-6) for a, b in ((same.scale, affine.scale), (same.shift, affine.shift))
     )
     return plain if equal else None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _bare_copy(model: nn.Module) -> nn.Module:

@@ -54,9 +54,14 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward: Forward = 
         >>> norm.running_mean.item(), round(norm.running_var.item(), 4)
         (4.0, 6.6667)
     """
+    if batches is None:
+        raise ValueError("recalibrate: batches is None; give at least one batch of training data")
     paths = {module: path for path, module in model.named_modules() if can_adopt_statistics(module)}
     if not paths:
-        raise ValueError("recalibrate: the model has no normalization layer with running statistics")
+        raise ValueError(
+            "recalibrate: the model has no normalization layer with running statistics of all rows (an instance normalization's "
+            "are those of its samples)"
+        )
     paths = {layer: path for layer, path in paths.items() if layer.training or not model.training}
     if not paths:
         raise ValueError(

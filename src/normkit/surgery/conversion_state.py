@@ -96,9 +96,10 @@ def restored(layer: nn.Module, origin: Origin, like: Tensor | None) -> nn.Module
     if is_frozen_norm(origin.module):  # its scale and shift are buffers
         now |= {name: p.detach() for name in ("weight", "bias") if (p := parameters.pop(name, None)) is not None}
     buffers.update({name: now[name] for name, buffer in buffers.items() if buffer is not None and name in now})
-    if like is not None and origin.dtype not in (None, like.dtype):  # what was set aside stayed behind
-        behind = {n: b for n, b in buffers.items() if b is not None and n not in now and b.dtype == origin.dtype}
-        buffers.update({name: buffer.to(like.dtype) for name, buffer in behind.items()})
+    for name, buffer in origin.module._buffers.items():
+        if buffer is not None:  # what was set aside did not follow a cast, and layers keep statistics in fp32 or wider
+            follows = like is not None and buffer.dtype == origin.dtype
+            buffers[name] = buffers[name].to(like.dtype if follows else buffer.dtype)
     biased: Any = layer if origin.biased is None else origin.biased
     bias = biased.bias if is_placeholder(layer) else None
     mean = buffers.get("running_mean")
@@ -131,15 +132,20 @@ def load_other_form(layer: nn.Module, state: dict[str, Any], prefix: str, *_: An
         return
     given = {key[len(prefix) :] for key in state if key.startswith(prefix)}
     own, old = layer.state_dict(), set(origin.module.state_dict())
-    if given == old and given != set(own):
+    uncounted = given == old - {"num_batches_tracked"} and not given < set(own)  # from before torch had the counter
+    if (given == old or uncounted) and given != set(own):
         twin = _twin(origin.module)
         for tensors in (twin._parameters, twin._buffers):
-            tensors.update({name: nn.Parameter(state[prefix + name], False) for name in tensors.keys() & old})
-        for name in old:
+            tensors.update({name: nn.Parameter(state[prefix + name], False) for name in tensors.keys() & given})
+        for name in given:
             del state[prefix + name]
         fresh = _rebuilt(twin, layer, origin).state_dict()
         aside = {name: buffer.detach().clone() for name, buffer in twin._buffers.items() if buffer is not None}
         origin.module._buffers.update(aside)
+        with torch.no_grad():
+            for name, parameter in origin.module._parameters.items():
+                if parameter is not None and name not in own:  # set aside as well
+                    parameter.copy_(twin._parameters[name])
         state.update({prefix + name: fresh[name] for name in own})
     elif given and given < set(own):
         state.update({prefix + name: own[name] for name in dict(layer.named_buffers()).keys() & own.keys() - given})

@@ -161,10 +161,14 @@ def disagreement(seen: Examination) -> Finding | None:
         f"{size}loss {train:.3g} in train and {evaluation:.3g} in eval mode; this is the first layer that differs by "
         f"itself (its output by {local[cause]:.0%})"
     )
+    per_sample = cause in seen.norms and not seen.norms[cause].uses_batch
     return _sick(
         "train and eval mode disagree",
         {cause: evidence},
-        "normkit.recalibrate(model, batches); if the batch is small, use a method whose two "
+        "it normalizes each sample by itself in train mode alone; build it with track_running_stats=False, or "
+        'normkit.convert(model, "instance")'
+        if per_sample
+        else "normkit.recalibrate(model, batches); if the batch is small, use a method whose two "
         'modes agree: normkit.apply("bnp", ...), normkit.convert(model, "batchless")',
     )
 

@@ -188,14 +188,19 @@ def _count(module: nn.Module) -> int:
 def _undone(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     """Biases and affine maps that the batch normalization behind them takes away again."""
     modules = dict(model.named_modules())
+    takes_away = {
+        path: statistics_of(module) == "batch" and (module.training or not model.training)
+        for path, module in modules.items()
+        if isinstance(module, _BatchNorm)
+    }  # constant statistics take nothing away
     biased = {
         norm: layer
         for norm, layer in producers(model).items()
-        if isinstance(modules[norm], _BatchNorm) and modules[layer]._parameters.get("bias") is not None
+        if takes_away.get(norm) and modules[layer]._parameters.get("bias") is not None
     }
     flow, repeated = dataflow(model), {}
     for step in flow.steps:
-        if step.name != "module" or not isinstance(modules[step.path or ""], _BatchNorm) or len(step.inputs) != 1:
+        if step.name != "module" or not takes_away.get(step.path or "") or len(step.inputs) != 1:
             continue
         source = flow.steps[step.inputs[0]]
         before = modules.get(source.path or "") if source.name == "module" else None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from normkit.inspection.forward import check_batches
 from normkit.inspection.graph import dataflow
 from normkit.inspection.norms import PRODUCERS, NormTraits
 from normkit.methods.method import WideStatistics
@@ -127,6 +128,7 @@ def with_input_norm(model: nn.Module, batches: Iterable[Any] | None = None) -> n
     Raises:
         ValueError: There is no batch, and no layer to tell the number of channels from.
     """
+    check_batches(batches, "revisited+input")
     first = next(iter(batches), None) if batches is not None else None
     first = first[0] if isinstance(first, (tuple, list)) else first
     channels = first.shape[1] if isinstance(first, Tensor) and first.ndim > 1 else _input_channels(model)

@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from normkit.inspection.branches import branch_ends, classifiers
+from normkit.inspection.forward import check_batches
 from normkit.inspection.graph import Dataflow, dataflow
 from normkit.inspection.record import record
 from normkit.methods.method import Method, Part, Recipe
@@ -247,6 +248,7 @@ def standardize_model(model: nn.Module, batches: Iterable[Any] | None) -> nn.Mod
     Raises:
         ValueError: There is none.
     """
+    check_batches(batches, "group+ws")
     flow = dataflow(model)
     if flow.opaque and batches is not None:
         for batch in batches:
