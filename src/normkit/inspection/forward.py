@@ -1,12 +1,16 @@
 """Run a model: on a batch, without being observed, with hooks on some layers, or layer after layer."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.overrides import TorchFunctionMode
 
 from normkit.inspection.counting import no_counting
 from normkit.inspection.norms import observe_input
@@ -158,14 +162,79 @@ def watched(
             handle.remove()
 
 
-def in_order(probe: Probe) -> list[tuple[str, nn.Module]]:
-    """Return the modules with parameters of their own, in the order in which a forward pass first reaches them."""
-    owners = [(n, m) for n, m in probe.model.named_modules() if next(m.parameters(recurse=False), None) is not None]
-    seen: dict[str, nn.Module] = {}
+class Owner(NamedTuple):
+    """A module that runs, and the parameters that it uses without calling another module.
+
+    Attributes:
+        path: Its path in the model.
+        module: The module.
+        parameters: Its own, those behind its parametrizations, and those of modules in it that are never called.
+    """
+
+    path: str
+    module: nn.Module
+    parameters: list[nn.Parameter]
+
+
+def in_order(probe: Probe) -> list[Owner]:
+    """Return the modules that use parameters, in the order in which a forward pass first reaches them."""
+    called: dict[str, nn.Module] = {}
 
     def enter(name: str, module: nn.Module, _: Any, __: Any) -> None:
-        seen.setdefault(name, module)
+        called.setdefault(name, module)
 
-    with watched(owners, before=enter):
+    modules = [(n, m) for n, m in probe.model.named_modules() if not isinstance(m, ParametrizationList)]
+    with watched(modules, before=enter):
         probe.loss()
-    return list(seen.items())
+    owned: dict[str, list[nn.Parameter]] = {path: [] for path in called}
+    for path, module in probe.model.named_modules():
+        own = list(module.parameters(recurse=False))
+        while own and path not in owned and path:
+            path = path.rpartition(".")[0]
+        if own and path in owned:
+            owned[path] += own
+    return [Owner(path, module, owned[path]) for path, module in called.items() if owned[path]]
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Within the block neither torch's dropout layers nor its functions drop anything, also those in attention and LSTMs.
+
+    Yields:
+        Nothing.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, _DropoutNd):
+                stack.callback(setattr, module, "training", module.training)
+                module.training = False
+            elif isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+                stack.callback(setattr, module, "dropout", module.dropout)
+                module.dropout = 0.0
+        stack.enter_context(_KeepAll())
+        yield
+
+
+class _KeepAll(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _DROPPING:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:  # (query, key, value, attn_mask, dropout_p, ...)
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            kwargs |= {} if len(args) > 4 else {"dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+_DROPPING = {
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    torch.dropout,
+    torch.feature_dropout,
+    torch.alpha_dropout,
+    torch.feature_alpha_dropout,
+}

@@ -8,10 +8,10 @@ observed stay as they were.
 import random
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from normkit.inspection.counting import no_counting
 
+_Batch = TypeVar("_Batch")
 Objective = Callable[[nn.Module, Any], Tensor]
 
 
@@ -51,6 +52,19 @@ def random_states(model: nn.Module) -> Callable[[], None]:
             numpy.random.set_state(array)
 
     return restore
+
+
+def undisturbed(model: nn.Module, batches: Iterable[_Batch]) -> Iterator[_Batch]:
+    """Draw batches; the random states, which a loader that shuffles uses, are afterwards as before.
+
+    Yields:
+        The batches.
+    """
+    restore = random_states(unwrap(model))
+    try:
+        yield from batches
+    finally:
+        restore()
 
 
 class Probe:
@@ -114,14 +128,16 @@ class Probe:
                 copies[id(tensor)] = tensor.detach().clone()
             return copies[id(tensor)]
 
-        self._pairs: list[tuple[Tensor, Tensor]] = []  # buffers: (original, copy)
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # (original, copy) of buffers and of plain tensors
+        self._names: list[tuple[dict[str, Any], dict[str, Any]]] = []  # what the names of a module stand for within
         for module in self.model.modules():
             stack.callback(setattr, module, "training", module.training)
-            stack.callback(_refill, module._buffers, dict(module._buffers))
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = copy(buffer)
-                    self._pairs.append((buffer, module._buffers[name]))  # pyright: ignore[reportArgumentType]
+            for names in (module._buffers, vars(module)):
+                before = _values(names)
+                stack.callback(_refill, names, before)
+                tensors = {name: copy(t) for name, t in before.items() if isinstance(t, Tensor)}
+                self._pairs += [(before[name], private) for name, private in tensors.items()]
+                self._names.append((names, before | tensors))
         self._weights: dict[Tensor, Tensor] = {}  # parameter -> its data outside
         for parameter in self.model.parameters():
             stack.callback(setattr, parameter, "grad", parameter.grad)
@@ -149,6 +165,8 @@ class Probe:
             ValueError: The objective returns no scalar tensor.
         """
         self._restore_random()
+        for names, values in self._names:
+            _refill(names, values)
         for original, private in self._pairs:
             private.copy_(original)
         torch.clear_autocast_cache()  # it would hold casts of the weights before they were moved
@@ -180,18 +198,29 @@ class Probe:
         if not wanted:
             raise ValueError("the model has no trainable parameters (requires_grad=True), so there is no gradient")
         loss = self.loss()
+        return self.mean(loss), [self._mean(g) for g in self.backward(loss, wanted)]
+
+    def backward(self, loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradients of a loss that was just computed, dense, and accumulate none.
+
+        Args:
+            loss: What :meth:`loss` returned.
+            parameters: What to differentiate by.
+
+        Raises:
+            RuntimeError: Whatever autograd says.
+        """
         with torch.enable_grad():
             try:
-                found = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+                found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             except RuntimeError as error:
                 if "heckpoint" not in str(error) or ".grad()" not in str(error):
                     raise
-                loss = self.loss()  # reentrant activation checkpointing knows .backward() only
-                loss.backward()
-                found = [torch.zeros_like(p) if p.grad is None else p.grad for p in wanted]
+                self.loss().backward()  # reentrant activation checkpointing knows .backward() only
+                found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
                 for parameter in self._weights:
                     parameter.grad = None
-        return self.mean(loss), [self._mean(g.detach()) for g in found]
+        return [g.detach().to_dense() if g.is_sparse else g.detach() for g in found]
 
     def mean(self, value: Tensor) -> float:
         """Return a scalar averaged over the ranks."""
@@ -203,15 +232,30 @@ class Probe:
         return value
 
 
-def _refill(target: dict[str, Any], content: dict[str, Any]) -> None:
-    target.clear()
-    target.update(content)
+_PLAIN = (Tensor, int, float, str, tuple, type(None))
+
+
+def _values(names: dict[str, Any]) -> dict[str, Any]:
+    """The tensors and plain values among the attributes of a module, or among its buffers, but the training flag."""
+    return {name: value for name, value in names.items() if isinstance(value, _PLAIN) and name != "training"}
+
+
+def _refill(names: dict[str, Any], values: dict[str, Any]) -> None:
+    """Let names stand for these values, and no other names for tensors and plain values."""
+    for name in _values(names).keys() - values.keys():
+        del names[name]
+    names.update(values)
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Return the inner product of two lists of tensors, accumulated in float64."""
-    terms = [torch.sum(x * y, dtype=torch.float64) for x, y in zip(a, b, strict=True)]
+    """Return the inner product of two lists of tensors, accumulated in float64; complex numbers are pairs of real ones."""
+    pairs = zip(map(_as_real, a), map(_as_real, b), strict=True)
+    terms = [torch.sum(x * y, dtype=torch.float64) for x, y in pairs]
     return torch.stack([term.to(terms[0].device) for term in terms]).sum().item() if terms else 0.0
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def norm(a: Sequence[Tensor]) -> float:

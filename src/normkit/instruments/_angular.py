@@ -97,7 +97,7 @@ def angular(model: nn.Module, optimizer: Optimizer, before: Mapping[str, Tensor]
     """Compare the weights with those before the last step.
 
     Looked at are the linear and convolution layers whose output goes into a batch (or l_p) normalization and nowhere
-    else, filter by filter.
+    else, filter by filter; filters of zeros have no direction and are left out.
 
     Args:
         model: Any module, right after ``optimizer.step()``.
@@ -116,6 +116,7 @@ def rotation(
 ) -> Angular:
     """[`normkit.instruments.angular`][] of a bare model whose layers before each normalization are known already."""
     modules, groups = dict(model.named_modules()), {p: g for g in optimizer.param_groups for p in g["params"]}
+    names = {parameter: name for name, parameter in model.named_parameters()}
     found = []
     for norm_path, path in fed_by.items():
         if statistics_of(modules[norm_path]) != "batch":
@@ -125,7 +126,11 @@ def rotation(
             continue
         group = groups[weight]
         dim = 1 if isinstance(modules[path], _ConvTransposeNd) else 0
-        new, old = (w.double().movedim(dim, 0).flatten(1) for w in (weight, before[f"{path}.weight"]))
+        new, old = (w.double().movedim(dim, 0).flatten(1) for w in (weight, before[names[weight]]))
+        turned = (new != 0).any(1) & (old != 0).any(1)
+        if not turned.any():
+            continue  # filters of zeros have no direction
+        new, old = new[turned], old[turned]
         length = new.norm(dim=1)
         # atan2 of the two projections keeps tiny angles, where acos would lose them
         unit = old / old.norm(dim=1, keepdim=True)

@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from normkit.inspection.forward import watched
 from normkit.inspection.norms import PRODUCERS
-from normkit.inspection.probe import Objective, Probe
+from normkit.inspection.probe import Objective, Probe, undisturbed
 from normkit.inspection.record import tensor_in
 from normkit.instruments.result import Result, axes, label
 
@@ -125,8 +125,8 @@ def conditioning(
             rows, patches = _rows(module, x)
             found.setdefault(name, _Gram()).add(rows, patches)
 
-    batches = iter(batches)
-    for batch in batches:
+    known: dict[str, nn.Module] = {}
+    for batch in undisturbed(model, batches):
         with Probe(model, objective, batch) as probe:
             known = {n: m for n, m in probe.model.named_modules() if isinstance(m, PRODUCERS)}
             if missing := set(layers or ()) - known.keys():
@@ -135,8 +135,17 @@ def conditioning(
                 probe.loss()
     if not found:
         raise ValueError("batches: no batch reached a linear or convolution layer")
-    given = preconditioners or {}
+    given = {_unwrapped(name): statistics for name, statistics in (preconditioners or {}).items()}
+    if unknown := given.keys() - known.keys():
+        raise ValueError(f"preconditioners: {sorted(unknown)} are no linear or convolution layers of the model")
     return Conditioning(tuple(_measure(name, gram, given.get(name)) for name, gram in found.items()))
+
+
+def _unwrapped(path: str) -> str:
+    """The path of a layer within the model that is compiled or data parallel."""
+    while path.startswith(("_orig_mod.", "module.")):
+        path = path.partition(".")[2]
+    return path
 
 
 def _rows(module: nn.Module, x: Tensor) -> tuple[Tensor, bool]:

@@ -110,25 +110,27 @@ def covariate_shift(
         old = {parameter: before[name] for name, parameter in named.items()}
         order = in_order(probe)
         wanted = {
-            name: [p for p in module.parameters(recurse=False) if p.requires_grad]
-            for name, module in order
-            if (name in layers if layers is not None else not is_norm(module))
+            owner.path: [p for p in owner.parameters if p.requires_grad]
+            for owner in order
+            if (owner.path in layers if layers is not None else not is_norm(owner.module))
         }
         wanted = {name: own for name, own in wanted.items() if own}
         if missing := set(layers or ()) - wanted.keys():
             raise ValueError(f"layers {sorted(missing)} have no trainable parameters of their own or are not run")
+        if not wanted and layers is not None:
+            return CovariateShift(())
         probe.place(old)
         _, gradients = probe.gradients([p for own in wanted.values() for p in own])
         first = iter(gradients)
         updated: set[Tensor] = set()
         shifts = []
-        for name, module in order:
+        for name, _, parameters in order:
             if own := wanted.get(name):
                 g = [next(first) for _ in own]
                 probe.place({p: value for p, value in old.items() if p not in updated or p in set(own)})
                 _, after = probe.gradients(own) if updated else (0.0, g)
                 shifts.append(_compare(name, g, after))
-            updated.update(module.parameters(recurse=False))
+            updated.update(parameters)
     return CovariateShift(tuple(shifts))
 
 

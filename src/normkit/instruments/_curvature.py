@@ -112,7 +112,7 @@ def curvature(
         directional = along(probe, gradient)
         blocks: dict[str, Sequence[Tensor]] = {"": probe.parameters}
         if per_layer:
-            own = {name: [p for p in m.parameters(recurse=False) if p.requires_grad] for name, m in in_order(probe)}
+            own = {owner.path: [p for p in owner.parameters if p.requires_grad] for owner in in_order(probe)}
             blocks = {name: parameters for name, parameters in own.items() if parameters}
         spectra = {}
         for name, parameters in blocks.items():
@@ -157,7 +157,14 @@ def along(probe: Probe, gradient: Sequence[Tensor]) -> float:
 
 
 def _gaussian(parameters: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
-    return [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in parameters]
+    """Random vectors of independent entries, of complex parameters independent real and imaginary parts."""
+    shapes = [(*p.shape, 2) if p.is_complex() else p.shape for p in parameters]
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [(torch.view_as_complex(d) if p.is_complex() else d).to(p) for d, p in zip(drawn, parameters, strict=True)]
+
+
+def _signs(vector: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.view_as_complex(torch.view_as_real(v).sign()) if v.is_complex() else v.sign() for v in vector]
 
 
 def _largest(probe: Probe, parameters: Sequence[Tensor], vector: list[Tensor], iterations: int) -> dict[str, Any]:
@@ -183,7 +190,7 @@ def _trace(probe: Probe, parameters: Sequence[Tensor], samples: int, generator: 
     """Hutchinson's estimator with random signs."""
     found = []
     for _ in range(samples):
-        signs = [g.sign() for g in _gaussian(parameters, generator)]
+        signs = _signs(_gaussian(parameters, generator))
         found.append(dot(signs, hessian_product(probe, signs, parameters)))
     values = torch.tensor(found, dtype=torch.float64)
     error = (values.std() / samples**0.5).item() if samples > 1 else None

@@ -1,16 +1,19 @@
 """Compare what a model computes in train and in eval mode, on one batch."""
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from normkit.inspection.forward import watched
+from normkit.inspection.forward import watched, without_dropout
 from normkit.inspection.graph import layers
 from normkit.inspection.norms import PRODUCERS
 from normkit.inspection.probe import Objective, Probe
-from normkit.inspection.record import tensor_in
+from normkit.inspection.record import tensor_in, tensors_in
 from normkit.instruments.result import Result, axes, label
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ class Discrepancy(Result):
         train_loss: Loss in train mode.
         eval_loss: Loss in eval mode.
         divergence: Mean KL divergence in nats of the predictions in eval mode from those in train mode; None where the
-            model's output is not scores of classes.
+            model's output is not scores of classes, or the batch holds no tensor of integers (classes, tokens) to tell so.
         flips: Share of predictions whose largest score changes; None likewise.
         layers: Every layer, in the order in which they run.
     """
@@ -70,7 +73,8 @@ def discrepancy(model: nn.Module, objective: Objective, batch: Any, *, dropout: 
         model: Any module, in either mode.
         objective: ``loss = objective(model, batch)``.
         batch: The batch.
-        dropout: Whether dropout is active in train mode; without it only the statistics of normalization differ.
+        dropout: Whether torch's dropout is active in train mode; without it only the statistics of normalization differ,
+            and what a model drops by means of its own.
 
     Returns:
         The measurement.
@@ -113,15 +117,15 @@ def discrepancy(model: nn.Module, objective: Objective, batch: Any, *, dropout: 
         if not probe.model.training:
             probe.model.train()
         drops = [(name, m) for name, m in probe.model.named_modules() if isinstance(m, _DropoutNd)]
-        for _, module in drops:
-            module.training = module.training and dropout
         seen, root = layers(probe.model) + drops, [("", probe.model)]
-        with watched(seen, keep, before=try_alone), watched(root, predict):
+        quiet = nullcontext() if dropout else without_dropout(probe.model)
+        with quiet, watched(seen, keep, before=try_alone), watched(root, predict):
             train_loss = probe.mean(probe.loss())
         probe.model.eval()
         with watched(seen, compare), watched(root, predict):
             eval_loss = probe.mean(probe.loss())
-    divergence, flips = _predictions(*scores) if len(scores) == 2 else (None, None)
+    integers = [t for t in tensors_in(batch) if not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)]
+    divergence, flips = _predictions(*scores, integers) if len(scores) == 2 and integers else (None, None)
     order = tuple(LayerDiscrepancy(name, found[name], local.get(name, 0.0)) for name in outputs if name in found)
     return Discrepancy(train_loss, eval_loss, divergence, flips, order)
 
@@ -131,11 +135,15 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).norm() / size).item() if size else 0.0
 
 
-def _predictions(train: Tensor | None, evaluation: Tensor | None) -> tuple[float | None, float | None]:
-    """KL divergence and flips; the classes are the second dimension of maps, the last one of all else."""
+def _predictions(
+    train: Tensor | None, evaluation: Tensor | None, targets: Sequence[Tensor]
+) -> tuple[float | None, float | None]:
+    """KL divergence and flips; the classes are the dimension that targets lack, or the second of maps and the last of others."""
     if train is None or evaluation is None or train.shape != evaluation.shape:
         return None, None
-    dim = 1 if train.ndim > 3 else -1
+    shape, shapes = train.shape, [t.shape for t in targets]
+    second = shape[:1] + shape[2:] in shapes or (shape[:-1] not in shapes and train.ndim > 3)
+    dim = 1 if second else -1
     if train.shape[dim] < 2:
         return None, None
     p, q = train.double().log_softmax(dim), evaluation.double().log_softmax(dim)

@@ -10,6 +10,7 @@ NeurIPS 2018, arXiv 1805.11604, theorem 4.1, which is an equality: with ``g = dL
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -71,14 +72,15 @@ def watch_gradients(probe: Probe, found: dict[str, tuple[Tensor, Tensor]]) -> An
         x, y = tensor_in(inputs), tensor_in(output)
         if x is None or y is None or not y.requires_grad or not isinstance(module, _BatchNorm):
             return
-        normalized = F.batch_norm(x.detach(), None, None, training=True, eps=module.eps)
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))  # squares of half precision underflow
+        normalized = F.batch_norm(x, None, None, training=True, eps=module.eps)
 
         def arrived(g: Tensor) -> None:
             dims = [d for d in range(g.ndim) if d != 1]
             g = g.to(normalized.dtype)
             rows = g.numel() // g.shape[1]
             taken = g.sum(dims).square() + (g * normalized).sum(dims).square()
-            found[name] = taken / rows, g.square().sum(dims)
+            found.setdefault(name, (taken / rows, g.square().sum(dims)))  # the last call's gradient arrives first
 
         y.register_hook(arrived)
 

@@ -108,6 +108,7 @@ class Monitor:
         """
         record: dict[str, Any] = {"step": self._step, "lr": float(self.optimizer.param_groups[0]["lr"])}
         gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
         norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]  # pyright: ignore[reportPrivateImportUsage]
         value = loss.detach().clone() if isinstance(loss, Tensor) else torch.as_tensor(loss, device=norms[0].device)
         if self._step % self.every == 0:

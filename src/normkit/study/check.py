@@ -14,6 +14,7 @@ from torch.optim import SGD
 from torch.utils.data import default_collate
 
 import normkit
+from normkit.inspection.forward import without_dropout
 from normkit.study.classification import NamedClassification, check_augmentation, check_classes, check_fit
 from normkit.study.config import StudyConfig
 from normkit.study.data.samples import Fetcher, Request, fetched
@@ -197,7 +198,8 @@ def _check_loss(task: Task, model: nn.Module, device: str) -> None:
     model.train()
     try:
         batches = [to_device((task.collate or default_collate)(samples * times), device) for times in (1, 2)]
-        loss, doubled = (task.training_loss(model, batch) for batch in batches)
+        with without_dropout(model):
+            loss, doubled = (task.training_loss(model, batch) for batch in batches)
     except Exception as error:
         raise StudyError(f"{task.data_label}: the loss raised {type(error).__name__}: {error}") from error
     if not isinstance(loss, Tensor) or loss.dim() > 0:

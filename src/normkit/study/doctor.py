@@ -43,16 +43,23 @@ def run_doctor(config: DoctorConfig) -> Diagnosis:
     size = config.batch_size
     stream = task.training_batches(batch_size=size, budget=BATCHES * size, seed=0, device=config.device)
     samples = [micro.batch for (micro,) in stream]
-    model, optimizer = normkit.apply(
-        config.method,
-        model,
-        lr=normkit.recipes()[config.method].lr,
-        weight_decay=config.weight_decay,
-        batches=map(task.first_of, samples),
-    )
+    try:
+        model, optimizer = normkit.apply(
+            config.method,
+            model,
+            lr=normkit.recipes()[config.method].lr,
+            weight_decay=config.weight_decay,
+            batches=map(task.first_of, samples),
+        )
+    except ValueError as error:
+        raise StudyError(f"--method {config.method}: {error}") from error
     if saved is not None and config.checkpoint is not None:
         load_weights(model, saved, config.checkpoint)
-    return normkit.doctor(model, task.loss, samples, optimizer=optimizer, accumulate=config.accumulate)
+    try:
+        return normkit.doctor(model, task.loss, samples, optimizer=optimizer, accumulate=config.accumulate)
+    except Exception as error:  # of the model or the loss, both the user's
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise StudyError(f"{task.data_label}: the model cannot be examined: {text}") from error
 
 
 def read_weights(file: Path) -> dict[str, Any]:

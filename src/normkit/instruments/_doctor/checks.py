@@ -137,7 +137,7 @@ def never_updated(seen: Examination) -> Finding | None:
 
 def disagreement(seen: Examination) -> Finding | None:
     """Train and eval mode that compute different functions, and the first layer that causes it."""
-    if not seen.discrepancies or any(not f.trained or f.poisoned for f in seen.norms.values()):
+    if not seen.discrepancies or any(f.poisoned or (f.uses_batch and not f.trained) for f in seen.norms.values()):
         return None  # without running statistics of its own eval mode means nothing yet
     count = len(seen.discrepancies)
     train, evaluation = (
@@ -156,11 +156,15 @@ def disagreement(seen: Examination) -> Finding | None:
         layer.layer: sum(d.layers[i].local for d in seen.discrepancies) / count
         for i, layer in enumerate(seen.discrepancies[0].layers)
     }
-    cause = next((path for path, value in local.items() if value > LOCAL), None) or max(local, key=lambda p: local[p])
-    evidence = (
-        f"{size}loss {train:.3g} in train and {evaluation:.3g} in eval mode; this is the first layer that differs by "
-        f"itself (its output by {local[cause]:.0%})"
-    )
+    losses = f"{size}loss {train:.3g} in train and {evaluation:.3g} in eval mode"
+    cause = next((path for path, value in local.items() if value > LOCAL), None)
+    if cause is None:
+        return _sick(
+            "train and eval mode disagree",
+            {"": f"{losses}, and no layer's own output by more than {LOCAL:.0%}"},
+            "look for what else depends on the mode: dropping of paths or of units written by hand, branches on self.training",
+        )
+    evidence = f"{losses}; this is the first layer that differs by itself (its output by {local[cause]:.0%})"
     per_sample = cause in seen.norms and not seen.norms[cause].uses_batch
     return _sick(
         "train and eval mode disagree",

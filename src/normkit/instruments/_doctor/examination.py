@@ -1,5 +1,6 @@
 """Collect the facts for the doctor in one pass over some batches."""
 
+import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from normkit.inspection.forward import watched
+from normkit.inspection.forward import watched, without_dropout
 from normkit.inspection.graph import dataflow, producers, rectified
 from normkit.inspection.norms import (
     Statistics,
@@ -25,10 +26,12 @@ from normkit.inspection.norms import (
     statistics_of,
     uses_batch_statistics,
 )
-from normkit.inspection.probe import Objective, Probe
+from normkit.inspection.probe import Objective, Probe, undisturbed
 from normkit.inspection.record import tensor_in
 from normkit.instruments._channels import LayerChannels, watch_channels
 from normkit.instruments._discrepancy import Discrepancy, discrepancy
+
+_logger = logging.getLogger("normkit")
 
 MOST_BATCHES = 8
 
@@ -69,7 +72,7 @@ class Examination:
     Attributes:
         norms: Path -> facts of every normalization layer, in the order of the model.
         channels: Every layer's channels on each batch.
-        discrepancies: Train against eval, dropout aside, on each batch; empty where train mode refused the batches.
+        discrepancies: Train against eval, dropout aside, on each batch; empty where one of the modes refused the batches.
         biased: Normalization -> layer before it, whose bias it undoes.
         repeated: Normalization -> normalization before it, whose affine map it undoes.
         decayed: Paths of normalization layers whose parameters an optimizer decays, with the decay.
@@ -100,7 +103,7 @@ def examine(
     Raises:
         ValueError: There is no batch.
     """
-    samples = list(islice(iter(batches), MOST_BATCHES))
+    samples = list(islice(undisturbed(model, batches), MOST_BATCHES))
     if not samples:
         raise ValueError("batches: there is none; the doctor needs at least one, better four or more")
     with Probe(model, objective, samples[0]) as probe:
@@ -114,26 +117,26 @@ def examine(
         found.ranks = dist.get_world_size(model.process_group)
     for number, batch in enumerate(samples):
         with Probe(model, objective, batch) as probe:
-            _to_train(probe.model)
+            if not probe.model.training:
+                probe.model.train()  # layers that are kept in eval mode within a training model stay there
             seen: list[LayerChannels] = []
             try:
-                _one_batch(probe, found, before_relu, seen, first=number == 0)
+                with without_dropout(probe.model):
+                    _one_batch(probe, found, before_relu, seen, first=number == 0)
             except ValueError:
                 if not any(facts.rows == 1 and facts.uses_batch for facts in norms.values()):
                     raise
                 continue  # torch refuses one value per channel; that is a finding, not a failure
             found.channels.append(seen)
-        found.discrepancies.append(discrepancy(model, objective, batch, dropout=False))
+        try:
+            found.discrepancies.append(discrepancy(model, objective, batch, dropout=False))
+        except Exception as error:  # detectors, say, return no losses in eval mode
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            _logger.warning(
+                "doctor: train and eval mode are not compared, since the objective in eval mode raised %s", text
+            )
+            break
     return found
-
-
-def _to_train(model: nn.Module) -> None:
-    """Train mode without dropout; layers that the user keeps in eval mode within a training model stay there."""
-    if not model.training:
-        model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.training = False
 
 
 def _at_rest(module: nn.Module) -> NormFacts:
@@ -173,9 +176,8 @@ def _one_batch(
             return
         loss = probe.loss()
         after_forward = {name: _count(m) for name, m in layers}
-        if loss.requires_grad:
-            with torch.enable_grad():
-                loss.backward()  # not autograd.grad, which reentrant checkpointing refuses; gradients are set aside
+        if loss.requires_grad and probe.parameters:
+            probe.backward(loss, probe.parameters)
         for name, module in layers:
             found.norms[name].updates_in_backward = _count(module) - after_forward[name]
 

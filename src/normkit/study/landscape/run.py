@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 import normkit
 from normkit._errors import nearest
+from normkit.inspection.forward import in_order
 from normkit.inspection.norms import PRODUCERS, is_norm
-from normkit.inspection.probe import Objective
+from normkit.inspection.probe import Objective, Probe
 from normkit.instruments import Monitor, activations, covariate_shift, snapshot
 from normkit.methods.noisy_norm import MomentNoise
 from normkit.study.check import build, check_task
@@ -66,7 +67,7 @@ def experiment(config: LandscapeConfig, task: Task, **options: Any) -> Experimen
         model = task.model().to(config.device)
         if config.initialization == "glorot":
             glorot_initialize(model)
-        first = [task.first_of(batch) for batch in islice(stream(), 4)]
+        first = map(task.first_of, islice(stream(), 4))  # lazily: most methods need none
         settings = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay, **options}
         return apply(method, model, batches=first, **settings)
 
@@ -115,10 +116,12 @@ def train_and_measure(
     """
     plain, _ = shared.build("batch")
     places = _some([path for path, module in plain.named_modules() if is_norm(module)])
-    weighted = _some([path for path, module in plain.named_modules() if isinstance(module, PRODUCERS)][1:])
     model, optimizer = shared.build(method)
     present = {path for path, _ in model.named_modules()}
-    places, weighted = ([path for path in paths if path in present] for paths in (places, weighted))
+    places = [path for path in places if path in present]
+    with Probe(model, shared.objective, next(iter(shared.batches()))) as probe:
+        later = [owner for owner in in_order(probe) if isinstance(owner.module, PRODUCERS)][1:]
+    weighted = _some([owner.path for owner in later if any(p.requires_grad for p in owner.parameters)])
     losses: list[float] = []
     shifts, drifts, first = [], [], None
     diverged = False
@@ -172,6 +175,10 @@ def _check(config: LandscapeConfig) -> None:
             raise StudyError(f"{flag} {value}: give at least 1")
     if not (config.lr > 0 and math.isfinite(config.lr)):
         raise StudyError(f"--lr {config.lr}: a learning rate is a positive number")
+    if len(config.span) != 2 or not 0 < config.span[0] < config.span[1] < math.inf:
+        raise StudyError(
+            f"--span {','.join(map(str, config.span))}: give two numbers, the smallest and the largest step"
+        )
     Training(momentum=config.momentum, weight_decay=config.weight_decay).validate()
     check_device(config.device)
     known = [*normkit.recipes(), NOISE_ALONE]
