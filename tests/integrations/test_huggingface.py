@@ -122,6 +122,18 @@ def test_statistics_of_bnp_come_back_from_a_checkpoint(tmp_path):
     assert_same(resumed, by_hand(Model()))
 
 
+def test_statistics_that_are_missing_when_training_resumes_are_named(tmp_path, caplog):
+    train(Model(), [BNPCallback()], tmp_path, save_strategy="steps", save_steps=3)
+    train(Model(), [BNPCallback()], tmp_path / "other", resume=str(tmp_path / "checkpoint-3"))
+    assert "resumes at step 3, but there is no" in caplog.text
+    caplog.clear()
+    kept = str(tmp_path / "checkpoint-3")
+    resumed = Model()
+    train(resumed, [BNPCallback()], tmp_path / "third", resume=kept, resume_from_checkpoint=kept)
+    assert "but there is no" not in caplog.text
+    assert_same(resumed, by_hand(Model()))
+
+
 def test_fp16_is_refused_with_the_remedy():
     arguments = SimpleNamespace(fp16=True)
     with pytest.raises(ValueError, match="use bf16=True"):

@@ -127,6 +127,21 @@ def test_statistics_of_bnp_come_back_from_a_checkpoint(tmp_path):
     assert_same(resumed.network, by_hand(net(), **whole))
 
 
+def test_statistics_of_bnp_are_in_a_checkpoint_of_a_fit_that_has_ended(tmp_path):
+    whole = {"size": 24}
+    trainer = fit(Module(net()), [BNPCallback()], steps=3, **whole)
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    resumed = Module(net())
+    fit(resumed, [BNPCallback()], steps=6, ckpt_path=tmp_path / "kept.ckpt", **whole)
+    assert_same(resumed.network, by_hand(net(), **whole))
+
+
+def test_layers_that_need_a_group_before_the_scheduler_are_refused():
+    network = normkit.convert(net(norm=True), "batchless", gradient="plain")
+    with pytest.raises(ValueError, match=r"network\.1: gradient='plain' .* before the scheduler"):
+        fit(Module(network), [BatchlessCallback()])
+
+
 def test_batchless_trains_its_statistics():
     network = normkit.convert(net(norm=True), "batchless")
     module = Module(network)

@@ -75,7 +75,7 @@ def _nearest_leaf(output: Tensor) -> Node:
     return queue[0]
 
 
-def _is_filled(leaf: Node) -> bool:
+def is_filled(leaf: Node) -> bool:
     """Return whether the present backward pass accumulates into the leaf (``autograd.grad`` hands gradients out)."""
     try:
         return torch._C._will_engine_execute_node(leaf)  # pyright: ignore[reportAttributeAccessIssue]
@@ -162,10 +162,10 @@ class _Forward(Generic[Rows]):
         """Count the rows if the backward pass that arrives here fills the gradient."""
         if self.rows is None:
             return
-        filled = _is_filled(self.leaf)
+        filled = is_filled(self.leaf)
         if not filled and self.weight is not None:  # torch may have made another node, in a conversion there and back
             self.leaf = self.counter.leaf_of(self.weight, anew=True)
-            filled = _is_filled(self.leaf)
+            filled = is_filled(self.leaf)
         if filled:
             self.fill()
         elif self.counter.collector.collects and self.counter.note_reached(self) and torch.is_grad_enabled():

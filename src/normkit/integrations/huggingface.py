@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normkit.instruments import Monitor
-from normkit.methods.batchless.training import RATE, attach
+from normkit.methods.batchless.training import RATE, attach_behind_scheduler
 from normkit.methods.bnp.bnp import BNP
 from normkit.study.data.structure import to_device
 from normkit.study.task import Task
@@ -113,9 +113,18 @@ class BNPCallback(MethodCallback):
         super().on_train_begin(args, state, control, **kwargs)
         assert self.bnp is not None
         self.max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
-        kept = _checkpoint(args, state) / STATISTICS
-        if state.global_step and kept.exists():
-            self.bnp.load_state_dict(torch.load(kept, weights_only=True))
+        if state.global_step:
+            given = args.resume_from_checkpoint  # a path where it was given with the arguments, not with train()
+            folder = Path(given) if isinstance(given, str) and Path(given).is_dir() else _checkpoint(args, state)
+            if (kept := folder / STATISTICS).exists():
+                self.bnp.load_state_dict(torch.load(kept, weights_only=True))
+            else:
+                logger.warning(
+                    "BNPCallback: training resumes at step %d, but there is no %s, so the running statistics start anew; copy "
+                    "it there from the checkpoint, or give TrainingArguments(resume_from_checkpoint=...)",
+                    state.global_step,
+                    kept,
+                )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -153,7 +162,7 @@ class BatchlessCallback(MethodCallback):
     """
 
     def __init__(self, rate: float = RATE) -> None:
-        super().__init__(partial(attach, rate=rate))
+        super().__init__(partial(attach_behind_scheduler, rate=rate))
 
 
 class MonitorCallback(TrainerCallback):

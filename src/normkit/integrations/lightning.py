@@ -1,8 +1,9 @@
 """Use normkit with Lightning: callbacks for methods and the Monitor, and a task made from a module and its data.
 
 Lightning runs forward and backward inside the optimizer's closure, then ``on_before_optimizer_step``, then clips. So BNP
-preconditions before clipping, as it should, and its statistics travel in the optimizer's part of a checkpoint. With manual
-optimization the module clips before it steps, by ``self.clip_gradients(...)``: BNP preconditions at the start of that call.
+preconditions before clipping, as it should, and its statistics travel in checkpoints, with the optimizer and the callback.
+With manual optimization the module clips before it steps, by ``self.clip_gradients(...)``: BNP preconditions at the start of
+that call.
 """
 
 import logging
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 
 from normkit.inspection.probe import Objective
 from normkit.instruments import Monitor
-from normkit.methods.batchless.training import RATE, attach
+from normkit.methods.batchless.training import RATE, attach_behind_scheduler
 from normkit.methods.bnp.bnp import BNP
 from normkit.study.data.structure import tensors
 from normkit.study.task import Task
@@ -94,10 +95,23 @@ class BNPCallback(MethodCallback):
     def __init__(self, **options: Any) -> None:
         super().__init__(self._attach_bnp)
         self.options = options
+        self._ended: dict[str, Any] = {}  # statistics of the fit that ended
+        self._resumed: dict[str, Any] = {}  # of the checkpoint that is resumed
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running statistics, also after the fit has ended."""
+        return self._ended if self.bnp is None else self.bnp.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the running statistics of a checkpoint for the fit that is about to start."""
+        self._resumed = state_dict
 
     def _attach_bnp(self, pl_module: LightningModule, optimizer: Optimizer) -> BNP:
         bnp = BNP(pl_module, **self.options)
         bnp.attach(optimizer)
+        if self._resumed:
+            bnp.load_state_dict(self._resumed)
+            self._resumed = {}
         clip_gradients = pl_module.clip_gradients
 
         def precondition_and_clip(*args: Any, **kwargs: Any) -> None:
@@ -118,6 +132,8 @@ class BNPCallback(MethodCallback):
         self.bnp.precondition_()
 
     def _remove(self, pl_module: LightningModule) -> None:
+        if self.bnp is not None:
+            self._ended = self.bnp.state_dict()
         super()._remove(pl_module)
         vars(pl_module).pop("clip_gradients", None)
 
@@ -132,7 +148,7 @@ class BatchlessCallback(MethodCallback):
     """
 
     def __init__(self, rate: float = RATE) -> None:
-        super().__init__(partial(attach, rate=rate))
+        super().__init__(partial(attach_behind_scheduler, rate=rate))
 
 
 class MonitorCallback(Callback):

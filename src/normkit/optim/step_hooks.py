@@ -68,7 +68,7 @@ class StepHandle:
         self.optimizer, self.key, self.attached, self.owner = optimizer, key, True, owner
         self._prepare, self._after, self._discard = prepare, after, discard
         self._state, self._on_remove = state, on_remove
-        self._warned = False
+        self._warned = self._skips = False
         self._install()
 
     def remove(self) -> None:
@@ -125,6 +125,11 @@ class StepHandle:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._check_privacy(optimizer)
+        # a GradScaler lets a fused optimizer skip the step by itself, and does not call others at all
+        infinite = getattr(optimizer, "found_inf", None)
+        self._skips = infinite is not None and bool(infinite)
+        if self._skips:
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer itself
         if closure is None:
             self._prepare(optimizer)
@@ -162,7 +167,7 @@ class StepHandle:
             )
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._after is not None:
+        if self._after is not None and not self._skips:
             self._after(optimizer)
 
     def _save(self, _: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -189,8 +194,13 @@ def can_hook(optimizer: object) -> bool:
 
 
 def attachments(optimizer: Optimizer) -> list[StepHandle]:
-    """Return the handles of everything that is attached to ``optimizer``, in the order in which it was attached."""
-    return list(vars(optimizer).get(_HANDLES, ()))
+    """Return the handles of everything that is attached to ``optimizer``, in the order in which it was attached.
+
+    An optimizer that Accelerate has wrapped has those of the one inside.
+    """
+    inner = vars(optimizer).get("optimizer")
+    wraps = _HANDLES not in vars(optimizer) and isinstance(inner, Optimizer)
+    return attachments(inner) if wraps else list(vars(optimizer).get(_HANDLES, ()))
 
 
 def check_attachable(optimizer: Optimizer, key: str) -> None:

@@ -324,3 +324,37 @@ def test_a_forward_that_raises_leaves_the_weight_in_its_place():
     with pytest.raises(RuntimeError):
         model(torch.randn(5, 3))
     assert model.layer.weight is weight
+
+
+def _projected_steps(backward, steps=3):
+    torch.manual_seed(0)
+    x = torch.randn(12, 6).double() + 1
+    model = nn.Sequential(nn.Linear(6, 4), BatchlessNorm1d(4, projected=True)).double()
+    normkit.initialize(model, [x])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    normkit.attach(model, optimizer)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        backward(model, lambda: model(x).pow(3).mean(), lambda: 0.1 * model[0].weight.square().sum())
+        optimizer.step()
+    return model[0].weight.detach()
+
+
+@pytest.mark.parametrize(
+    "backward",
+    [
+        lambda model, loss, decay: (loss().backward(), decay().backward()),
+        lambda model, loss, decay: (decay().backward(), loss().backward()),
+        lambda model, loss, decay: (
+            torch.autograd.grad(loss() + decay(), [model[0].weight]),
+            (loss() + decay()).backward(),
+        ),
+        lambda model, loss, decay: (
+            (loss() + decay()).backward(),
+            torch.autograd.grad(loss(), [model[0].weight], retain_graph=True),
+        ),
+    ],
+)
+def test_a_term_on_the_weight_is_kept_apart_in_whatever_passes_it_comes(backward):
+    expected = _projected_steps(lambda model, loss, decay: (loss() + decay()).backward())
+    torch.testing.assert_close(_projected_steps(backward), expected, rtol=1e-12, atol=1e-12)

@@ -527,3 +527,39 @@ def test_an_optimizer_of_named_parameters_keeps_their_names():
         "0.1.running_mean", "0.1.rho", "1.1.running_mean", "1.1.rho"
     ]  # fmt: skip
     assert len(names) == len(params) == len(set(names))
+
+
+def test_a_fused_optimizer_under_a_scaler_trains_and_skips_as_another():
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+        model, optimizer = normkit.apply(
+            "batchless",
+            model,
+            lr=0.03,
+            options={"gradient": "plain"},
+            optimizer=lambda g: torch.optim.SGD(g, fused=fused),  # noqa: B023
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = model(torch.randn(8, 3) + 1).square().mean()
+            scaler.scale(loss * (float("inf") if step == 3 else 1)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        found.append([t.clone() for t in model.state_dict().values()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
+def test_the_group_of_mean_and_deviation_has_the_options_of_the_others_and_is_minimized():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    _, optimizer = normkit.apply(
+        "batchless",
+        model,
+        lr=0.03,
+        options={"gradient": "plain"},
+        optimizer=lambda g: torch.optim.SGD(g, momentum=0.5, maximize=True, weight_decay=0.1),
+    )
+    own = optimizer.param_groups[-1]
+    assert (own["lr"], own["momentum"], own["maximize"], own["weight_decay"]) == (0.03, 0.5, False, 0.0)

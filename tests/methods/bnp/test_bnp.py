@@ -472,3 +472,67 @@ def test_an_mlp_learns_from_shifted_inputs_one_example_at_a_time():
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[200:]) < 0.6 * 200 * 0.6931, "far below guessing"
+
+
+def test_by_hand_the_gradients_of_the_given_optimizer_alone_are_preconditioned():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double(), torch.randn(8, 3).double() + 1
+    first, second = (SGD(part.parameters(), lr=0.1) for part in (model[0], model[2]))
+    bnp = BNP(model)
+    bnp.attach(first)
+    bnp.attach(second)
+    model(x).square().mean().backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="several optimizers are attached; give the one"):
+        bnp.precondition_()
+    with pytest.raises(ValueError, match="this Adam is not attached"):
+        bnp.precondition_(Adam(model.parameters()))
+    bnp.precondition_(first)
+    changed = [not torch.equal(p.grad, g) for p, g in zip(model.parameters(), plain, strict=True)]
+    assert changed == [True, True, False, False]
+
+
+def test_by_hand_gradients_that_are_zeroed_in_place_are_preconditioned_again():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double(), torch.randn(8, 3).double() + 1
+    bnp = BNP(model)
+    for _ in range(3):
+        model.zero_grad(set_to_none=False)
+        model(x).square().mean().backward()
+        plain = model[0].weight.grad.clone()
+        bnp.precondition_()
+        assert not torch.equal(model[0].weight.grad, plain)
+
+
+def test_a_step_that_a_fused_optimizer_skips_counts_nothing():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    optimizer = SGD(model.parameters(), lr=0.1, fused=True)
+    bnp = BNP(model)
+    bnp.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    steps = []
+    for factor in (1.0, float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(8, 3)).square().mean() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        steps.append(copy.deepcopy(bnp.state_dict()))
+    weights = [p.detach().clone() for p in model.parameters()]
+    assert str(steps[0]) == str(steps[1]) != str(steps[2])
+    assert all(w.isfinite().all() for w in weights)
+
+
+def test_a_layer_without_outputs_is_passed_over():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    model[1].weight, model[1].bias = nn.Parameter(torch.empty(0, 4)), nn.Parameter(torch.empty(0))
+    bnp = BNP(model)
+    assert model(torch.randn(2, 3)).shape == (2, 0)
+
+
+def test_an_optimizer_that_accelerate_wraps_has_the_handle_of_the_one_inside():
+    _, optimizer = normkit.apply("bnp", nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), lr=0.1)
+
+    class Wrapper(SGD):
+        def __init__(self, inner):
+            super().__init__(inner.param_groups, lr=0.1)
+            self.optimizer = inner
+
+    assert normkit.handle(Wrapper(optimizer)) is normkit.handle(optimizer)

@@ -274,3 +274,17 @@ def test_describe_shows_the_revision_and_conversion_keeps_it():
 def test_a_scale_without_a_shift_is_revisited_too():
     model = normkit.revisit(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, bias=False)))
     assert model[1].weight.tolist() == pytest.approx([0.1] * 3)
+
+
+def test_the_classifiers_input_is_scaled_also_as_a_keyword():
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return self[2](input=self[1](self[0](x)))
+
+    models = [cls(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval() for cls in (nn.Sequential, Net)]
+    models[1].load_state_dict(models[0].state_dict())
+    x = torch.randn(5, 3)
+    for model in models:
+        normkit.revisit(model, arm="logit_scale")
+    assert torch.equal(models[0](x), models[1](x))
+    torch.testing.assert_close(normkit.fold(models[0])(x), models[0](x))

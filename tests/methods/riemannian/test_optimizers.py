@@ -435,6 +435,43 @@ def test_compiled_step_equals_the_eager_one(rule):
     assert all(torch.allclose(p, q, rtol=0, atol=1e-6) for p, q in zip(*results, strict=True))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+def test_compiled_steps_of_several_groups_off_the_sphere_equal_the_eager_ones(rule):
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        params = [nn.Parameter(torch.zeros(size)) for size in (2, 3, 4)]
+        sphere = {"params": [nn.Parameter(torch.eye(2))], "manifold": True}
+        optimizer = RULES[rule]([*({"params": [p], "manifold": False} for p in params), sphere])
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for _ in range(3):
+            for size, p in enumerate(params, start=1):
+                p.grad = torch.full_like(p, 10.0**size)
+            step()
+        results.append(params)
+    assert all(torch.allclose(p, q, rtol=1e-6, atol=0) for p, q in zip(*results, strict=True))
+
+
+def test_a_gradient_whose_length_overflows_leaves_the_filter_finite():
+    for foreach in (False, True):
+        weight = nn.Parameter(torch.eye(3))
+        optimizer = AdamG([{"params": [weight], "manifold": True}], lr=0.1, foreach=foreach)
+        weight.grad = torch.tensor([[0.0, 1e20, 0.0], [0.1, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        optimizer.step()
+        assert weight.isfinite().all()
+        assert all(t.isfinite().all() for t in optimizer.state[weight].values() if torch.is_tensor(t))
+
+
+def test_sparse_gradients_are_refused_with_the_remedy():
+    layer = nn.Embedding(4, 3, sparse=True)
+    sphere = {"params": [nn.Parameter(torch.eye(2))], "manifold": True}
+    optimizer = SGDG([{"params": list(layer.parameters()), "manifold": False}, sphere])
+    layer(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"shape \(4, 3\) are sparse.*sparse=False"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("group", "message"),
     [

@@ -90,8 +90,8 @@ class LikelihoodParameters:
         """Return the mean, and rho."""
         return [self.layer.running_mean, self.rho]
 
-    def before(self, moments: Moments) -> None:
-        """Write the gradients of the likelihood."""
+    def before(self, moments: Moments, scale: Tensor | float = 1.0) -> None:
+        """Write the gradients of the likelihood, times what the optimizer will divide by."""
         layer, sigma, moments = self.layer, self.layer.sigma, finite(moments)
         d_mean, d_log = gaussian_nll_gradients(moments, layer.running_mean, sigma, gradient="plain", eps=layer.eps)
         self.rho.data, d_rho = {
@@ -100,7 +100,7 @@ class LikelihoodParameters:
             "inv": (1 / sigma, -d_log * sigma),
         }[layer.scale]
         seen = moments.count > 0
-        layer.running_mean.grad, self.rho.grad = torch.where(seen, d_mean, 0), torch.where(seen, d_rho, 0)
+        layer.running_mean.grad, self.rho.grad = (torch.where(seen, d, 0) * scale for d in (d_mean, d_rho))
 
     @torch.no_grad()
     def after(self) -> None:

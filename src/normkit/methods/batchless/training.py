@@ -102,6 +102,23 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
     return handle
 
 
+def attach_behind_scheduler(model: nn.Module, optimizer: Optimizer, rate: float = RATE) -> StepHandle:
+    """:func:`attach` in a trainer that has built its scheduler already, which knows the optimizer's groups.
+
+    Raises:
+        ValueError: As :func:`attach`; or a layer needs a group of its own.
+    """
+    plain = next(
+        (name for name, m in model.named_modules() if isinstance(m, BatchlessNorm) and m.gradient == "plain"), None
+    )
+    if plain is not None:
+        raise ValueError(
+            f"{plain}: gradient='plain' trains mu and sigma in a group of the optimizer, which must be there before the "
+            "scheduler; use gradient='natural', or call normkit.attach(model, optimizer) where both are built"
+        )
+    return attach(model, optimizer, rate=rate)
+
+
 class _Fitter:
     """Fits mu and sigma of a model's batchless layers before each step of the optimizer that trains the model.
 
@@ -152,6 +169,7 @@ class _Fitter:
         for layer in self.constant:  # ``model.requires_grad_(True)`` unfreezes them
             if layer.bias is not None:
                 layer.bias.grad = None
+        divisor = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which unscales gradients itself
         fits = collect(self.layers, self.feeding)
         clip_by_trust_ratio(optimizer, fits, self.feeding)
         for fit in fits:
@@ -159,7 +177,7 @@ class _Fitter:
                 fit.natural_gradient_step(self.rate)
             else:
                 for layer, moments in zip(fit.layers, fit.moments, strict=True):
-                    self.plain[layer].before(moments)
+                    self.plain[layer].before(moments, 1.0 if divisor is None else divisor)
 
     def after_step(self, _: Optimizer) -> None:
         """Take over what the optimizer trained."""
@@ -247,19 +265,24 @@ def clip_by_trust_ratio(optimizer: Optimizer, fits: list[Fit], feeding: Sequence
 
 
 def _move_to_own_group(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> None:
-    """Take ``params`` out of the optimizer's groups and give them one of their own without weight decay."""
+    """Take ``params`` out of the optimizer's groups and give them one of their own with the same options.
+
+    It has no weight decay, and is minimized: likelihoods have a sign of their own.
+    """
     if not params:
         return
     ours = {id(p) for p in params.values()}
+    held = (g for g in optimizer.param_groups if any(id(p) in ours for p in g["params"]))
+    like = next(held, optimizer.param_groups[0])
     for group in optimizer.param_groups:
         keep = [i for i, p in enumerate(group["params"]) if id(p) not in ours]
         for key in ("params", "param_names"):
             if key in group:
                 group[key] = [group[key][i] for i in keep]
     named = any("param_names" in group for group in optimizer.param_groups)
-    group: dict[str, Any] = {"params": list(params.items() if named else params.values())}
-    if "weight_decay" in optimizer.defaults:
-        group["weight_decay"] = 0.0
+    options = {name: value for name, value in like.items() if name not in ("params", "param_names")}
+    off = {name: value for name, value in (("weight_decay", 0.0), ("maximize", False)) if name in options}
+    group: dict[str, Any] = {"params": list(params.items() if named else params.values()), **options, **off}
     optimizer.add_param_group(group)
 
 

@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from normkit.inspection.compiling import disable_dynamo
 from normkit.inspection.conformance import computes_as_its_type
-from normkit.inspection.counting import Collector, InputCounter, is_counting
+from normkit.inspection.counting import Collector, InputCounter, is_counting, is_filled
 from normkit.inspection.graph import dataflow, producers
 from normkit.inspection.markers import attachment
 from normkit.inspection.reads import tensors_read
@@ -95,6 +95,7 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
             layer.register_forward_pre_hook(self._lend),
             layer.register_forward_hook(self._return, always_call=True),
         ]
+        self._look_at(layer._parameters.get("weight"))
         self.watch(layer)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -120,12 +121,16 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
         trains = self.norm.training and torch.is_grad_enabled() and is_counting() and self.collector.collects
         if not trains or weight is None or not weight.requires_grad:
             return
-        if weight is not self._weight:
-            self._weight = weight
-            self._handles.append(weight.register_hook(self._split))
+        self._look_at(weight)
         alias = weight.view_as(weight)
         alias.register_hook(self._add_from_output)
         layer._parameters["weight"] = alias  # pyright: ignore[reportArgumentType]
+
+    def _look_at(self, weight: Tensor | None) -> None:
+        """See the gradients of the weight, also those of backward passes before the first forward."""
+        if weight is not self._weight and weight is not None and weight.requires_grad:
+            self._weight = weight
+            self._handles.append(weight.register_hook(self._split))
 
     @attachment
     @disable_dynamo
@@ -141,11 +146,14 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
         if not (is_counting() and self.collector.collects):
             return
         output, self._from_output = self._from_output, None
+        if self._weight is None or not is_filled(self.leaf_of(self._weight)):
+            return  # autograd.grad, which hands the gradient out
         along = self._times_weight(grad)
         self._along = along if self._along is None else self._along + along
         if output is not None and output.data_ptr() == grad.data_ptr():
             return  # all of it is from the output: nothing was added
-        elsewhere = grad.detach() if output is None else grad.detach() - output
+        # a copy, since torch makes this tensor .grad and lets later backward passes add to it
+        elsewhere = grad.detach().clone() if output is None else grad.detach() - output
         self._elsewhere = elsewhere if self._elsewhere is None else self._elsewhere + elsewhere
 
     def _times_weight(self, grad: Tensor) -> Tensor:

@@ -177,21 +177,29 @@ class BNP:
         self._handles.append(handle)
         return handle
 
-    def precondition_(self) -> None:
+    def precondition_(self, optimizer: Optimizer | None = None) -> None:
         """Precondition the gradients now, by hand: before clipping, say (under AMP after ``scaler.unscale_``).
 
-        The next step of an attached optimizer then leaves them as they are.
+        The next step of an attached optimizer then leaves them as they are, unless a backward pass adds to them.
+
+        Args:
+            optimizer: Whose gradients, where several optimizers are attached.
 
         Raises:
-            ValueError: ``max_change`` is set and no attached optimizer tells the learning rate.
+            ValueError: ``max_change`` is set and no attached optimizer tells the learning rate; several optimizers are attached
+                and none is given; the given one is not attached.
         """
-        rates: dict[int, Rate] = {}
-        for handle in self._handles:
-            rates.update(_rates(handle.optimizer))
-        self._precondition(
-            [observed for observed in self._layers if not observed.prepared], rates if self._handles else None
-        )
-        for observed in self._layers:
+        attached = [handle.optimizer for handle in self._handles]
+        if len(attached) > 1 and optimizer is None:
+            raise ValueError("precondition_: several optimizers are attached; give the one that is about to step")
+        if optimizer is not None and optimizer not in attached:
+            raise ValueError(
+                f"precondition_: this {type(optimizer).__name__} is not attached; call attach(optimizer) first"
+            )
+        rates = _rates(attached[0] if optimizer is None else optimizer) if attached else None
+        layers = self._layers if optimizer is None else self._layers_of(optimizer)
+        self._precondition([observed for observed in layers if not observed.prepared], rates)
+        for observed in layers:
             observed.prepared = True
 
     @contextmanager

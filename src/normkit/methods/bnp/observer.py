@@ -210,6 +210,11 @@ class Observed(InputCounter[Sums]):
         if self.materialized() and (self._accumulator is None or self._accumulator.device != device):
             self._accumulator = _zeros(self.geometry.features, device)
 
+    def fill(self, rows: Sums, weight: Tensor | None) -> None:
+        """Count rows of gradients that a backward pass has just accumulated."""
+        super().fill(rows, weight)
+        self.prepared = False
+
     def discard(self) -> None:
         """Forget the rows whose gradients were dropped."""
         super().discard()
@@ -237,7 +242,7 @@ class Observed(InputCounter[Sums]):
             return None
         if weight is None or not (layer.training and output.requires_grad and weight.requires_grad and is_counting()):
             return None
-        if not x.numel():
+        if not (x.numel() and output.numel()):
             return None
         sums = self._sums(layer, x, output)
         if not torch.compiler.is_compiling():

@@ -81,14 +81,18 @@ def revision(arm: Arm, scale: float, scale_lr_divisor: float) -> Revision:
 
 
 class FeatureScale:
-    """Forward pre-hook that multiplies the first argument of a layer."""
+    """Forward pre-hook, with keyword arguments, that multiplies the input of a layer."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments, the first one scaled."""
-        return (args[0] * self.factor, *args[1:])
+        if not args:
+            return args, {**kwargs, "input": kwargs["input"] * self.factor}
+        return (args[0] * self.factor, *args[1:]), kwargs
 
 
 def tag(module: nn.Module, change: Revision | None) -> None:
@@ -146,7 +150,7 @@ def revisit(model: nn.Module, *, scale: float = 0.1, scale_lr_divisor: float = 1
         if classifier is None:
             raise ValueError(f"revisit: arm {arm!r} scales the input of the classifier; the model has no linear layer")
         guard_hooks()
-        classifier.register_forward_pre_hook(FeatureScale(change.logit_scale))
+        classifier.register_forward_pre_hook(FeatureScale(change.logit_scale), with_kwargs=True)
     behind = _behind_a_norm(model)
     for norm in norms:
         if isinstance(norm, InputNorm):

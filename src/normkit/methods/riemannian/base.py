@@ -95,6 +95,9 @@ class SphereOptimizer(Optimizer):
 
         Returns:
             What the closure gave, or None.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
         """
         loss = None
         if closure is not None:
@@ -104,6 +107,12 @@ class SphereOptimizer(Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
+            if any(p.grad.is_sparse for p in params):
+                shapes = ", ".join(str(tuple(p.shape)) for p in params if p.grad.is_sparse)
+                raise RuntimeError(
+                    f"{type(self).__name__}: the gradients of the weights of shape {shapes} are sparse, and momentum is dense; "
+                    "build the embedding with sparse=False, or give its weight to another optimizer"
+                )
             if not group["manifold"]:
                 self._step_euclidean(group, params)
             elif group["foreach"]:
@@ -238,8 +247,11 @@ class SphereOptimizer(Optimizer):
         decoupled = group["decoupled_weight_decay"]
         if decoupled and group["weight_decay"] != 0:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        # torch's foreach kernel writes to the gradients; its fused one does not, but wants contiguous memory and real numbers
-        fused = all(x.is_contiguous() and not x.is_complex() for x in (*params, *grads, *buffers))
+        # torch's foreach kernel writes to the gradients; its fused one does not, but wants contiguous memory and real numbers,
+        # and two of it in one compiled graph mix up their parameters
+        fused = not torch.compiler.is_compiling() and all(
+            x.is_contiguous() and not x.is_complex() for x in (*params, *grads, *buffers)
+        )
         sgd(
             params,
             grads if fused else [g.clone() for g in grads],

@@ -125,7 +125,7 @@ def _step(
         torch.addcmul(g, y, share, value=-1, out=h)
     length = _norms(hs)
     clip = length.reciprocal().mul_(max_norm).clamp_(max=1)
-    length.mul_(clip)
+    length.mul_(clip).nan_to_num_(0)  # a length that overflows is clipped to zero
     # m = momentum tau + gain h, d = scale m
     torch._foreach_mul_(taus, momentum)
     if beta2 is None:
