@@ -31,7 +31,7 @@ FINE_TUNING = ROOT / "benchmarks" / "results" / "fine_tuning.jsonl"
 ONLINE = ROOT / "benchmarks" / "results" / "online.jsonl"
 STREAMED = ("batch", "none", "bnp", "group+bnp", "group+ws")
 CNN4 = (
-    *(f"cifar10-cnn4{name}.json" for name in ("", "-four", "-two", "-single", "-eight", "-one", "-others")),
+    *(f"cifar10-cnn4{name}.json" for name in ("", "-four", "-two", "-single", "-eight", "-one", "-others", "-large")),
     "accumulation-whole.json",
 )
 """One network, at several batch sizes; what several have is taken from the first."""
