@@ -125,7 +125,7 @@ def discrepancy(model: nn.Module, objective: Objective, batch: Any, *, dropout: 
         with watched(seen, compare), watched(root, predict):
             eval_loss = probe.mean(probe.loss())
     integers = [t for t in tensors_in(batch) if not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)]
-    divergence, flips = _predictions(*scores, integers) if len(scores) == 2 and integers else (None, None)
+    divergence, flips = _predictions(scores[0], scores[1], integers) if len(scores) == 2 and integers else (None, None)
     order = tuple(LayerDiscrepancy(name, found[name], local.get(name, 0.0)) for name in outputs if name in found)
     return Discrepancy(train_loss, eval_loss, divergence, flips, order)
 

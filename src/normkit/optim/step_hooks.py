@@ -199,8 +199,9 @@ def attachments(optimizer: Optimizer) -> list[StepHandle]:
     An optimizer that Accelerate has wrapped has those of the one inside.
     """
     inner = vars(optimizer).get("optimizer")
-    wraps = _HANDLES not in vars(optimizer) and isinstance(inner, Optimizer)
-    return attachments(inner) if wraps else list(vars(optimizer).get(_HANDLES, ()))
+    if _HANDLES not in vars(optimizer) and isinstance(inner, Optimizer):
+        return attachments(inner)
+    return list(vars(optimizer).get(_HANDLES, ()))
 
 
 def check_attachable(optimizer: Optimizer, key: str) -> None:

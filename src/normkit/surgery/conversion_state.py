@@ -96,10 +96,11 @@ def restored(layer: nn.Module, origin: Origin, like: Tensor | None) -> nn.Module
     if is_frozen_norm(origin.module):  # its scale and shift are buffers
         now |= {name: p.detach() for name in ("weight", "bias") if (p := parameters.pop(name, None)) is not None}
     buffers.update({name: now[name] for name, buffer in buffers.items() if buffer is not None and name in now})
-    for name, buffer in origin.module._buffers.items():
-        if buffer is not None:  # what was set aside did not follow a cast, and layers keep statistics in fp32 or wider
-            follows = like is not None and buffer.dtype == origin.dtype
-            buffers[name] = buffers[name].to(like.dtype if follows else buffer.dtype)
+    for name, old in origin.module._buffers.items():
+        if old is not None and (new := buffers[name]) is not None:
+            # what was set aside did not follow a cast, and layers of this package keep statistics in fp32 or wider
+            follows = old.dtype == origin.dtype
+            buffers[name] = new.to(like.dtype if like is not None and follows else old.dtype)
     biased: Any = layer if origin.biased is None else origin.biased
     bias = biased.bias if is_placeholder(layer) else None
     mean = buffers.get("running_mean")
@@ -145,7 +146,7 @@ def load_other_form(layer: nn.Module, state: dict[str, Any], prefix: str, *_: An
         with torch.no_grad():
             for name, parameter in origin.module._parameters.items():
                 if parameter is not None and name not in own:  # set aside as well
-                    parameter.copy_(twin._parameters[name])
+                    parameter.copy_(twin.get_parameter(name))
         state.update({prefix + name: fresh[name] for name in own})
     elif given and given < set(own):
         state.update({prefix + name: own[name] for name in dict(layer.named_buffers()).keys() & own.keys() - given})

@@ -523,7 +523,7 @@ def test_a_step_that_a_fused_optimizer_skips_counts_nothing():
 def test_a_layer_without_outputs_is_passed_over():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
     model[1].weight, model[1].bias = nn.Parameter(torch.empty(0, 4)), nn.Parameter(torch.empty(0))
-    bnp = BNP(model)
+    BNP(model)
     assert model(torch.randn(2, 3)).shape == (2, 0)
 
 
