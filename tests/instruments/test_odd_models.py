@@ -163,6 +163,7 @@ def test_covariate_shift_counts_the_projection_that_attention_never_calls():
         def __init__(self):
             super().__init__()
             self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+            self.unused = nn.Linear(4, 3)
 
         def forward(self, x):
             return self.head(self.attention(x, x, x)[0]).mean(1)

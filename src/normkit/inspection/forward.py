@@ -185,14 +185,21 @@ def in_order(probe: Probe) -> list[Owner]:
 
     modules = [(n, m) for n, m in probe.model.named_modules() if not isinstance(m, ParametrizationList)]
     with watched(modules, before=enter):
-        probe.loss()
-    owned: dict[str, list[nn.Parameter]] = {path: [] for path in called}
-    for path, module in probe.model.named_modules():
-        own = list(module.parameters(recurse=False))
-        while own and path not in owned and path:
-            path = path.rpartition(".")[0]
-        if own and path in owned:
-            owned[path] += own
+        loss = probe.loss()
+    owned = {path: list(module.parameters(recurse=False)) for path, module in called.items()}
+    elsewhere = {
+        parameter: path
+        for path, module in probe.model.named_modules()
+        for parameter in (module.parameters(recurse=False) if path not in called else ())
+        if parameter.requires_grad
+    }
+    if elsewhere and called:
+        gradients = probe.backward(loss, [*elsewhere])
+        for (parameter, path), gradient in zip(elsewhere.items(), gradients, strict=True):
+            while path and path not in owned:
+                path = path.rpartition(".")[0]
+            if gradient is not None and path in owned:
+                owned[path].append(parameter)
     return [Owner(path, module, owned[path]) for path, module in called.items() if owned[path]]
 
 

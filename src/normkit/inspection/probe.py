@@ -198,29 +198,34 @@ class Probe:
         if not wanted:
             raise ValueError("the model has no trainable parameters (requires_grad=True), so there is no gradient")
         loss = self.loss()
-        return self.mean(loss), [self._mean(g) for g in self.backward(loss, wanted)]
+        gradients = self.backward(loss, wanted)
+        found = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, gradients, strict=True)]
+        return self.mean(loss), [self._mean(g) for g in found]
 
-    def backward(self, loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Return the gradients of a loss that was just computed, dense, and accumulate none.
+    def backward(self, loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the gradients of a loss that was just computed, and accumulate none.
 
         Args:
             loss: What :meth:`loss` returned.
             parameters: What to differentiate by.
+
+        Returns:
+            One dense gradient per parameter, None where the loss does not depend on it.
 
         Raises:
             RuntimeError: Whatever autograd says.
         """
         with torch.enable_grad():
             try:
-                found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+                found: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True)
             except RuntimeError as error:
                 if "heckpoint" not in str(error) or ".grad()" not in str(error):
                     raise
                 self.loss().backward()  # reentrant activation checkpointing knows .backward() only
-                found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+                found = [p.grad for p in parameters]
                 for parameter in self._weights:
                     parameter.grad = None
-        return [g.detach().to_dense() if g.is_sparse else g.detach() for g in found]
+        return [g if g is None else g.detach().to_dense() if g.is_sparse else g.detach() for g in found]
 
     def mean(self, value: Tensor) -> float:
         """Return a scalar averaged over the ranks."""
