@@ -267,7 +267,8 @@ def _take_feature_scale(layer: nn.Module) -> None:
         _plain(layer)
         for key, scale in scales.items():
             layer.weight.mul_(scale.factor)
-            del layer._forward_pre_hooks[key], layer._forward_pre_hooks_with_kwargs[key]
+            del layer._forward_pre_hooks[key]
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _check_same(expected: Any, actual: Any) -> None:

@@ -86,13 +86,12 @@ class FeatureScale:
     def __init__(self, factor: float) -> None:
         self.factor = factor
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments, the first one scaled."""
-        if not args:
-            return args, {**kwargs, "input": kwargs["input"] * self.factor}
-        return (args[0] * self.factor, *args[1:]), kwargs
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """The arguments, the first one scaled; without ``kwargs`` in models pickled before the hook took them."""
+        scaled = (args[0] * self.factor, *args[1:]) if args else args
+        if kwargs is None:
+            return scaled
+        return scaled, kwargs if args else {**kwargs, "input": kwargs["input"] * self.factor}
 
 
 def tag(module: nn.Module, change: Revision | None) -> None:
