@@ -200,7 +200,10 @@ def test_an_objective_without_an_eval_mode_is_examined_in_train_mode(caplog):
         return loss(model, data)
 
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, momentum=0.5), nn.Linear(8, 3))
-    found = normkit.doctor(model, only_training, [batch() for _ in range(3)])
+    model(batch()[0])
+    shifted = [batch(), *((x + 100, y) for x, y in (batch(size=64), batch(size=64)))]  # later batches are examined, too
+    found = normkit.doctor(model, only_training, shifted)
+    assert "running statistics far from the batches" in str([finding.disease for finding in found.findings])
     assert "bias before batch normalization" in [finding.disease for finding in found.findings]
     assert "train and eval mode are not compared, since the objective in eval mode raised TypeError" in caplog.text
 

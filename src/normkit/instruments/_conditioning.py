@@ -135,7 +135,9 @@ def conditioning(
                 probe.loss()
     if not found:
         raise ValueError("batches: no batch reached a linear or convolution layer")
-    given = {_unwrapped(name): statistics for name, statistics in (preconditioners or {}).items()}
+    given = {
+        name if name in known else _unwrapped(name): statistics for name, statistics in (preconditioners or {}).items()
+    }
     if unknown := given.keys() - known.keys():
         raise ValueError(f"preconditioners: {sorted(unknown)} are no linear or convolution layers of the model")
     return Conditioning(tuple(_measure(name, gram, given.get(name)) for name, gram in found.items()))

@@ -326,6 +326,12 @@ def test_a_forward_that_raises_leaves_the_weight_in_its_place():
     assert model.layer.weight is weight
 
 
+def _assign(model, loss):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+        parameter.grad = gradient
+
+
 def _projected_steps(backward, steps=3):
     torch.manual_seed(0)
     x = torch.randn(12, 6).double() + 1
@@ -345,6 +351,7 @@ def _projected_steps(backward, steps=3):
     [
         lambda model, loss, decay: (loss().backward(), decay().backward()),
         lambda model, loss, decay: (decay().backward(), loss().backward()),
+        lambda model, loss, decay: _assign(model, loss() + decay()),
         lambda model, loss, decay: (
             torch.autograd.grad(loss() + decay(), [model[0].weight]),
             (loss() + decay()).backward(),

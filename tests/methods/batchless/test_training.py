@@ -539,7 +539,7 @@ def test_a_fused_optimizer_under_a_scaler_trains_and_skips_as_another():
             model,
             lr=0.03,
             options={"gradient": "plain"},
-            optimizer=lambda g: torch.optim.SGD(g, fused=fused),  # noqa: B023
+            optimizer=lambda g, fused=fused: torch.optim.SGD(g, fused=fused),
         )
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
         for step in range(6):

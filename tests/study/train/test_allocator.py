@@ -22,5 +22,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
-def test_freed_memory_is_kept():  # by default these are 122,880 page faults on most runs
+def test_freed_memory_is_kept():
     assert int(subprocess.run([sys.executable, "-c", _FAULTS], check=True, capture_output=True).stdout) < 100

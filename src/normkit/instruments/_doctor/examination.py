@@ -115,6 +115,7 @@ def examine(
         found.decayed = _decayed(inner, optimizer)
     if isinstance(model, DistributedDataParallel):
         found.ranks = dist.get_world_size(model.process_group)
+    compares = True
     for number, batch in enumerate(samples):
         with Probe(model, objective, batch) as probe:
             if not probe.model.training:
@@ -128,6 +129,8 @@ def examine(
                     raise
                 continue  # torch refuses one value per channel; that is a finding, not a failure
             found.channels.append(seen)
+        if not compares:
+            continue
         try:
             found.discrepancies.append(discrepancy(model, objective, batch, dropout=False))
         except Exception as error:  # detectors, say, return no losses in eval mode
@@ -135,7 +138,7 @@ def examine(
             _logger.warning(
                 "doctor: train and eval mode are not compared, since the objective in eval mode raised %s", text
             )
-            break
+            compares = False
     return found
 
 

@@ -108,11 +108,13 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
         self._from_output: Tensor | None = None  # in a backward pass that has not come to the weight
         self._elsewhere: Tensor | None = None  # None where everything came from the layer's output
         self._along: Tensor | None = None
+        self._fills = False  # whether these two are of backward passes that filled .grad, or of autograd.grad
 
     def discard(self) -> None:
         """Discard the rows and the gradients since the last step."""
         super().discard()
         self._from_output = self._elsewhere = self._along = None
+        self._fills = False
 
     @attachment
     @disable_dynamo
@@ -146,8 +148,12 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
         if not (is_counting() and self.collector.collects):
             return
         output, self._from_output = self._from_output, None
-        if self._weight is None or not is_filled(self.leaf_of(self._weight)):
-            return  # autograd.grad, which hands the gradient out
+        fills = self._weight is not None and is_filled(self.leaf_of(self._weight))
+        if self._fills and not fills:
+            return  # autograd.grad hands a gradient out; it counts where no other pass does (p.grad = autograd.grad(...))
+        if fills and not self._fills:
+            self._elsewhere = self._along = None
+        self._fills = fills
         along = self._times_weight(grad)
         self._along = along if self._along is None else self._along + along
         if output is not None and output.data_ptr() == grad.data_ptr():
