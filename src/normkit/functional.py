@@ -10,7 +10,7 @@
 
 from normkit.methods.batch_renorm import renorm_correction
 from normkit.methods.batchless.functions import gaussian_nll_gradients
-from normkit.methods.batchless.weights import projected_weight_gradient
+from normkit.methods.batchless.projection import projected_weight_gradient
 from normkit.methods.bnp.langevin import preconditioned_noise
 from normkit.methods.bnp.preconditioning import (
     bounding_factors,

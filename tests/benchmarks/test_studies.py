@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import normkit
 from benchmarks.studies.online import METHODS, recovery, run
 from benchmarks.studies.runs import rate_search
 from normkit.study.factory import load_factory
+from normkit.study.folder import StudyFolder
+from normkit.study.records import StudyRecord
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,3 +144,25 @@ def test_in_absolute_intensity_only_lesions_are_masked():
     )
     inside = torch.cat([volume[mask > 0] for volume, mask in (task.train[i] for i in range(20))])
     assert inside.mean().item() == pytest.approx(1.2, abs=0.02)
+
+
+def test_a_study_goes_on_from_its_report(study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = ROOT / "docs" / "results" / "cifar10-cnn4-one.json"
+    written = json.loads(results.read_text())
+    published = StudyRecord.from_dict(written["record"])
+    assert Path(study("restore", results).strip()) == Path("runs/cifar10-cnn4-one")
+    restored = json.loads(Path("runs/cifar10-cnn4-one/results.json").read_text())
+    assert restored["summaries"] == written["summaries"]
+    again = StudyRecord.from_dict(restored["record"])
+    assert sorted(again.trials, key=lambda trial: trial.key) == sorted(published.trials, key=lambda trial: trial.key)
+    kept = StudyFolder.read(Path("runs/cifar10-cnn4-one"))
+    store = kept.address(None).store()
+    store.open(replace(kept.config, seeds=kept.config.seeds + 1))
+    waiting = []
+    while (claim := store.claim()) is not None:
+        waiting.append(claim.key)
+    assert {key.method for key in waiting} == {*kept.config.methods}
+    assert {(key.phase, key.seed) for key in waiting} == {("final", kept.config.seeds)}
+    with pytest.raises(SystemExit, match="holds a study already"):
+        study("restore", results)

@@ -13,7 +13,9 @@ from normkit.functional import projected_weight_gradient
 from normkit.inspection.counting import Collector
 from normkit.methods.batchless import weights as batchless_weights
 from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d
+from normkit.methods.batchless.projection import Feeding, Projection
 from normkit.moments import sum_and_square_sum
+from normkit.optim import weight_rows
 
 LAYERS = [
     (nn.Linear(6, 4), (60, 6)),
@@ -97,10 +99,41 @@ def test_statistics_that_are_not_finite_take_nothing_out_along_the_mean():
     grad = model.layer.weight.grad.clone()
     *_, along = feeding.take_sums()
     overflowed, none = torch.full((4,), torch.inf), torch.zeros(4)
-    batchless_weights.project_weights([feeding], [(torch.tensor(10.0), overflowed, overflowed, along)], ranks=1)
+    batchless_weights.WeightProjection([feeding])([(torch.tensor(10.0), overflowed, overflowed, along)], ranks=1)
     expected = projected_weight_gradient(grad, model.layer.weight.detach(), none, none)
-    torch.testing.assert_close(model.layer.weight.grad, expected, rtol=0, atol=0)
+    torch.testing.assert_close(model.layer.weight.grad, expected, rtol=1e-5, atol=1e-6)
     assert (expected - grad).abs().max() > 0.01  # what scales the filters is gone
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("largest", "joined"), [(1 << 22, 1 << 14), (300, 1 << 14), (1 << 22, 0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_that_are_projected_together_are_each_projected_as_if_alone(
+    monkeypatch, dtype, largest, joined, memory_format
+):
+    monkeypatch.setattr(weight_rows, "LARGEST_BATCH", largest)
+    monkeypatch.setitem(weight_rows._JOINED, "cpu", joined)
+    torch.manual_seed(0)
+    shapes = [((4, 6), 1), *3 * [((8, 4, 3, 3), 2)], ((6, 1, 3, 3), 6), ((8, 4, 3, 3), 1), ((4, 6), 1), ((4, 3, 2), 2)]
+    project = Projection()
+    for _ in range(2):
+        grads, weights = ([torch.randn(shape).to(dtype) for shape, _ in shapes] for _ in range(2))
+        grads = [t.to(memory_format=memory_format) if t.dim() == 4 else t for t in grads]
+        sizes = [shape[1] * groups for shape, groups in shapes]
+        mean, variance = torch.randn(sum(sizes)).double(), torch.rand(sum(sizes)).double()
+        mean[:6] = 0
+        weights[-1].zero_()
+        expected = [
+            projected_weight_gradient(g.double(), w.double(), m, s, groups=groups).to(dtype)
+            for g, w, m, s, (_, groups) in zip(
+                grads, weights, mean.split(sizes), variance.split(sizes), shapes, strict=True
+            )
+        ]
+        kept = list(grads)
+        project([Feeding(g, w, n) for g, w, (_, n) in zip(grads, weights, shapes, strict=True)], mean, variance)
+        for got, want, before in zip(grads, expected, kept, strict=True):
+            assert got is before
+            torch.testing.assert_close(got, want, rtol=1e-12 if dtype == torch.float64 else 0, atol=1e-12)
 
 
 def test_the_scale_of_a_loss_scales_the_weights_gradient():
@@ -332,6 +365,17 @@ def _assign(model, loss):
         parameter.grad = gradient
 
 
+def zeros(model):
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def in_halves(loss, decay):
+    (loss / 2).backward(retain_graph=True)
+    (loss / 2 + decay).backward()
+
+
 def _projected_steps(backward, steps=3):
     torch.manual_seed(0)
     x = torch.randn(12, 6).double() + 1
@@ -351,6 +395,8 @@ def _projected_steps(backward, steps=3):
     [
         lambda model, loss, decay: (loss().backward(), decay().backward()),
         lambda model, loss, decay: (decay().backward(), loss().backward()),
+        lambda model, loss, decay: (zeros(model), loss().backward(), decay().backward()),
+        lambda model, loss, decay: in_halves(loss(), decay()),
         lambda model, loss, decay: _assign(model, loss() + decay()),
         lambda model, loss, decay: (
             torch.autograd.grad(loss() + decay(), [model[0].weight]),

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 import normkit
 from normkit import BNP
 from normkit.functional import bounding_factors, precondition
-from normkit.methods.bnp import transform as layer_steps
-from normkit.methods.bnp.preconditioning import Layout
+from normkit.optim import weight_rows
+from normkit.optim.weight_rows import Layout
 from tests.methods.bnp.models import mlp, same, train, twin
 
 
@@ -66,8 +66,8 @@ def test_the_bound_is_on_what_momentum_makes_of_a_lasting_gradient():
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("largest", "stacked"), [(1 << 22, 1 << 14), (60, 1 << 14), (1 << 22, 0)])
 def test_layers_stepped_together_are_each_stepped_as_if_alone(monkeypatch, largest, stacked, memory_format):
-    monkeypatch.setattr(layer_steps, "LARGEST_BATCH", largest)
-    monkeypatch.setitem(layer_steps._STACKED, "cpu", stacked)
+    monkeypatch.setattr(weight_rows, "LARGEST_BATCH", largest)
+    monkeypatch.setitem(weight_rows._JOINED, "cpu", stacked)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1),

@@ -22,8 +22,9 @@ from normkit.functional import (
     update_running,
 )
 from normkit.methods.bnp.observer import geometry
-from normkit.methods.bnp.preconditioning import Layout, implied_bias_grad, into_z_
+from normkit.methods.bnp.preconditioning import implied_bias_grad, into_z_
 from normkit.moments import observe, sum_and_square_sum, weighted_sums
+from normkit.optim.weight_rows import Layout
 
 CASES = {
     "linear": (lambda bias: nn.Linear(5, 4, bias=bias), (7, 5)),

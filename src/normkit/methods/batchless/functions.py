@@ -58,12 +58,17 @@ def gaussian_nll_gradients(
     return -sigma * m1, -excess / 2
 
 
+_FEW = 1 << 14
+"""Elements up to which batch normalization's kernel for statistics, which sums in float64, is faster on a CPU."""
+
+
 def moments_about(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Moments:
     """Return the moments of the rows of ``x``, channels in dimension 1, faster than [`normkit.moments.observe`][].
 
     What is not finite stays so. Sums of ``n = (x - mu) / sigma`` and ``n^2`` cancel no digits as long as mu and sigma
     roughly fit, ``E x = mu + sigma E n`` and ``var x = sigma^2 (E n^2 - (E n)^2)``. Both sums are what the backward pass
-    of batch normalization computes of a gradient n. On a GPU its statistics kernel needs one pass for all.
+    of batch normalization computes of a gradient n. Where batch normalization's kernel for statistics is as accurate and faster,
+    it takes their place: on a GPU, and on a CPU for small inputs in contiguous memory.
 
     Args:
         x: ``(N, C, ...)``.
@@ -78,7 +83,7 @@ def moments_about(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Mome
     if x.dtype != mean.dtype or x.numel() == 0:
         return observe_unchecked(x, 1)
     count = torch.full((), x.numel() / x.shape[1], dtype=mean.dtype, device=x.device)
-    if x.is_cuda:
+    if x.is_cuda or (x.is_cpu and x.numel() <= _FEW and x.is_contiguous()):
         center, spread = torch.batch_norm_update_stats(x, None, None, 0.0)
         return Moments(count, center, spread * count)
     n = F.batch_norm(x, mean, variance, training=False, eps=eps)

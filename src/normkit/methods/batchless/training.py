@@ -27,7 +27,7 @@ from normkit.methods.batchless.layer import (
     BatchlessNorm3d,
     batchless_layers,
 )
-from normkit.methods.batchless.weights import FeedingLayer, feeding_layers, project_weights
+from normkit.methods.batchless.weights import FeedingLayer, WeightProjection, feeding_layers
 from normkit.methods.method import Method, Part, Recipe, adam, layer_target
 from normkit.moments import Moments, reduce_together
 from normkit.optim.effect import Effect
@@ -137,6 +137,7 @@ class _Fitter:
         self.collector = Collector("BatchlessNorm", ATTACH)
         self.plain = {layer: LikelihoodParameters(layer) for layer in layers if layer.gradient == "plain"}
         self.feeding: list[FeedingLayer] = []
+        self.project_weights = WeightProjection()
         self.constant: list[Any] = []
         self.parameters: dict[str, nn.Parameter] = {}
         for path, module in model.named_modules():
@@ -153,6 +154,7 @@ class _Fitter:
         for layer in self.layers:
             layer.set_collector(self.collector)
         self.feeding = feeding_layers(self.model, self.collector)
+        self.project_weights = WeightProjection(self.feeding)
         origins = [vars(layer).get("normkit_origin") for layer in self.layers]
         self.constant = [origin.frozen for origin in origins if origin is not None and origin.frozen is not None]
 
@@ -170,7 +172,7 @@ class _Fitter:
             if layer.bias is not None:
                 layer.bias.grad = None
         divisor = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which unscales gradients itself
-        fits = collect(self.layers, self.feeding)
+        fits = collect(self.layers, self.project_weights)
         clip_by_trust_ratio(optimizer, fits, self.feeding)
         for fit in fits:
             if fit.layers[0].gradient == "natural":
@@ -200,23 +202,24 @@ class _Fitter:
 
 
 @torch.no_grad()
-def collect(layers: list[BatchlessNorm], feeding: Sequence[FeedingLayer] = ()) -> list[Fit]:
+def collect(layers: list[BatchlessNorm], project_weights: WeightProjection | None = None) -> list[Fit]:
     """Collect the rows of every layer over all ranks, write the mismatch and project the weights' gradients.
 
     Args:
         layers: The layers, in the same order on every rank.
-        feeding: Layers that feed some of them, whose weights' gradients are projected.
+        project_weights: Projects the gradients of the weights in front of some of them.
 
     Returns:
         The fit of the layers, of those that are alike together.
     """
+    project_weights = project_weights or WeightProjection()
     own, instances = zip(*(layer.take() for layer in layers), strict=True)
-    inputs = [tensor for feeder in feeding for tensor in feeder.take_sums()]
+    inputs = [tensor for feeder in project_weights.feeding for tensor in feeder.take_sums()]
     moments, sums = reduce_together(own, [*instances, *inputs])
     remaining = iter(sums)
     counts = [next(remaining) for _ in layers]
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    project_weights(feeding, [tuple(islice(remaining, 4)) for _ in feeding], ranks)
+    project_weights([tuple(islice(remaining, 4)) for _ in project_weights.feeding], ranks)
     groups: dict[Any, list[tuple[BatchlessNorm, Moments, Tensor]]] = {}
     for layer, rows, count in zip(layers, moments, counts, strict=True):
         kind = layer.running_mean.device, layer.running_mean.dtype, layer.eps, layer.gradient, layer.projected

@@ -1,11 +1,4 @@
-"""Project the gradient of the weights in front of a batchless layer: remove what the normalization undoes.
-
-Our own addition to Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729; see docs/batchless.md.
-
-With ``n' = dL/dn``, batch normalization passes on ``dL/dx = (n' - mean(n') - n mean(n' n)) / sigma``; batchless normalization
-passes on ``n' / sigma``. In the gradient of the linear or convolution layer that produces ``x = W h``, the two missing terms
-add up over the rows to parts along two known directions: the mean of h, which shifts x, and W, which scales x. Neither
-changes the function that batch normalization would train. The step removes both once its rows are complete.
+"""The layers that feed batchless layers: what a step needs of them to project the gradients of their weights.
 
 Only what came through the layer's output is projected: a term of the loss that names the weight itself, such as L2, stays.
 """
@@ -27,52 +20,8 @@ from normkit.inspection.markers import attachment
 from normkit.inspection.reads import tensors_read
 from normkit.methods.batchless.functions import per_feature
 from normkit.methods.batchless.layer import BatchlessNorm
+from normkit.methods.batchless.projection import Feeding, Projection
 from normkit.methods.kernels.sums import sum_and_square_sum
-
-
-def projected_weight_gradient(
-    grad: Tensor, weight: Tensor, mean: Tensor, variance: Tensor, *, groups: int = 1
-) -> Tensor:
-    """Return the gradient of W in ``x = W h`` without its parts that shift or scale x, per output of W.
-
-    With the mean m and the variance s of h, ``v = sum(m^2 s) / m^2`` the variance of h along m, and per output
-
-        g <- g - m (g m) / (m^2 + v),    g <- g - w (g w) / w^2.
-
-    The first removes the share ``m^2 / (m^2 + v)`` of g along m, nothing where h is centered: it is the share of the mean in
-    the squares of h along m. The second makes g orthogonal to w, as batch normalization's gradient is. For centered,
-    uncorrelated inputs of equal variance the result *is* batch normalization's gradient. It is linear in g.
-
-    Args:
-        grad: g, dL/dW, ``(out, in / groups, *taps)``.
-        weight: W, shape of g.
-        mean: Mean of h, ``(in,)``; kernel positions share that of their channel. Finite.
-        variance: Variance of h, ``(in,)``. Finite.
-        groups: Groups of the convolution.
-
-    Returns:
-        Shape and dtype of g.
-
-    Examples:
-        >>> grad, weight = torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[2.0, 0.0, 0.0]])
-        >>> projected_weight_gradient(grad, weight, torch.tensor([0.0, 0.0, 3.0]), torch.ones(3))
-        tensor([[0.0000, 1.0000, 0.1000]])
-    """
-    taps = grad.shape[2:].numel()
-    g, w = (tensor.to(mean.dtype).reshape(groups, -1, len(mean) // groups * taps) for tensor in (grad, weight))
-    tiny = torch.finfo(g.dtype).tiny
-
-    def products(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum(2, keepdim=True)
-
-    m, s = (statistic.view(groups, 1, -1) for statistic in (mean, variance))
-    square = m.square()
-    length = square.sum(2, keepdim=True)  # of m at one tap
-    variance_along = products(square, s) / length.clamp(min=tiny)
-    m = m.repeat_interleave(taps, 2) if taps > 1 else m
-    g = torch.addcmul(g, g @ (m / (variance_along + taps * length).clamp(min=tiny)).mT, m, value=-1)
-    g = g.addcmul_(products(g, w) / products(w, w).clamp(min=tiny), w, value=-1)
-    return g.to(grad.dtype).view_as(grad)
 
 
 class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
@@ -90,6 +39,7 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
         super().__init__(collector)
         self.norm, self.layer = norm, layer
         self.features = layer.in_channels if isinstance(layer, _ConvNd) else layer.in_features
+        self.groups = layer.groups if isinstance(layer, _ConvNd) else 1
         self._forget()
         self._handles += [
             layer.register_forward_pre_hook(self._lend),
@@ -107,14 +57,15 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
         self._weight: Tensor | None = None
         self._from_output: Tensor | None = None  # in a backward pass that has not come to the weight
         self._elsewhere: Tensor | None = None  # None where everything came from the layer's output
-        self._along: Tensor | None = None
-        self._fills = False  # whether these two are of backward passes that filled .grad, or of autograd.grad
+        self._along: Tensor | None = None  # the gradients times the weight; None while .grad holds what they came to
+        self._has_gradient = False  # by a backward pass
+        self._fills = False  # whether these are of backward passes that filled .grad, or of autograd.grad
 
     def discard(self) -> None:
         """Discard the rows and the gradients since the last step."""
         super().discard()
         self._from_output = self._elsewhere = self._along = None
-        self._fills = False
+        self._has_gradient = self._fills = False
 
     @attachment
     @disable_dynamo
@@ -153,11 +104,18 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
             return  # autograd.grad hands a gradient out; it counts where no other pass does (p.grad = autograd.grad(...))
         if fills and not self._fills:
             self._elsewhere = self._along = None
-        self._fills = fills
+            self._has_gradient = False
+        former = self._weight.grad if fills and self._weight is not None else None
+        first, self._has_gradient, self._fills = not self._has_gradient, True, fills
+        whole = output is not None and output.data_ptr() == grad.data_ptr()  # from the output: nothing was added
+        if whole and fills and self._along is None and (former is None or not first):
+            return  # .grad is all that the step needs, unless another pass adds what is not from the output
+        if self._along is None and former is not None and not first:
+            self._along = self._times_weight(former)
         along = self._times_weight(grad)
         self._along = along if self._along is None else self._along + along
-        if output is not None and output.data_ptr() == grad.data_ptr():
-            return  # all of it is from the output: nothing was added
+        if whole:
+            return
         # a copy, since torch makes this tensor .grad and lets later backward passes add to it
         elsewhere = grad.detach().clone() if output is None else grad.detach() - output
         self._elsewhere = elsewhere if self._elsewhere is None else self._elsewhere + elsewhere
@@ -181,7 +139,7 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
 
         Returns:
             Number of rows ``()``; sum and sum of squares of the layer's inputs ``(in,)``; the weight's gradients, all terms of
-            the loss together, times the weight ``(out,)``.
+            the loss together, times the weight ``(out,)``, zeros where all of them came from the layer's output.
         """
         like, counted, along = self.norm.running_mean.detach(), self.take(), self._along
         rows, totals, squares = (
@@ -190,50 +148,63 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
         total, square = (functools.reduce(torch.add, sums) for sums in (totals, squares))
         return like.new_full((), sum(rows)), total, square, torch.zeros_like(like) if along is None else along
 
-    def project(self, mean: Tensor, variance: Tensor, along: Tensor) -> None:
-        """Replace the gradient of the weight, if there is one, by the projected one.
+    def from_output(self, along: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Return the part of ``.grad`` that came from the layer's output, and the rest of it; the rows are done with.
 
         Unscaling and clipping multiply ``.grad`` by a factor that the gradients of single backward passes lack: it is found
         by least squares from the products of both with the weight.
 
         Args:
-            mean: Of the layer's inputs in this step, over all ranks, ``(in,)``.
-            variance: Likewise.
             along: The weight's gradients times the weight, mean over all ranks, ``(out,)``.
+
+        Returns:
+            ``.grad`` itself and None where all of it came from there; None where there is no gradient.
         """
-        elsewhere, reached, weight = self._elsewhere, self._along is not None, self.layer._parameters.get("weight")
+        elsewhere, reached, weight = self._elsewhere, self._has_gradient, self.layer._parameters.get("weight")
         self.discard()
         if weight is None or weight.grad is None or not reached:
-            return
-        groups = getattr(self.layer, "groups", 1)
+            return None
         if elsewhere is None:
-            weight.grad.copy_(projected_weight_gradient(weight.grad, weight.detach(), mean, variance, groups=groups))
-            return
+            return weight.grad, None
         factor = (self._times_weight(weight.grad) @ along / along.square().sum()).nan_to_num(0, 0, 0)
         elsewhere = (elsewhere * factor).to(weight.grad.dtype)
-        grad = projected_weight_gradient(weight.grad - elsewhere, weight.detach(), mean, variance, groups=groups)
-        weight.grad.copy_(grad + elsewhere)
+        return weight.grad - elsewhere, elsewhere
 
 
-def project_weights(producers: Sequence[FeedingLayer], sums: Sequence[tuple[Tensor, ...]], ranks: int) -> None:
-    """Project the gradients of all producers' weights.
+class WeightProjection:
+    """Projects the gradients of the weights in front of batchless layers once the rows of a step are complete.
 
     Args:
-        producers: The layers.
-        sums: What ``FeedingLayer.take_sums`` gave for each, over all ranks. Statistics that are not finite count as zero.
-        ranks: Number of ranks.
+        feeding: The layers that feed them.
     """
-    groups: dict[Any, list[tuple[FeedingLayer, tuple[Tensor, ...]]]] = {}
-    for producer, own in zip(producers, sums, strict=True):
-        groups.setdefault((own[1].device, own[1].dtype), []).append((producer, own))
-    for group in groups.values():
-        sizes = [producer.features for producer, _ in group]
-        rows = per_feature([own[0] for _, own in group], sizes).clamp(min=1)
-        mean, square = (torch.cat([own[k] for _, own in group]) / rows for k in (1, 2))
-        variance = (square - mean.square()).clamp(min=0)
-        mean, variance = (t.nan_to_num(0, 0, 0).split(sizes) for t in (mean, variance))
-        for (producer, own), m, v in zip(group, mean, variance, strict=True):
-            producer.project(m, v, own[3] / ranks)
+
+    def __init__(self, feeding: Sequence[FeedingLayer] = ()) -> None:
+        self.feeding = feeding
+        self._projections: dict[object, Projection] = {}
+
+    @torch.no_grad()
+    def __call__(self, sums: Sequence[tuple[Tensor, ...]], ranks: int) -> None:
+        """Project ``.grad`` of the weights in place.
+
+        Args:
+            sums: What ``FeedingLayer.take_sums`` gave for each, over all ranks. Statistics that are not finite count as zero.
+            ranks: Number of ranks.
+        """
+        groups: dict[object, list[tuple[FeedingLayer, tuple[Tensor, ...], Tensor, Tensor | None]]] = {}
+        for feeder, own in zip(self.feeding, sums, strict=True):
+            if (found := feeder.from_output(own[3] / ranks)) is not None:
+                groups.setdefault((own[1].device, own[1].dtype), []).append((feeder, own, *found))
+        for kind, group in groups.items():
+            sizes = [feeder.features for feeder, *_ in group]
+            rows = per_feature([own[0] for _, own, *_ in group], sizes).clamp(min=1)
+            mean, square = (torch.cat([own[k] for _, own, *_ in group]) / rows for k in (1, 2))
+            variance = (square - mean.square()).clamp(min=0)
+            fed = [Feeding(grad, feeder.layer.weight, feeder.groups) for feeder, _, grad, _ in group]
+            project = self._projections.setdefault(kind, Projection())
+            project(fed, mean.nan_to_num(0, 0, 0), variance.nan_to_num(0, 0, 0))
+            for feeder, _, grad, elsewhere in group:
+                if elsewhere is not None and feeder.layer.weight.grad is not None:
+                    feeder.layer.weight.grad.copy_(grad + elsewhere)
 
 
 def feeding_layers(model: nn.Module, collector: Collector) -> list[FeedingLayer]:

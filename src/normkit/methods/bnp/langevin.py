@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normkit.methods.bnp.bnp import BNP
-from normkit.methods.bnp.preconditioning import Layout, out_of_z_
+from normkit.methods.bnp.preconditioning import out_of_z_
+from normkit.optim.weight_rows import Layout
 
 
 def preconditioned_noise(

@@ -9,11 +9,10 @@ is the one a normalized input would have given. Plain gradient descent on those 
 descent with the gradient multiplied by ``P P^T``: this file. Nothing in the network changes.
 """
 
-from collections.abc import Sequence
-from math import prod
-
 import torch
 from torch import Tensor
+
+from normkit.optim.weight_rows import Layout
 
 SMALLEST_SPREAD = 0.1
 """What a unit's output is taken to spread by at least, in [`normkit.functional.bounding_factors`][]."""
@@ -261,52 +260,6 @@ def bounding_factors(change: Tensor, spread: Tensor, max_change: float) -> Tenso
         [0.25, 0.0062500000931322575, 1.0]
     """
     return (max_change * spread.clamp(min=SMALLEST_SPREAD) / change.clamp(min=1e-15)).clamp(max=1)
-
-
-class Layout:
-    """A weight as the rows of its units, ``(groups, out, inputs times taps)``, and vectors that broadcast to them.
-
-    Taps lie beside the channels, not in a dimension of their own: elementwise loops over three or nine taps are slow.
-    Layers of one shape side by side, their weights joined along the first dimension, are one layer with more groups.
-
-    Args:
-        shape: Shape of the weight.
-        groups: Groups of the convolution.
-        transposed: Whether the weight is laid out as that of a transposed convolution.
-        taps_first: Whether the channels of a tap lie side by side, as they do in the memory of channels-last weights.
-    """
-
-    def __init__(self, shape: Sequence[int], groups: int, transposed: bool, *, taps_first: bool = False) -> None:
-        self.shape, self.groups, self.transposed, self.taps_first = tuple(shape), groups, transposed, taps_first
-        self.taps = prod(shape[2:])
-        first, second = shape[0] // groups, prod(shape[1:2])
-        self.ins, self.outs = (first, second) if transposed else (second, first)
-
-    def rows(self, weight: Tensor) -> Tensor:
-        """The weight-shaped tensor as rows."""
-        if self.transposed:
-            weight = weight.reshape(self.groups, self.ins, self.outs, self.taps).transpose(1, 2)
-        elif self.taps_first:
-            weight = weight.movedim(1, -1)
-        return weight.reshape(self.groups, self.outs, -1)
-
-    def weight(self, rows: Tensor) -> Tensor:
-        """Rows as a weight-shaped tensor."""
-        if self.transposed:
-            rows = rows.reshape(self.groups, self.outs, self.ins, self.taps).transpose(1, 2)
-        elif self.taps_first:
-            return rows.reshape(self.shape[0], *self.shape[2:], self.shape[1]).movedim(-1, 1)
-        return rows.reshape(self.shape)
-
-    def along_in(self, vector: Tensor) -> Tensor:
-        """A vector over the inputs."""
-        if self.taps_first:
-            return vector.reshape(self.groups, 1, -1).repeat(1, 1, self.taps)
-        return (vector if self.taps == 1 else vector.repeat_interleave(self.taps)).reshape(self.groups, 1, -1)
-
-    def units(self, vector: Tensor) -> Tensor:
-        """A vector over the output units."""
-        return vector.reshape(self.groups, self.outs, 1)
 
 
 def _check(weight_grad: Tensor, bias_grad: Tensor | None, mean: Tensor, variance: Tensor, layout: Layout) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from normkit.methods.bnp.preconditioning import (
-    Layout,
     bounding_factors,
     implied_bias_grad,
     into_z_,
@@ -24,16 +23,10 @@ from normkit.methods.bnp.preconditioning import (
 )
 from normkit.methods.bnp.statistics import LayerIndex, Preconditioners, compute_dtype
 from normkit.moments import is_channels_last
+from normkit.optim import weight_rows
+from normkit.optim.weight_rows import Layout, most_joined
 
 Rate: TypeAlias = Tensor | float
-
-LARGEST_BATCH = 1 << 22
-"""Elements that are transformed together at most: more gain nothing and would need memory."""
-
-_STACKED = {"cpu": 1 << 14}
-"""Elements up to which layers of one shape are stacked, by device; larger ones are worked on where they lie.
-
-On a CPU a copy costs as much as the operations that it saves."""
 
 
 class LayerStep(NamedTuple):
@@ -99,11 +92,9 @@ def _together(steps: Sequence[LayerStep], kinds: Sequence[_Kind], index: LayerIn
     for of_a_kind in shapes.values():
         batch, total = [], 0
         for same_shape in of_a_kind.values():
-            size = max(1, steps[same_shape[0]].weight_grad.numel())
-            limit = _STACKED.get(steps[same_shape[0]].weight_grad.device.type, LARGEST_BATCH)
-            most = max(1, LARGEST_BATCH // size) if size <= limit else 1
+            size, most = steps[same_shape[0]].weight_grad.numel(), most_joined(steps[same_shape[0]].weight_grad)
             for part in (same_shape[start : start + most] for start in range(0, len(same_shape), most)):
-                if batch and total + size * len(part) > LARGEST_BATCH:
+                if batch and total + size * len(part) > weight_rows.LARGEST_BATCH:
                     yield batch
                     batch, total = [], 0
                 batch.append(part)

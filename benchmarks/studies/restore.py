@@ -1,0 +1,73 @@
+"""Make the store of a study from its report, so that the study can be extended wherever its report is.
+
+    python -m benchmarks.studies.restore docs/results/cifar10-resnet20.json
+
+The folder that the report's command names then holds every trial of it; the command with more methods, seeds or smaller batch
+sizes runs what is new.
+"""
+
+import argparse
+import json
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+from normkit.study.compare import report
+from normkit.study.config import StudyConfig
+from normkit.study.folder import STUDY_FILE, StudyFolder
+from normkit.study.records import StudyRecord
+
+
+def restore(results: Path, out: Path | None = None) -> Path:
+    """Write the store of a study; trials that its report lacks wait in it.
+
+    Args:
+        results: The JSON of a report.
+        out: Folder of the study; default the one that its command names.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SystemExit: The folder holds a study already, or the command names none.
+    """
+    record = StudyRecord.from_dict(json.loads(results.read_text())["record"])
+    out = out or _out(record.command)
+    if (out / STUDY_FILE).exists():
+        raise SystemExit(f"{out} holds a study already; give another --out")
+    config = StudyConfig.from_dict({option.name: record.config[option.name] for option in fields(StudyConfig)})
+    folder = StudyFolder(out, config, record.command, None).prepare()
+    store = folder.address(None).store()
+    store.open(config)
+    trials = {trial.key: trial for trial in record.trials}
+    while (claim := store.claim()) is not None:
+        if claim.key in trials:
+            store.record(claim, trials[claim.key])
+    facts = ("data", "model", "data_summary", "metric", "chance", "chance_loss")
+    store.set_attr("data", {name: record.config[name] for name in facts})
+    store.set_attr("grown", record.config["grown"] or None)
+    store.set_attr("environment", record.environment)
+    store.set_attr("costs", [vars(cost) for cost in record.costs])
+    folder.save()
+    report(folder, store)
+    return out
+
+
+def _out(command: str) -> Path:
+    words = shlex.split(command)
+    if "--out" not in words:
+        raise SystemExit(f"the report's command names no folder ({command}); give --out")
+    return Path(words[words.index("--out") + 1])
+
+
+def main() -> None:
+    """Restore one study."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="JSON of a report")
+    parser.add_argument("--out", type=Path, help="folder of the study; default the one that its command names")
+    options = parser.parse_args()
+    print(restore(options.results, options.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Project the gradients of weights: remove what the normalization behind them undoes.
+
+Our own addition to Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729; see docs/batchless.md.
+
+With ``n' = dL/dn``, batch normalization passes on ``dL/dx = (n' - mean(n') - n mean(n' n)) / sigma``; batchless normalization
+passes on ``n' / sigma``. In the gradient of the linear or convolution layer that produces ``x = W h``, the two missing terms
+add up over the rows to parts along two known directions: the mean of h, which shifts x, and W, which scales x. Neither
+changes the function that batch normalization would train.
+"""
+
+# pyright: reportPrivateImportUsage=false
+# (torch's optimizers are written with the same _foreach functions)
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normkit.moments import is_channels_last
+from normkit.optim.weight_rows import Layout, most_joined
+
+
+def projected_weight_gradient(
+    grad: Tensor, weight: Tensor, mean: Tensor, variance: Tensor, *, groups: int = 1
+) -> Tensor:
+    """Return the gradient of W in ``x = W h`` without its parts that shift or scale x, per output of W.
+
+    With the mean m and the variance s of h, ``v = sum(m^2 s) / m^2`` the variance of h along m, and per output
+
+        g <- g - m (g m) / (m^2 + v),    g <- g - w (g w) / w^2.
+
+    The first removes the share ``m^2 / (m^2 + v)`` of g along m, nothing where h is centered: it is the share of the mean in
+    the squares of h along m. The second makes g orthogonal to w, as batch normalization's gradient is. For centered,
+    uncorrelated inputs of equal variance the result *is* batch normalization's gradient. It is linear in g.
+
+    Args:
+        grad: g, dL/dW, ``(out, in / groups, *taps)``.
+        weight: W, shape of g.
+        mean: Mean of h, ``(in,)``; kernel positions share that of their channel. Finite.
+        variance: Variance of h, ``(in,)``. Finite.
+        groups: Groups of the convolution.
+
+    Returns:
+        Shape and dtype of g.
+
+    Examples:
+        >>> grad, weight = torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[2.0, 0.0, 0.0]])
+        >>> projected_weight_gradient(grad, weight, torch.tensor([0.0, 0.0, 3.0]), torch.ones(3))
+        tensor([[0.0000, 1.0000, 0.1000]])
+    """
+    taps = grad.shape[2:].numel()
+    g, w = (tensor.to(mean.dtype).reshape(groups, -1, len(mean) // groups * taps) for tensor in (grad, weight))
+    tiny = torch.finfo(g.dtype).tiny
+
+    def products(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(2, keepdim=True)
+
+    m, s = (statistic.view(groups, 1, -1) for statistic in (mean, variance))
+    square = m.square()
+    length = square.sum(2, keepdim=True)  # of m at one tap
+    variance_along = products(square, s) / length.clamp(min=tiny)
+    m = m.repeat_interleave(taps, 2) if taps > 1 else m
+    g = torch.addcmul(g, g @ (m / (variance_along + taps * length).clamp(min=tiny)).mT, m, value=-1)
+    g = g.addcmul_(products(g, w) / products(w, w).clamp(min=tiny), w, value=-1)
+    return g.to(grad.dtype).view_as(grad)
+
+
+class Feeding(NamedTuple):
+    """The gradient of a weight, which is projected in place, the weight, and the groups of its convolution."""
+
+    grad: Tensor
+    weight: Tensor
+    groups: int
+
+    @property
+    def inputs(self) -> int:
+        """Number of the layer's input channels."""
+        return self.grad.shape[1] * self.groups
+
+
+class Projection:
+    """:func:`projected_weight_gradient` of many weights with few operations, in place.
+
+    What is joined is found out once, and kept while the same layers step.
+    """
+
+    def __init__(self) -> None:
+        self._key: object = None
+
+    def __reduce__(self) -> tuple[type["Projection"], tuple[()]]:
+        return Projection, ()  # a copy finds out anew
+
+    def __call__(self, layers: Sequence[Feeding], mean: Tensor, variance: Tensor) -> None:
+        """Project the gradients.
+
+        Args:
+            layers: Gradients and weights.
+            mean: Mean of the inputs of all layers in a row. Finite.
+            variance: Their variance, likewise. Finite.
+        """
+        kinds = [(layer.grad.shape, layer.groups, layer.grad.dtype, is_channels_last(layer.grad)) for layer in layers]
+        if self._key != (key := (mean.device, mean.dtype, *kinds)):
+            self._key = key
+            self._plan(layers, kinds, mean)
+        tiny = torch.finfo(mean.dtype).tiny
+        square = mean.square()
+        both = torch.stack((square, square * variance))
+        length, along = both.new_zeros(2, len(self._taps)).index_add_(1, self._groups, both)
+        share = (along / length.clamp(min=tiny)).addcmul_(length, self._taps).clamp_(min=tiny)
+        columns = torch.stack((mean, mean / share.index_select(0, self._groups))).index_select(1, self._columns)
+        rows, products, lengths = [], [], []
+        for part, (m, u) in zip(self._parts, columns.split(self._widths, 1), strict=True):
+            g = part.rows([layers[i].grad for i in part.places], mean.dtype)
+            w = part.rows([layers[i].weight for i in part.places], mean.dtype)
+            g.addcmul_(torch.bmm(g, part.columns(u).mT), part.columns(m), value=-1)
+            products.append((g * w).sum(2).flatten())
+            lengths.append(torch.linalg.vector_norm(w, dim=2).flatten())
+            rows.append((g, w))
+        shares = torch.cat(products) / torch.cat(lengths).square_().clamp_(min=tiny)
+        old, new = [], []
+        for part, (g, w), along in zip(self._parts, rows, shares.split([len(p) for p in products]), strict=True):
+            g.addcmul_(along.view(*g.shape[:2], 1), w, value=-1)
+            if g.data_ptr() != layers[part.places[0]].grad.data_ptr():
+                old += [layers[i].grad for i in part.places]
+                new += part.layout.weight(g).chunk(len(part.places))
+        if old:
+            torch._foreach_copy_(old, new)
+
+    def _plan(self, layers: Sequence[Feeding], kinds: Sequence[object], like: Tensor) -> None:
+        alike: dict[object, list[int]] = {}
+        for i, kind in enumerate(kinds):
+            alike.setdefault(kind, []).append(i)
+        starts, groups, taps = [0], [], []
+        for layer in layers:
+            first, size = len(taps), layer.inputs // layer.groups
+            groups += [first + group for group in range(layer.groups) for _ in range(size)]
+            taps += layer.groups * [layer.grad.shape[2:].numel()]
+            starts.append(starts[-1] + layer.inputs)
+        self._groups = torch.tensor(groups, device=like.device)
+        """Of each input its group of channels, counted over all layers."""
+        self._taps = torch.tensor(taps, dtype=like.dtype, device=like.device)
+        """Of each group the number of kernel positions."""
+        self._parts: list[_Part] = []
+        columns = []
+        for same in alike.values():
+            most = most_joined(layers[same[0]].grad)
+            for places in (same[first : first + most] for first in range(0, len(same), most)):
+                self._parts.append(part := _Part(places, layers[places[0]]))
+                inputs = [torch.arange(starts[i], starts[i + 1]) for i in places]
+                columns.append(part.layout.along_in(torch.cat(inputs)).flatten())
+        self._widths = [len(part) for part in columns]
+        self._columns = torch.cat(columns).to(like.device)
+        """Of each column of the parts' rows its input, counted over all layers."""
+
+
+class _Part:
+    """Layers of one shape as one layer with more groups.
+
+    Args:
+        places: Which layers.
+        first: The first of them.
+    """
+
+    def __init__(self, places: list[int], first: Feeding) -> None:
+        self.places = places
+        shape = (len(places) * first.grad.shape[0], *first.grad.shape[1:])
+        last = is_channels_last(first.grad)
+        self.layout = Layout(shape, len(places) * first.groups, transposed=False, taps_first=last)
+
+    def rows(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """Tensors shaped as the weights of the layers, as rows of the one; where they lie, if they lie as rows."""
+        joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return self.layout.rows(joined.to(dtype))
+
+    def columns(self, vector: Tensor) -> Tensor:
+        """One number for each column of the rows of each group."""
+        return vector.view(self.layout.groups, 1, -1)
