@@ -87,12 +87,13 @@ def moments_about(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Mome
         center, spread = torch.batch_norm_update_stats(x, None, None, 0.0)
         return Moments(count, center, spread * count)
     n = F.batch_norm(x, mean, variance, training=False, eps=eps)
-    zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+    zero = torch.zeros_like(mean)  # the mean of n, and with 1 added to it the variance
     _, square, total = torch.ops.aten.native_batch_norm_backward(
-        n, n, None, zero, one, None, None, False, 0.0, [False, True, True]
+        n, n, None, zero, zero, None, None, False, 1.0, [False, True, True]
     )
     m1, sigma2 = total / count, variance + eps
-    return Moments(count, mean + sigma2.sqrt() * m1, (square - total * m1).clamp(min=0) * sigma2)
+    spread = torch.addcmul(square, total, m1, value=-1).clamp_(min=0).mul_(sigma2)
+    return Moments(count, torch.addcmul(mean, sigma2.sqrt(), m1), spread)
 
 
 def affine_map(
