@@ -1,4 +1,4 @@
-"""Step time and peak memory of BNP, relative to the network without normalization and to batch normalization.
+"""Step time and peak memory of BNP and its rivals, relative to the network without normalization and to batch normalization.
 
 Every contender trains in turn, round after round, so that what disturbs the machine disturbs all of them; ratios are taken
 within each round and their median and quartiles reported. On one thread of a CPU processor time is taken.
@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+import normkit
 from common import interleaved, ratio, save, synchronized, timer
-from normkit import BNP, convert
 from normkit.study.models import build_model
 
 CONTENDERS = ("none", "batch", "bnp", "bnp-paper", "observing")
-"""``observing``: the hooks of BNP without its step, to see where the time goes."""
+"""Recipes, and ``observing``: the hooks of BNP without its step, to see where the time goes."""
 
 
 def trainer(name: str, args: argparse.Namespace, model_name: str, batch: int) -> Callable[[], None]:
@@ -31,22 +31,10 @@ def trainer(name: str, args: argparse.Namespace, model_name: str, batch: int) ->
     torch.manual_seed(0)
     device = torch.device(args.device)
     model = build_model(model_name, input_shape=(3, args.size, args.size), classes=10)
-    if name != "batch":
-        model = convert(model, "none")
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model = model.to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    bnp = None
-    if name not in {"none", "batch"}:
-        published = name == "bnp-paper"
-        bnp = BNP(
-            model,
-            statistics="channels" if published else "patches",
-            pooled=not published,
-            max_change=0.05 if name == "bnp" else None,
-        )
-        if name != "observing":
-            bnp.attach(optimizer)
+    model, optimizer = normkit.apply("none" if name == "observing" else name, model, lr=1e-4, momentum=0.9)
+    observer = normkit.BNP(model) if name == "observing" else None
     forward = torch.compile(model) if args.compile else model
     x = torch.randn(batch, 3, args.size, args.size, device=device).to(memory_format=layout)
     y = torch.randint(10, (batch,), device=device)
@@ -57,8 +45,8 @@ def trainer(name: str, args: argparse.Namespace, model_name: str, batch: int) ->
             loss = F.cross_entropy(forward(x).float(), y)
         loss.backward()
         optimizer.step()
-        if name == "observing" and bnp is not None:
-            bnp.discard()
+        if observer is not None:
+            observer.discard()
 
     return step
 
@@ -102,12 +90,12 @@ def measure(
         result[f"time relative to {below}"] = {n: ratio(t, seconds[below]) for n, t in seconds.items() if n != below}
         result[f"memory relative to {below}"] = {n: m / memory[below] for n, m in memory.items() if n != below}
     print(f"\n{model_name}, batch {batch}, {args.device}{', compiled' if args.compile else ''}")
-    print(f"{'':>12} {'time/none':>22} {'time/batch':>11} {'memory/none':>12}")
+    print(f"{'':>20} {'time/none':>22} {'time/batch':>11} {'memory/none':>12}")
     for name in contenders[1:]:
         t = result["time relative to none"][name]
         over = "" if name == "batch" else f"{result['time relative to batch'][name]['median']:11.3f}"
         spread = f"{t['median']:8.3f} [{t['low']:.3f}, {t['high']:.3f}]"
-        print(f"{name:>12} {spread:>22} {over:>11} {result['memory relative to none'][name]:12.3f}")
+        print(f"{name:>20} {spread:>22} {over:>11} {result['memory relative to none'][name]:12.3f}")
     return result
 
 

@@ -1,4 +1,4 @@
-"""Remeasure the CPU figures of docs/performance.md in one run of a few minutes: python benchmarks/cpu.py [--quick].
+"""Remeasure the CPU figures of docs/performance.md in one run of ten minutes: python benchmarks/cpu.py [--quick].
 
 Each piece is the measurement of one of the other benchmarks, on one thread, short. ``results/cpu.json`` is written after each
 piece, so that a run that is interrupted keeps what it has.
@@ -25,6 +25,7 @@ from common import save
 
 PREPARE = "import sys, time, torch; start = time.process_time(); "
 REPORT = "; print(time.process_time() - start)"
+METHODS = ("none", "batch", "group", "group+ws", "group+bnp", "bnp", "batchless", "batchless-projected")
 
 
 def relative(model: str, size: int, batch: int, steps: int, rounds: int, methods: Sequence[str]) -> dict[str, Any]:
@@ -34,11 +35,11 @@ def relative(model: str, size: int, batch: int, steps: int, rounds: int, methods
 
 
 def step_and_memory(batches: Sequence[int], rounds: int, *, channels_last: bool = False) -> dict[str, Any]:
-    """Step time and peak memory of BNP on ResNet-20."""
+    """Step time and peak memory on ResNet-20."""
     args = argparse.Namespace(
         device="cpu", size=32, channels_last=channels_last, compile=False, bf16=False, rounds=rounds, seconds=0.15
     )
-    return {f"batch {batch}": bnp.measure(args, "resnet20", batch, ("none", "batch", "bnp")) for batch in batches}
+    return {f"batch {batch}": bnp.measure(args, "resnet20", batch, (*METHODS, "sgd-g")) for batch in batches}
 
 
 def imports(rounds: int) -> dict[str, float]:
@@ -78,17 +79,12 @@ def trials(share: int) -> list[dict[str, object]]:
 
 def pieces(quick: bool) -> dict[str, Callable[[], Any]]:
     """Every piece, the most valuable first."""
-    rounds = 1 if quick else 15
-    methods = ("none", "batch", "batchless", "batchless-projected", "group", "group+ws", "bnp", "group+bnp")
+    rounds, batches = (1, (1,)) if quick else (15, (1, 2, 8, 16, 128))
     return {
-        "bnp, ResNet-20": lambda: step_and_memory((1,) if quick else (1, 2, 8, 128), rounds),
-        "bnp, ResNet-20, channels last": lambda: step_and_memory(
-            (1,) if quick else (1, 2, 8, 128), rounds, channels_last=True
-        ),
+        "step and peak memory, ResNet-20": lambda: step_and_memory(batches, rounds),
+        "step and peak memory, ResNet-20, channels last": lambda: step_and_memory(batches, rounds, channels_last=True),
         "memory traffic, ResNet-20, batch 16": lambda: memory_traffic.table("resnet20", 16),
-        "step, ResNet-20, batch 16": lambda: relative("resnet20", 32, 16, 1, rounds, methods),
-        "step, ResNet-20, batch 2": lambda: relative("resnet20", 32, 2, 4, rounds, methods[:2] + methods[4:]),
-        "step, digits-cnn, batch 1": lambda: relative("digits-cnn", 8, 1, 20, rounds, methods),
+        "step, digits-cnn, batch 1": lambda: relative("digits-cnn", 8, 1, 20, rounds, METHODS),
         "optimizer step, ResNet-20": lambda: optimizer(rounds),
         "monitor": lambda: overhead(1 if quick else 5),
         "import, seconds": lambda: imports(1 if quick else 7),
