@@ -146,17 +146,19 @@ def test_in_absolute_intensity_only_lesions_are_masked():
     assert inside.mean().item() == pytest.approx(1.2, abs=0.02)
 
 
-def test_a_study_goes_on_from_its_report(study, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["cifar10-cnn4-one", "volumes"])
+def test_a_study_goes_on_from_its_report(name, study, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    results = ROOT / "docs" / "results" / "cifar10-cnn4-one.json"
+    results = ROOT / "docs" / "results" / f"{name}.json"
     written = json.loads(results.read_text())
     published = StudyRecord.from_dict(written["record"])
-    assert Path(study("restore", results).strip()) == Path("runs/cifar10-cnn4-one")
-    restored = json.loads(Path("runs/cifar10-cnn4-one/results.json").read_text())
+    folder = Path(study("restore", results).strip())
+    assert folder.parent == Path("runs")
+    restored = json.loads((folder / "results.json").read_text())
     assert restored["summaries"] == written["summaries"]
     again = StudyRecord.from_dict(restored["record"])
     assert sorted(again.trials, key=lambda trial: trial.key) == sorted(published.trials, key=lambda trial: trial.key)
-    kept = StudyFolder.read(Path("runs/cifar10-cnn4-one"))
+    kept = StudyFolder.read(folder)
     store = kept.address(None).store()
     store.open(replace(kept.config, seeds=kept.config.seeds + 1))
     waiting = []

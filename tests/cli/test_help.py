@@ -72,11 +72,11 @@ def test_compare_lists_the_studys_own_options_first_and_the_others_under_heading
 
 @pytest.mark.parametrize("example", [line for kind in COMMANDS.values() for line in kind.examples])
 def test_every_example_parses(example):
-    from normkit.cli.main import _parse
+    from normkit.cli.main import parse
 
     program, *arguments = example.split()
     assert program == "normkit"
-    assert type(_parse(arguments)) in COMMANDS.values()
+    assert type(parse(arguments)) in COMMANDS.values()
 
 
 @pytest.mark.parametrize("option", ["-V", "--version"])

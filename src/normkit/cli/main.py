@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a sign that a terminal does not have must not end a study
     try:
-        command = _parse([argument for argument in arguments if argument != "--debug"])
+        command = parse([argument for argument in arguments if argument != "--debug"])
         level = logging.WARNING if getattr(command, "quiet", False) else logging.INFO
         with _log_to_terminal(level), stoppable():
             return _run(command, arguments)
@@ -119,7 +119,7 @@ def _log_to_terminal(level: int) -> Generator[None, None, None]:
         logger.setLevel(before)
 
 
-def _parse(arguments: list[str]) -> Any:
+def parse(arguments: list[str]) -> Any:
     """Return the command that was asked for.
 
     Raises:
