@@ -86,7 +86,7 @@ def pieces(quick: bool) -> dict[str, Callable[[], Any]]:
         "memory traffic, ResNet-20, batch 16": lambda: memory_traffic.table("resnet20", 16),
         "step, digits-cnn, batch 1": lambda: relative("digits-cnn", 8, 1, 20, rounds, METHODS),
         "optimizer step, ResNet-20": lambda: optimizer(rounds),
-        "monitor": lambda: overhead(1 if quick else 5),
+        "monitor": lambda: overhead(1 if quick else 21),
         "import, seconds": lambda: imports(1 if quick else 7),
         "trial over loop": lambda: trials(16 if quick else 1),
     }

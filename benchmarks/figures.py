@@ -35,6 +35,7 @@ CNN4 = (
     "accumulation-whole.json",
 )
 """One network, at several batch sizes; what several have is taken from the first."""
+RESNET20 = ("cifar10-resnet20-large.json", "cifar10-resnet20-eight.json", "cifar10-resnet20.json")
 SIZE = (760, 340)
 INDICES = ("batch", "none", "group", "bnp", "group+bnp", "batch-renorm", "batchless-projected", "group+ws")
 """A method has the same colour and marker in every figure of a card."""
@@ -211,6 +212,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         *CNN4,
         methods=("batch", "group", "group+ws", "instance", "batch-renorm", "none", "normalizer-free", "online"),
     ),
+    "residual": lambda: studies(*RESNET20, methods=("batch", "group+ws", "group+bnp", "sgd-g", "bnp", "group")),
     "revisited": lambda: studies("cifar10-cnn4-others.json", methods=("batch", "revisited")),
     "filter-response": lambda: studies("cifar10-cnn4-others.json", methods=("batch", "group+ws", "filter-response")),
     "riemannian": lambda: studies("cifar10-cnn4.json", methods=("batch", "sgd-g", "group")),
