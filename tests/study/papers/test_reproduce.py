@@ -1,6 +1,7 @@
 """Presets: what they are, what is scaled down, and that a run puts our figures beside the paper's."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,15 @@ def test_the_listing_has_every_preset_with_its_cost():
 def test_the_full_scale_changes_nothing():
     config = PRESETS["batchless-cifar10"].comparisons[0].config
     assert scaled(config, 1.0) == (config, {})
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_no_scale_leaves_a_last_batch_of_one_sample(row):
+    sizes = (128, 60, 16, 3)
+    for scale in (1e-5, 0.00123, 0.0333, 0.4567, 0.777):
+        validate(scaled(row.config, scale)[0])
+        small = scaled(replace(row.config, batch_sizes=sizes), scale)[0]
+        assert all(small.budget % size != 1 for size in sizes)
 
 
 def test_scaling_down_keeps_the_protocol_and_says_what_is_less():

@@ -104,7 +104,8 @@ def reproduce(
     preset = find(name, model=model, paper_rates=paper_rates)
     results: list[tuple[Comparison, StudyConfig, StudyRecord, list[str]]] = []
     for row in preset.comparisons:
-        config, shrunk = scaled(row.config, scale)
+        sizes = {"batch_sizes": changes["batch_sizes"]} if "batch_sizes" in changes else {}
+        config, shrunk = scaled(replace(row.config, **sizes), scale)
         config = replace(config, **changes)
         if isinstance(config.lr, dict):
             unknown = [method for method in config.methods if method not in config.lr]

@@ -96,8 +96,9 @@ class Preset:
 def scaled(config: StudyConfig, scale: float) -> tuple[StudyConfig, dict[str, str]]:
     """A study at a share of its size, and what was scaled down, in words.
 
-    The budget shrinks by ``scale``; seeds and searched rates to what a first look needs; batch sizes that would make fewer than
-    16 steps are left out; of each split no more is used than training and a fair evaluation need.
+    The budget shrinks by ``scale``, and leaves no last batch of one sample; seeds and searched rates shrink to what a first look
+    needs; batch sizes that would make fewer than 16 steps are left out; of each split no more is used than training and a fair
+    evaluation need.
 
     Args:
         config: The study at the paper's size.
@@ -114,6 +115,8 @@ def scaled(config: StudyConfig, scale: float) -> tuple[StudyConfig, dict[str, st
     if scale == 1:
         return config, {}
     budget = min(config.budget, max(SMALLEST_BUDGET, round(config.budget * scale)))
+    while any(size > 1 and budget % size == 1 for size in config.batch_sizes):  # a last batch of one sample
+        budget -= 1
     sizes = tuple(size for size in config.batch_sizes if 16 * size <= budget) or (min(config.batch_sizes),)
     seeds = min(config.seeds, max(2, round(config.seeds * scale)))
     limit = max(SMALLEST_LIMIT, 2 * budget)
