@@ -1,4 +1,4 @@
-"""Remeasure the CPU figures of docs/performance.md in one run of ten minutes: python benchmarks/cpu.py [--quick].
+"""Remeasure the CPU figures of docs/performance.md in one run of six minutes: python benchmarks/cpu.py [--quick].
 
 Each piece is the measurement of one of the other benchmarks, on one thread, short. ``results/cpu.json`` is written after each
 piece, so that a run that is interrupted keeps what it has.

@@ -1,5 +1,6 @@
 """Each study of benchmarks/studies runs from its command to its table, at a tiny size."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -12,8 +13,10 @@ import torch
 import normkit
 from benchmarks.studies.online import METHODS, recovery, run
 from benchmarks.studies.runs import rate_search
+from benchmarks.studies.standardized import standardized
 from normkit.study.factory import load_factory
 from normkit.study.folder import StudyFolder
+from normkit.study.models import build_model
 from normkit.study.records import StudyRecord
 
 ROOT = Path(__file__).parents[2]
@@ -168,3 +171,23 @@ def test_a_study_goes_on_from_its_report(name, study, tmp_path, monkeypatch):
     assert {(key.phase, key.seed) for key in waiting} == {("final", kept.config.seeds)}
     with pytest.raises(SystemExit, match="holds a study already"):
         study("restore", results)
+
+
+def test_the_standardized_network_is_that_of_its_recipe_and_bnp_steps_all_of_its_layers(caplog):
+    def trained(model, recipe):
+        model, optimizer = normkit.apply(recipe, model, lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), torch.arange(4)).backward()
+            optimizer.step()
+        return model(x).detach()
+
+    x = torch.randn(4, 3, 32, 32)
+    torch.manual_seed(0)
+    ours = standardized((3, 32, 32), 10)
+    torch.manual_seed(0)
+    plain = build_model("cnn4", input_shape=(3, 32, 32), classes=10)
+    torch.testing.assert_close(trained(copy.deepcopy(ours), "group"), trained(plain, "group+ws"), rtol=1e-4, atol=1e-4)
+    caplog.set_level("INFO", "normkit")
+    normkit.apply("group+bnp", ours, lr=0.1)
+    assert "5 of 5 modules with weights preconditioned" in caplog.text
