@@ -6,6 +6,7 @@ Small operations cost their launch, not their arithmetic: layers of one shape ar
 from collections.abc import Sequence
 from math import prod
 
+import torch
 from torch import Tensor
 
 LARGEST_BATCH = 1 << 22
@@ -53,6 +54,11 @@ class Layout:
         elif self.taps_first:
             weight = weight.movedim(1, -1)
         return weight.reshape(self.groups, self.outs, -1)
+
+    def joined_rows(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Tensors shaped as the weights of the layers that are joined, as rows of the one; one where it lies, if it lies so."""
+        joined = tensors[0] if len(tensors) == 1 else torch.cat([*tensors])
+        return self.rows(joined.to(dtype))
 
     def weight(self, rows: Tensor) -> Tensor:
         """Rows as a weight-shaped tensor."""

@@ -111,8 +111,8 @@ class Projection:
         columns = torch.stack((mean, mean / share.index_select(0, self._groups))).index_select(1, self._columns)
         rows, products, lengths = [], [], []
         for part, (m, u) in zip(self._parts, columns.split(self._widths, 1), strict=True):
-            g = part.rows([layers[i].grad for i in part.places], mean.dtype)
-            w = part.rows([layers[i].weight for i in part.places], mean.dtype)
+            g = part.layout.joined_rows([layers[i].grad for i in part.places], mean.dtype)
+            w = part.layout.joined_rows([layers[i].weight for i in part.places], mean.dtype)
             g.addcmul_(torch.bmm(g, part.columns(u).mT), part.columns(m), value=-1)
             products.append((g * w).sum(2).flatten())
             lengths.append(torch.linalg.vector_norm(w, dim=2).flatten())
@@ -167,11 +167,6 @@ class _Part:
         shape = (len(places) * first.grad.shape[0], *first.grad.shape[1:])
         last = is_channels_last(first.grad)
         self.layout = Layout(shape, len(places) * first.groups, transposed=False, taps_first=last)
-
-    def rows(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """Tensors shaped as the weights of the layers, as rows of the one; where they lie, if they lie as rows."""
-        joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        return self.layout.rows(joined.to(dtype))
 
     def columns(self, vector: Tensor) -> Tensor:
         """One number for each column of the rows of each group."""

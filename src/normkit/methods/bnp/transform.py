@@ -138,11 +138,6 @@ class _Part:
         units = self.layout.groups * self.layout.outs // self.count
         self.owner = torch.cat([torch.full((units,), step.place, device=index.device) for step in steps])
 
-    def rows(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """Tensors shaped as the weights of the layers, as rows of the one; where they lie, if they lie as rows."""
-        joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        return self.layout.rows(joined if joined.dtype == dtype else joined.to(dtype))
-
     def into_z_(self, weight: Tensor) -> Tensor:
         """The gradient's rows as those of ``z``, in their memory."""
         if not self.has_bias and not self.mean_removed:
@@ -197,9 +192,9 @@ class _Batch:
         zs, start = [], 0
         for part in self.parts:
             some = steps[start : start + part.count]
-            z = part.into_z_(part.rows([s.weight_grad for s in some], self.dtype))
+            z = part.into_z_(part.layout.joined_rows([s.weight_grad for s in some], self.dtype))
             if bounded:
-                weight = part.rows([s.weight for s in some], self.dtype)
+                weight = part.layout.joined_rows([s.weight for s in some], self.dtype)
                 lengths_of_units(z, weight, part.sigma, (part.change, part.spread))
             zs.append((some, z))
             start += part.count
