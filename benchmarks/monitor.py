@@ -1,8 +1,8 @@
 """What watching costs: python benchmarks/monitor.py [--quick] [--device cuda] [--threads 2] [--every 200].
 
-Three things are timed in turns: a plain training step, the same step with the Monitor between two measurements, and one
-with a measurement. The overhead at a cadence of ``every`` steps is put together from them, round by round:
-``((every - 1) * watched + measured) / (every * plain) - 1``.
+Timed in turns are a plain training step and the same step with the Monitor between two measurements, then a plain step and one
+with a measurement. The overhead at a cadence of ``every`` steps is put together from the ratios:
+``watched / plain - 1 + (measured / plain - 1) / every``.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from normkit.instruments import Monitor
 from normkit.study.models import build_model
 
 EVERY = 1000
+FLUSH = 50  # steps between two flushes of the Monitor; a ratio is taken over as many
 CASES = (("resnet20", (3, 32, 32), 128), ("resnet20", (3, 32, 32), 8), ("digits-cnn", (1, 8, 8), 64))
 
 
@@ -50,26 +51,25 @@ def measure(
 
     rare.observe(batch, 0.0)  # its first step is a measurement
     count = 3 if batch_size > 64 else 20
-    tasks = {
-        "plain": lambda: step(None, count),
-        "watched": lambda: step(rare, count),
-        "measured": lambda: step(always, 1),
-    }
-    seconds = interleaved(tasks, rounds, timer(device))
+    single = {"plain": lambda: step(None, 1), "watched": lambda: step(rare, 1)}
+    turns = interleaved(single, FLUSH * rounds, timer(device))  # they differ by little, so single steps take turns
+    whole = interleaved(
+        {"plain": lambda: step(None, count), "measured": lambda: step(always, 1)}, rounds, timer(device)
+    )
     rare.close()
     always.close()
-    plain, watched = ([t / count for t in seconds[kind]] for kind in ("plain", "watched"))
-    overheads = sorted(
-        ((every - 1) * w + m) / (every * p) - 1 for p, w, m in zip(plain, watched, seconds["measured"], strict=True)
-    )
+    plain, watched = ([sum(times[i : i + FLUSH]) for i in range(0, len(times), FLUSH)] for times in turns.values())
+    measurement_steps = median(m * count / p for p, m in zip(whole["plain"], whole["measured"], strict=True))
+    share = (measurement_steps - 1) / every
+    overheads = sorted(w / p - 1 + share for p, w in zip(plain, watched, strict=True))
     return {
         "method": method,
         "model": name,
         "batch_size": batch_size,
         "device": device,
         "every": every,
-        "step_ms": 1e3 * median(plain),
-        "measurement_steps": median(m / p for p, m in zip(plain, seconds["measured"], strict=True)),
+        "step_ms": 1e3 * median(plain) / FLUSH,
+        "measurement_steps": measurement_steps,
         "overhead": {
             "median": median(overheads),
             "low": overheads[len(overheads) // 4],

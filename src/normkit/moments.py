@@ -39,15 +39,13 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """Memory format by number of dimensions."""
 
 
 def is_channels_last(x: Tensor) -> bool:
     """Return whether the entries along dimension 1 lie side by side in memory, and those along the others do not."""
-    return (
-        x.dim() in _CHANNELS_LAST and not x.is_contiguous() and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()])
-    )
+    return x.dim() in CHANNELS_LAST and not x.is_contiguous() and x.is_contiguous(memory_format=CHANNELS_LAST[x.dim()])
 
 
 def keep_fp32(new: Tensor, old: Tensor) -> Tensor:

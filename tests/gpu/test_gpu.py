@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import normkit
-from normkit.methods.kernels.rows import SWITCH
+from normkit.methods.kernels import choice
 from normkit.study.models.layers import conv_norm_relu, pooled_classifier
 from normkit.study.models.resnet import BasicBlock, projection
 
@@ -112,7 +112,7 @@ def test_five_steps_equal_those_on_the_cpu(recipe, dtype, tolerance, device):
 def test_kernels_and_readable_code_take_the_same_steps(recipe, device, monkeypatch):
     run = Run(recipe, device)
     run.train()
-    monkeypatch.setenv(SWITCH, "0")
+    monkeypatch.setattr(choice, "chosen", "0")
     readable = Run(recipe, device)
     readable.train()
     assert_same(run.state(), readable.state(), 1e-3)

@@ -1,7 +1,7 @@
 """Watch a training run with one object: cheap figures at every step, the instruments at intervals."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
 from normkit.inspection.graph import producers, rectified
@@ -86,7 +87,7 @@ class Monitor:
         self.steps, self.span = steps, span
         self.history: list[dict[str, Any]] = []
         self._step = 0
-        self._waiting: list[tuple[dict[str, Any], Tensor, Sequence[Tensor]]] = []  # record, loss, norms of gradients
+        self._waiting: list[tuple[dict[str, Any], Tensor, Tensor]] = []  # record, loss, norms of gradients
         self._before: dict[str, Tensor] | None = None
         self._parallel = isinstance(model, DistributedDataParallel)
         writes = not self._parallel or dist.get_rank() == 0
@@ -107,10 +108,8 @@ class Monitor:
             loss: Its loss.
         """
         record: dict[str, Any] = {"step": self._step, "lr": float(self.optimizer.param_groups[0]["lr"])}
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]  # pyright: ignore[reportPrivateImportUsage]
-        value = loss.detach().clone() if isinstance(loss, Tensor) else torch.as_tensor(loss, device=norms[0].device)
+        norms = _norms([g for p in self._parameters if (g := p.grad) is not None])
+        value = loss.detach().clone() if isinstance(loss, Tensor) else torch.as_tensor(loss, device=norms.device)
         if self._step % self.every == 0:
             record.update(self._measure(batch, record["lr"]))
             self._before = snapshot(self.model)
@@ -158,11 +157,12 @@ class Monitor:
         """Write the records that are not written yet."""
         if not self._waiting:
             return
-        sizes = [_together(norms) for *_, norms in self._waiting]
-        figures = torch.stack([
-            torch.stack([value.reshape(()).to(size.device).float(), size.float()])
-            for (_, value, _), size in zip(self._waiting, sizes, strict=True)
-        ])
+        device = self._waiting[0][2].device
+        losses = torch.stack([value.reshape(()).to(device, torch.float32) for _, value, _ in self._waiting])
+        lengths = [norms.to(device) for *_, norms in self._waiting]
+        alike = len({len(norms) for norms in lengths}) == 1
+        together = torch.stack(lengths) if alike else pad_sequence(lengths, batch_first=True)
+        figures = torch.stack([losses, torch.linalg.vector_norm(together, dim=1).float()], 1)
         if self._parallel:
             dist.all_reduce(figures.div_(dist.get_world_size()))
         for (record, *_), (loss, size) in zip(self._waiting, figures.tolist(), strict=True):
@@ -204,10 +204,15 @@ class Monitor:
         return label(ax, "loss along the gradient", "step", "loss")
 
 
-def _together(norms: Sequence[Tensor]) -> Tensor:
-    """Norm of all gradients from that of each; left to the flush, so that a step has few operations."""
-    dtype, device = norms[0].dtype, norms[0].device
-    return torch.linalg.vector_norm(torch.stack([n.to(device, dtype) for n in norms]))
+def _norms(gradients: list[Tensor]) -> Tensor:
+    """Norm of each gradient; that of all is left to the flush, so that a step has few operations."""
+    if any(g.is_sparse for g in gradients):
+        gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    if not gradients:
+        return torch.zeros(1)
+    norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
+    device = norms[0].device
+    return torch.stack(norms if all(n.device == device for n in norms) else [n.to(device) for n in norms])
 
 
 def _board(folder: Path | str) -> "SummaryWriter":

@@ -72,7 +72,7 @@ def test_plain_gradients_are_those_of_the_two_path_loss(cls, _, shape, affine, s
     torch.testing.assert_close(out, y, rtol=1e-12, atol=1e-12)
     actual = torch.autograd.grad((out * coefficients).sum(), trained)
     plain = LikelihoodParameters(norm)
-    plain.before(collect([norm])[0].moments[0])
+    plain.before(collect([norm])[0][0].moments[0])
     fitted = [p.grad for p in plain.parameters()]
     for got, want in zip([*actual, *fitted], [*expected, d_mean, d_rho], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -85,7 +85,7 @@ def test_a_small_step_follows_the_natural_gradient(name):
     mean, sigma = norm.running_mean.clone(), norm.sigma
     d_mean, d_rho = gaussian_nll_gradients(observe(x, 1), mean, sigma, eps=norm.eps)
     norm(x).sum().backward()
-    collect([norm])[0].natural_gradient_step(1e-6)
+    collect([norm])[0][0].natural_gradient_step(1e-6)
     eta = 1e-6 * 4 / (4 + 6)  # of 4 instances
     got, want = {
         "mean": ((mean - norm.running_mean) / eta, d_mean),
@@ -102,7 +102,7 @@ def test_three_instances_are_three_whatever_their_lengths_and_order():
         norm = counting(BatchlessNorm1d(3, affine=False, dtype=torch.float64))
         for part in parts:
             norm(part)  # without affine raw inputs count at once
-        collect([norm])[0].natural_gradient_step(0.9)
+        collect([norm])[0][0].natural_gradient_step(0.9)
         torch.testing.assert_close(norm.running_mean.data, 0.9 * 3 / (3 + 6) * rows.mean(1), rtol=1e-12, atol=1e-12)
 
 
@@ -176,7 +176,7 @@ def step_once(arrange, feature_dim, options):
     x = arrange(x).requires_grad_()
     y = norm(x)
     (y * arrange(coefficients)).sum().backward()
-    collect([norm])[0].natural_gradient_step(0.3)
+    collect([norm])[0][0].natural_gradient_step(0.3)
     return [
         y.detach(),
         x.grad,
@@ -193,7 +193,7 @@ def test_masked_rows_are_normalized_but_not_counted():
     y = norm(x, mask)
     torch.testing.assert_close(y, norm.eval()(x), rtol=0, atol=0)
     y.sum().backward()
-    (moments,) = collect([norm])[0].moments
+    (moments,) = collect([norm])[0][0].moments
     for got, want in zip(moments, observe(x[mask]), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 

@@ -14,7 +14,8 @@ from normkit.inspection.counting import Collector
 from normkit.methods.batchless import weights as batchless_weights
 from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d
 from normkit.methods.batchless.projection import Feeding, Projection
-from normkit.moments import sum_and_square_sum
+from normkit.methods.kernels import choice
+from normkit.methods.kernels.sums import RowSums
 from normkit.optim import weight_rows
 
 LAYERS = [
@@ -98,8 +99,8 @@ def test_statistics_that_are_not_finite_take_nothing_out_along_the_mean():
     model(torch.randn(5, 4)).square().sum().backward()
     grad = model.layer.weight.grad.clone()
     *_, along = feeding.take_sums()
-    overflowed, none = torch.full((4,), torch.inf), torch.zeros(4)
-    batchless_weights.WeightProjection([feeding])([(torch.tensor(10.0), overflowed, overflowed, along)], ranks=1)
+    overflowed, none = torch.full((4, 2), torch.inf), torch.zeros(4)
+    batchless_weights.WeightProjection([feeding])([(torch.tensor(10.0), overflowed, along)], ranks=1)
     expected = projected_weight_gradient(grad, model.layer.weight.detach(), none, none)
     torch.testing.assert_close(model.layer.weight.grad, expected, rtol=1e-5, atol=1e-6)
     assert (expected - grad).abs().max() > 0.01  # what scales the filters is gone
@@ -107,15 +108,16 @@ def test_statistics_that_are_not_finite_take_nothing_out_along_the_mean():
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("largest", "joined"), [(1 << 22, 1 << 14), (300, 1 << 14), (1 << 22, 0)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "switch"), [(torch.float64, ""), (torch.float64, "0"), (torch.bfloat16, "")])
 def test_weights_that_are_projected_together_are_each_projected_as_if_alone(
-    monkeypatch, dtype, largest, joined, memory_format
+    monkeypatch, dtype, switch, largest, joined, memory_format
 ):
+    monkeypatch.setattr(choice, "chosen", switch)
     monkeypatch.setattr(weight_rows, "LARGEST_BATCH", largest)
     monkeypatch.setitem(weight_rows._JOINED, "cpu", joined)
     torch.manual_seed(0)
     shapes = [((4, 6), 1), *3 * [((8, 4, 3, 3), 2)], ((6, 1, 3, 3), 6), ((8, 4, 3, 3), 1), ((4, 6), 1), ((4, 3, 2), 2)]
-    project = Projection()
+    project = Projection(torch.float64)
     for _ in range(2):
         grads, weights = ([torch.randn(shape).to(dtype) for shape, _ in shapes] for _ in range(2))
         grads = [t.to(memory_format=memory_format) if t.dim() == 4 else t for t in grads]
@@ -130,7 +132,9 @@ def test_weights_that_are_projected_together_are_each_projected_as_if_alone(
             )
         ]
         kept = list(grads)
-        project([Feeding(g, w, n) for g, w, (_, n) in zip(grads, weights, shapes, strict=True)], mean, variance)
+        sums = torch.stack((mean, variance + mean.square()), 1).split(sizes)
+        rows = torch.ones((), dtype=torch.float64)
+        project([Feeding(g, w, n, rows, s) for g, w, (_, n), s in zip(grads, weights, shapes, sums, strict=True)])
         for got, want, before in zip(grads, expected, kept, strict=True):
             assert got is before
             torch.testing.assert_close(got, want, rtol=1e-12 if dtype == torch.float64 else 0, atol=1e-12)
@@ -204,9 +208,8 @@ def test_in_a_copy_that_is_attached_the_originals_observer_is_idle(monkeypatch):
     normkit.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
     copied, calls = copy.deepcopy(model), []
     normkit.attach(copied, torch.optim.SGD(copied.parameters(), lr=0.01))
-    monkeypatch.setattr(
-        batchless_weights, "sum_and_square_sum", lambda *args: calls.append(args) or sum_and_square_sum(*args)
-    )
+    sums = RowSums.__call__
+    monkeypatch.setattr(RowSums, "__call__", lambda *args: calls.append(args) or sums(*args))
     copied(torch.randn(5, 4)).sum().backward()
     assert len(calls) == 1
 

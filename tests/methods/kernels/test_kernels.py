@@ -5,16 +5,20 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normkit
 from normkit import BatchlessNorm1d, BatchlessNorm2d
 from normkit.methods.batchless.functions import affine_map
-from normkit.methods.kernels.rows import SWITCH, rows_of, use_triton
+from normkit.methods.kernels import choice
+from normkit.methods.kernels.choice import kernels
+from normkit.methods.kernels.rows import rows_of
 from normkit.moments import observe, sum_and_square_sum, weighted_sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,15 +146,25 @@ def test_what_a_kernel_cannot_read_is_left_to_the_readable_code(x, reason):
 
 @needs_triton
 def test_kernels_are_chosen_by_device_and_switched_off_by_one_variable(monkeypatch):
-    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(choice, "chosen", "")
     x = torch.zeros(2, 2, device=DEVICE)
-    assert use_triton(x) == x.is_cuda
-    assert not use_triton(torch.zeros(2, 2))
-    monkeypatch.setenv(SWITCH, "1")
-    assert use_triton(torch.zeros(2, 2))
-    assert not torch.func.vmap(lambda row: row * use_triton(row))(torch.ones(2, 2)).any()
-    monkeypatch.setenv(SWITCH, "0")
-    assert not use_triton(x)
+    assert kernels(x) == ("triton" if x.is_cuda else "c")
+    assert kernels(torch.zeros(2, 2)) == "c"
+    assert kernels(torch.zeros(2, 2), torch.zeros(2, 2, device="meta")) is None
+    monkeypatch.setattr(choice, "chosen", "triton")
+    assert kernels(torch.zeros(2, 2)) == "triton"
+    assert not torch.func.vmap(lambda row: row * (kernels(row) is not None))(torch.ones(2, 2)).any()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert kernels(x) is None
+    monkeypatch.setattr(choice, "chosen", "0")
+    assert kernels(x) is None
+
+
+@pytest.mark.parametrize(("value", "fine"), [("0", True), ("triton", True), ("off", False)])
+def test_a_value_that_the_switch_does_not_have_is_named(monkeypatch, value, fine):
+    monkeypatch.setenv(choice.SWITCH, value)
+    with nullcontext() if fine else pytest.raises(ValueError, match="NORMKIT_KERNELS=off: set it to 0"):
+        assert choice._switch() == value
 
 
 @pytest.mark.slow
@@ -176,7 +190,7 @@ def test_all_kernels_compile_to_machine_code_without_a_gpu(capability):
 
 def trained(recipe, monkeypatch, switch, dtype=torch.float32):
     """Parameters, and double gradients of the loss, after three steps with the kernels on or off."""
-    monkeypatch.setenv(SWITCH, switch)
+    monkeypatch.setattr(choice, "chosen", switch)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Flatten()
@@ -199,8 +213,9 @@ def trained(recipe, monkeypatch, switch, dtype=torch.float32):
 @needs_triton
 @pytest.mark.parametrize("recipe", ["batchless", "batchless-projected", "bnp"])
 def test_a_model_trains_alike_with_and_without_kernels(recipe, monkeypatch):
-    for ours, expected in zip(*(trained(recipe, monkeypatch, switch) for switch in "10"), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    *ours, readable = (trained(recipe, monkeypatch, switch) for switch in ("", "triton", "0"))
+    for found in ours:
+        torch.testing.assert_close(found, readable, rtol=1e-4, atol=1e-5)
 
 
 @needs_triton
@@ -208,14 +223,15 @@ def test_a_model_trains_alike_with_and_without_kernels(recipe, monkeypatch):
 @pytest.mark.parametrize(("norm", "shape"), [(BatchlessNorm2d, (2, 3, 4, 4)), (BatchlessNorm1d, (2, 3, 5))])
 def test_the_batchless_layer_passes_the_same_gradients_with_and_without_kernels(norm, shape, affine, monkeypatch):
     found = []
-    for switch in "10":
-        monkeypatch.setenv(SWITCH, switch)
+    for switch in ("", "triton", "0"):
+        monkeypatch.setattr(choice, "chosen", switch)
         layer = norm(3, affine=affine).to(DEVICE)
         layer.set_statistics(torch.tensor([0.1, -0.2, 0.3]), torch.tensor([0.5, 1.0, 2.0]))
         x = torch.arange(float(torch.Size(shape).numel()), device=DEVICE).sin().view(shape).requires_grad_()
         y = layer(x)
-        assert type(y.grad_fn).__name__.startswith("OnePass") == (switch == "1")
+        assert type(y.grad_fn).__name__.startswith("OnePass") == (switch == "triton" or (x.is_cuda and switch == ""))
         y.cos().sum().backward()
         found.append([y, x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
-    for ours, expected in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    *ours, readable = found
+    for some in ours:
+        torch.testing.assert_close(some, readable, rtol=1e-5, atol=1e-6)

@@ -11,12 +11,56 @@ small network's own operations), and the plain gradient for the model's optimize
 import torch
 from torch import Tensor, nn
 
+from normkit.methods.batchless import c_kernel
 from normkit.methods.batchless.functions import gaussian_nll_gradients, per_feature
 from normkit.methods.batchless.layer import BatchlessNorm
 from normkit.moments import Moments, finite
 
 SMALLEST_INVERSE = 1e-8  # of sigma: a step that carries 1 / sigma to 0 leaves something to return by
 RATE, INSTANCES = 0.07, 6.0  # mu and sigma are running means of weight 0.07 from many instances, 0.01 from one
+
+
+def fit(layers: list[BatchlessNorm], moments: list[Moments], instances: list[Tensor | float]) -> "Fit | KernelFit":
+    """Fit the layers, by the kernel where it can; arguments as for :class:`Fit`."""
+    like = layers[0].running_mean.detach()
+    counts = [n if isinstance(n, Tensor) else like.new_full((), n) for n in instances]
+    tensors: list[Tensor] = []
+    for layer, rows, count in zip(layers, moments, counts, strict=True):
+        tensors += (layer.running_mean, layer.running_var, *rows, count)
+    return KernelFit(layers, moments, tensors) if c_kernel.fits(tensors) else Fit(layers, moments, counts)
+
+
+class KernelFit:
+    """As :class:`Fit`, by the kernel for CPUs.
+
+    Args:
+        layers: Layers of one dtype and one eps.
+        moments: Of the rows that each layer saw since the last step.
+        tensors: What the kernel works with, see ``c_kernel.Fit``.
+    """
+
+    def __init__(self, layers: list[BatchlessNorm], moments: list[Moments], tensors: list[Tensor]) -> None:
+        self.layers, self.moments = layers, moments
+        self._fit = c_kernel.Fit([layer.num_features for layer in layers], tensors, layers[0].eps, INSTANCES)
+
+    @property
+    def projected(self) -> bool:
+        """Whether the weight gradients of the layers that feed these are projected."""
+        return self.layers[0].projected
+
+    @property
+    def largest_variance_ratio(self) -> float:
+        """E n^2 of the layer that is fitted worst."""
+        return max(self._fit.ratios)
+
+    def write_mismatch(self) -> None:
+        """Write every layer's ``mismatch``."""
+        for layer, mismatch in zip(self.layers, self._fit.mismatches, strict=True):
+            vars(layer)["mismatch"] = mismatch  # torch's __setattr__ takes longer than the fit of a small layer
+
+    def natural_gradient_step(self, rate: float) -> None:
+        """Step mu and sigma along the natural gradient."""
+        self._fit.step(rate)
 
 
 class Fit:
@@ -48,6 +92,11 @@ class Fit:
             part.mean() for part in torch.where(self.valid, self.m2, 1).split(self.sizes)
         ])
         """E n^2 of each layer, mean over its channels; 1 where nothing is known."""
+
+    @property
+    def largest_variance_ratio(self) -> Tensor:
+        """E n^2 of the layer that is fitted worst, ``()``."""
+        return self.variance_ratio.max()
 
     @property
     def projected(self) -> bool:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normkit.methods.kernels.rows import rows_of, use_triton
+from normkit.methods.kernels import c_kernel
+from normkit.methods.kernels.choice import kernels
 from normkit.moments import Moments, observe_unchecked
 
 Gradient = Literal["natural", "plain"]
@@ -83,6 +84,8 @@ def moments_about(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Mome
     if x.dtype != mean.dtype or x.numel() == 0:
         return observe_unchecked(x, 1)
     count = torch.full((), x.numel() / x.shape[1], dtype=mean.dtype, device=x.device)
+    if kernels(x, mean) == "c" and (found := c_kernel.moments(x, mean)) is not None:
+        return Moments(count, *found.unbind())
     if x.is_cuda or (x.is_cpu and x.numel() <= _FEW and x.is_contiguous()):
         center, spread = torch.batch_norm_update_stats(x, None, None, 0.0)
         return Moments(count, center, spread * count)
@@ -113,40 +116,14 @@ def affine_map(
         Shape and dtype of ``x``.
     """
     if weight is not None:
-        dtype = torch.promote_types(x.dtype, mean.dtype)
-        mean, variance, weight = mean.to(dtype), variance.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        if not x.dtype == mean.dtype == weight.dtype:
+            dtype = torch.promote_types(x.dtype, mean.dtype)
+            mean, variance, weight = mean.to(dtype), variance.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
     shape = (-1, *[1] * (x.dim() - 2))
     scale = (variance + eps).rsqrt()
     return torch.addcmul((-mean * scale).view(shape), x, scale.view(shape)).to(x.dtype)
-
-
-def one_pass(
-    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Moments] | None:
-    """:func:`affine_map` and :func:`moments_about` by one kernel, and their gradients by another; None where it cannot run.
-
-    Args:
-        x: ``(N, C, ...)``.
-        mean: mu, ``(C,)``.
-        variance: ``sigma^2 - eps``, ``(C,)``.
-        weight: gamma ``(C,)`` or None.
-        bias: beta ``(C,)`` or None.
-        eps: Added to the variance.
-
-    Returns:
-        Output, in shape and dtype of ``x``, and moments of C features.
-    """
-    if not use_triton(x, mean) or mean.dtype != torch.float32 or (weight is None) != (bias is None):
-        return None
-    rows = rows_of(x, 1)
-    if rows is None:
-        return None
-    from normkit.methods.batchless.triton_kernel import OnePass
-
-    y, *moments = OnePass.apply(x, weight, bias, mean, variance, rows, eps)  # pyright: ignore[reportGeneralTypeIssues]
-    return y, Moments(*moments)
 
 
 def per_feature(values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from normkit.inspection.compiling import disable_dynamo
 from normkit.inspection.counting import Collector, RowCounter, is_counting
-from normkit.methods.batchless.functions import Gradient, affine_map, moments_about, one_pass
+from normkit.methods.batchless.functions import Gradient, affine_map, moments_about
+from normkit.methods.batchless.one_pass import one_pass
 from normkit.methods.method import Successor, WideStatistics
 from normkit.moments import Moments, empty, merge, observe_unchecked, statistics_dtype
 
@@ -214,17 +215,17 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
         """Restart counting, for ``collector`` or for none."""
         self.counter = RowCounter(collector or self._no_collector())
 
-    def take(self) -> tuple[Moments, Tensor]:
-        """Return the moments of the rows since the last call, possibly none, and the number of samples, ``()``."""
-        like, counted = self.running_mean.detach(), self.counter.take()
-        rows = (
-            functools.reduce(merge, [moments for moments, _ in counted])
-            if counted
-            else empty(self.num_features, dtype=like.dtype, device=like.device)
-        )
+    def take(self) -> tuple[Moments, int]:
+        """Return the moments of the rows since the last call, possibly none, and the number of samples."""
+        counted = self.counter.take()
+        if counted:
+            rows = functools.reduce(merge, [moments for moments, _ in counted])
+        else:
+            like = self.running_mean
+            rows = empty(self.num_features, dtype=like.dtype, device=like.device)
         if self.shared:
             rows = _of_all_channels(rows)
-        return rows, like.new_full((), sum(instances for _, instances in counted))
+        return rows, sum(instances for _, instances in counted)
 
     def extra_repr(self) -> str:
         """The arguments that differ from the defaults."""

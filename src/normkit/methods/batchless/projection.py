@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from normkit.methods.batchless import c_kernel
+from normkit.methods.kernels.choice import kernels
 from normkit.moments import is_channels_last
 from normkit.optim.weight_rows import Layout, most_joined
 
@@ -67,42 +69,80 @@ def projected_weight_gradient(
 
 
 class Feeding(NamedTuple):
-    """The gradient of a weight, which is projected in place, the weight, and the groups of its convolution."""
+    """A layer that feeds a batchless one, at one step.
+
+    Attributes:
+        grad: The gradient of its weight, which is projected in place.
+        weight: The weight.
+        groups: Groups of the convolution.
+        rows: Number of rows of its input.
+        sums: Their sum and sum of squares, ``(in, 2)``. Statistics that are not finite count as zero.
+    """
 
     grad: Tensor
     weight: Tensor
     groups: int
+    rows: Tensor | float
+    sums: Tensor
 
     @property
     def inputs(self) -> int:
         """Number of the layer's input channels."""
         return self.grad.shape[1] * self.groups
 
+    @property
+    def shape(self) -> c_kernel.LayerShape:
+        """What the kernel must know of the layer."""
+        units, inputs = self.grad.shape[0] // self.groups, self.grad.shape[1]
+        return c_kernel.LayerShape(self.groups, units, inputs, self.grad.shape[2:].numel(), is_channels_last(self.grad))
+
 
 class Projection:
     """:func:`projected_weight_gradient` of many weights with few operations, in place.
 
     What is joined is found out once, and kept while the same layers step.
+
+    Args:
+        dtype: In which the readable code computes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._key: object = None
 
-    def __reduce__(self) -> tuple[type["Projection"], tuple[()]]:
-        return Projection, ()  # a copy finds out anew
+    def __reduce__(self) -> tuple[type["Projection"], tuple[torch.dtype]]:
+        return Projection, (self._dtype,)  # a copy finds out anew
 
-    def __call__(self, layers: Sequence[Feeding], mean: Tensor, variance: Tensor) -> None:
-        """Project the gradients.
+    def __call__(self, layers: Sequence[Feeding]) -> dict[int, float]:
+        """Project the gradients of the layers, which are on one device.
 
-        Args:
-            layers: Gradients and weights.
-            mean: Mean of the inputs of all layers in a row. Finite.
-            variance: Their variance, likewise. Finite.
+        Returns:
+            By the ``id`` of the weight, the length of its gradient relative to its own, where a kernel found it.
         """
-        kinds = [(layer.grad.shape, layer.groups, layer.grad.dtype, is_channels_last(layer.grad)) for layer in layers]
-        if self._key != (key := (mean.device, mean.dtype, *kinds)):
+        kinds = [
+            (layer.grad.shape, layer.groups, layer.grad.dtype, layer.grad.stride(), layer.weight.stride())
+            for layer in layers
+        ]
+        kind = kernels(*(layer.grad for layer in layers[:1]))
+        if self._key != (key := (kind, layers[0].grad.device, kinds)):
             self._key = key
-            self._plan(layers, kinds, mean)
+            self._plan(layers, kinds)
+        lengths: dict[int, float] = {}
+        for places, together in self._by_kernel:
+            some = [layers[i] for i in places]
+            grads, weights, _, rows, sums = zip(*some, strict=True)
+            lengths |= zip(map(id, weights), together.project_(grads, weights, rows, sums), strict=True)
+        if self._rest:
+            self._project_together_([layers[i] for i in self._rest])
+        return lengths
+
+    def _project_together_(self, layers: Sequence[Feeding]) -> None:
+        sums = torch.cat([layer.sums for layer in layers])
+        counts = [layer.rows if isinstance(layer.rows, Tensor) else sums.new_full((), layer.rows) for layer in layers]
+        rows = torch.stack(counts).to(sums.dtype).clamp(min=1).index_select(0, self._owner)
+        mean, square = (sums / rows[:, None]).unbind(1)
+        variance = (square - mean.square()).clamp(min=0)
+        mean, variance = (x.nan_to_num(0, 0, 0).to(self._dtype) for x in (mean, variance))
         tiny = torch.finfo(mean.dtype).tiny
         square = mean.square()
         both = torch.stack((square, square * variance))
@@ -127,19 +167,37 @@ class Projection:
         if old:
             torch._foreach_copy_(old, new)
 
-    def _plan(self, layers: Sequence[Feeding], kinds: Sequence[object], like: Tensor) -> None:
+    def _plan(self, layers: Sequence[Feeding], kinds: Sequence[object]) -> None:
+        by_kernel: dict[torch.dtype, list[int]] = {}
+        self._rest: list[int] = []
+        for i, layer in enumerate(layers):
+            by_type = by_kernel.setdefault(layer.grad.dtype, [])
+            (by_type if c_kernel.projects(layer.grad, layer.weight) else self._rest).append(i)
+        self._by_kernel = [
+            (places, c_kernel.Layers(dtype, [layers[i].shape for i in places]))
+            for dtype, places in by_kernel.items()
+            if places
+        ]
+        if self._rest:
+            self._plan_together([layers[i] for i in self._rest], [kinds[i] for i in self._rest])
+
+    def _plan_together(self, layers: Sequence[Feeding], kinds: Sequence[object]) -> None:
+        device = layers[0].grad.device
         alike: dict[object, list[int]] = {}
         for i, kind in enumerate(kinds):
             alike.setdefault(kind, []).append(i)
-        starts, groups, taps = [0], [], []
-        for layer in layers:
+        starts, groups, taps, owner = [0], [], [], []
+        for i, layer in enumerate(layers):
+            owner += layer.inputs * [i]
             first, size = len(taps), layer.inputs // layer.groups
             groups += [first + group for group in range(layer.groups) for _ in range(size)]
             taps += layer.groups * [layer.grad.shape[2:].numel()]
             starts.append(starts[-1] + layer.inputs)
-        self._groups = torch.tensor(groups, device=like.device)
+        self._owner = torch.tensor(owner, device=device)
+        """Of each input its layer."""
+        self._groups = torch.tensor(groups, device=device)
         """Of each input its group of channels, counted over all layers."""
-        self._taps = torch.tensor(taps, dtype=like.dtype, device=like.device)
+        self._taps = torch.tensor(taps, dtype=self._dtype, device=device)
         """Of each group the number of kernel positions."""
         self._parts: list[_Part] = []
         columns = []
@@ -150,7 +208,7 @@ class Projection:
                 inputs = [torch.arange(starts[i], starts[i + 1]) for i in places]
                 columns.append(part.layout.along_in(torch.cat(inputs)).flatten())
         self._widths = [len(part) for part in columns]
-        self._columns = torch.cat(columns).to(like.device)
+        self._columns = torch.cat(columns).to(device)
         """Of each column of the parts' rows its input, counted over all layers."""
 
 

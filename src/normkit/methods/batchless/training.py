@@ -7,6 +7,7 @@ Berger, Uc Cetina, "Batchless Normalization", arXiv 2212.14729.
 # (torch's optimizers are written with the same _foreach functions)
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 
 from normkit.inspection.counting import Collector
 from normkit.inspection.forward import check_batches, evaluating, layerwise, run_batch
-from normkit.methods.batchless.fit import RATE, Fit, LikelihoodParameters
+from normkit.methods.batchless.fit import RATE, Fit, KernelFit, LikelihoodParameters, fit
 from normkit.methods.batchless.layer import (
     ATTACH,
     BatchlessNorm,
@@ -172,13 +173,13 @@ class _Fitter:
             if layer.bias is not None:
                 layer.bias.grad = None
         divisor = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which unscales gradients itself
-        fits = collect(self.layers, self.project_weights)
-        clip_by_trust_ratio(optimizer, fits, self.feeding)
-        for fit in fits:
-            if fit.layers[0].gradient == "natural":
-                fit.natural_gradient_step(self.rate)
+        fits, lengths = collect(self.layers, self.project_weights)
+        clip_by_trust_ratio(optimizer, fits, self.feeding, lengths)
+        for found in fits:
+            if found.layers[0].gradient == "natural":
+                found.natural_gradient_step(self.rate)
             else:
-                for layer, moments in zip(fit.layers, fit.moments, strict=True):
+                for layer, moments in zip(found.layers, found.moments, strict=True):
                     self.plain[layer].before(moments, 1.0 if divisor is None else divisor)
 
     def after_step(self, _: Optimizer) -> None:
@@ -202,7 +203,9 @@ class _Fitter:
 
 
 @torch.no_grad()
-def collect(layers: list[BatchlessNorm], project_weights: WeightProjection | None = None) -> list[Fit]:
+def collect(
+    layers: list[BatchlessNorm], project_weights: WeightProjection | None = None
+) -> tuple[list[Fit | KernelFit], dict[int, float]]:
     """Collect the rows of every layer over all ranks, write the mismatch and project the weights' gradients.
 
     Args:
@@ -210,31 +213,53 @@ def collect(layers: list[BatchlessNorm], project_weights: WeightProjection | Non
         project_weights: Projects the gradients of the weights in front of some of them.
 
     Returns:
-        The fit of the layers, of those that are alike together.
+        The fit of the layers, of those that are alike together; and what the projection returned.
     """
     project_weights = project_weights or WeightProjection()
-    own, instances = zip(*(layer.take() for layer in layers), strict=True)
-    inputs = [tensor for feeder in project_weights.feeding for tensor in feeder.take_sums()]
-    moments, sums = reduce_together(own, [*instances, *inputs])
-    remaining = iter(sums)
-    counts = [next(remaining) for _ in layers]
+    rows = [layer.take() for layer in layers]
+    inputs = [feeder.take_sums() for feeder in project_weights.feeding]
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    project_weights([tuple(islice(remaining, 4)) for _ in project_weights.feeding], ranks)
-    groups: dict[Any, list[tuple[BatchlessNorm, Moments, Tensor]]] = {}
-    for layer, rows, count in zip(layers, moments, counts, strict=True):
-        kind = layer.running_mean.device, layer.running_mean.dtype, layer.eps, layer.gradient, layer.projected
-        groups.setdefault(kind, []).append((layer, rows, count))
+    if ranks > 1:
+        rows, inputs = _over_ranks(layers, rows, project_weights.feeding, inputs)
+    lengths = project_weights(inputs, ranks)
+    groups: dict[Any, list[tuple[BatchlessNorm, Moments, Tensor | float]]] = {}
+    for layer, (moments, count) in zip(layers, rows, strict=True):
+        mean = layer.running_mean
+        kind = mean.device, mean.dtype, layer.eps, layer.gradient, layer.projected
+        groups.setdefault(kind, []).append((layer, moments, count))
     fits = []
     for group in groups.values():
-        alike, rows, counts = (list(column) for column in zip(*group, strict=True))
-        fit = Fit(alike, rows, counts)
-        fit.write_mismatch()
-        fits.append(fit)
-    return fits
+        alike, of_rows, counts = (list(column) for column in zip(*group, strict=True))
+        fits.append(fit(alike, of_rows, counts))
+        fits[-1].write_mismatch()
+    return fits, lengths
+
+
+def _over_ranks(
+    layers: list[BatchlessNorm],
+    rows: Sequence[tuple[Moments, int]],
+    feeding: Sequence[FeedingLayer],
+    inputs: Sequence[tuple[int, Tensor, Tensor | None]],
+) -> tuple[list[tuple[Moments, Tensor]], list[tuple[Tensor, Tensor, Tensor]]]:
+    """What layers and feeding layers gave, of all ranks' rows, in one all-reduce."""
+    sums = [layer.running_mean.new_full((), count) for layer, (_, count) in zip(layers, rows, strict=True)]
+    for feeder, (count, of_features, along) in zip(feeding, inputs, strict=True):
+        like = feeder.norm.running_mean.detach()
+        sums += (like.new_full((), count), of_features, torch.zeros_like(like) if along is None else along)
+    moments, sums = reduce_together([of_rows for of_rows, _ in rows], sums)
+    remaining = iter(sums)
+    counts = list(islice(remaining, len(layers)))
+    found = [(next(remaining), next(remaining), next(remaining)) for _ in feeding]
+    return list(zip(moments, counts, strict=True)), found
 
 
 @torch.no_grad()
-def clip_by_trust_ratio(optimizer: Optimizer, fits: list[Fit], feeding: Sequence[FeedingLayer] = ()) -> None:
+def clip_by_trust_ratio(
+    optimizer: Optimizer,
+    fits: Sequence[Fit | KernelFit],
+    feeding: Sequence[FeedingLayer] = (),
+    lengths: Mapping[int, float] | None = None,
+) -> None:
     """Multiply all gradients by ``1 / max(1, m2 / 1.5, c)``: a step is shorter where mu and sigma could not follow it.
 
     - m2 = E n^2 of the projected layer that is fitted worst. Batch normalization divides an inflated activation by its own
@@ -247,24 +272,50 @@ def clip_by_trust_ratio(optimizer: Optimizer, fits: list[Fit], feeding: Sequence
         optimizer: Whose gradients.
         fits: Of the layers in this step; those without projection do not matter.
         feeding: Layers that feed projected ones.
+        lengths: By the ``id`` of a weight, ``|g| / |w|`` where it is known already.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    grads = [p.grad for p in params if p.grad is not None]
-    excess = [fit.variance_ratio.max() / LARGEST_VARIANCE_RATIO for fit in fits if fit.projected]
-    if not (excess and grads):
+    excess = [found.largest_variance_ratio / LARGEST_VARIANCE_RATIO for found in fits if found.projected]
+    if not excess:
         return
     weights = {id(producer.layer._parameters.get("weight")) for producer in feeding}
     for group in optimizer.param_groups:
         moved = [p for p in group["params"] if id(p) in weights and p.grad is not None]
         if moved:
-            step, length = (
-                torch.stack([norm.to(excess[0].device) for norm in torch._foreach_norm(tensors)])
-                for tensors in ([p.grad for p in moved], moved)
-            )
-            excess.append((effective_lr(optimizer, group) * torch.where(length > 0, step / length, 0)).max())
-    factor = 1 / torch.stack([e.to(excess[0].device) for e in excess]).max().clamp(min=1)
+            excess.append(effective_lr(optimizer, group) * _largest_length(moved, lengths or {}))
+    factor = _shrinking(excess)
+    if not isinstance(factor, Tensor) and factor == 1:
+        return
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    grads = [p.grad for p in params if p.requires_grad and p.grad is not None]
     for device in {grad.device for grad in grads}:
-        torch._foreach_mul_([grad for grad in grads if grad.device == device], factor.to(device))
+        of_device = factor.to(device) if isinstance(factor, Tensor) else factor
+        torch._foreach_mul_([grad for grad in grads if grad.device == device], of_device)
+
+
+def _largest_length(weights: list[Tensor], known: Mapping[int, float]) -> Tensor | float:
+    """Largest ratio of a gradient's length to its weight's; a weight of length 0 does not count."""
+    if all(id(weight) in known for weight in weights):
+        return _largest([known[id(weight)] for weight in weights])
+    grads = [weight.grad for weight in weights if weight.grad is not None]
+    step, length = (
+        torch.stack([norm.to(weights[0].device) for norm in torch._foreach_norm(tensors)])
+        for tensors in (grads, weights)
+    )
+    return torch.where(length > 0, step / length, 0).max()
+
+
+def _largest(numbers: Sequence[float]) -> float:
+    """The largest number, nan where one is none, as torch has it."""
+    return math.nan if any(math.isnan(x) for x in numbers) else max(numbers)
+
+
+def _shrinking(excess: Sequence[Tensor | float]) -> Tensor | float:
+    """What shortens a step by its largest excess over 1; a number where all of them are."""
+    device = next((e.device for e in excess if isinstance(e, Tensor)), None)
+    if device is None:
+        largest = _largest([float(e) for e in excess])
+        return 1.0 if largest <= 1 else 1 / largest
+    return 1 / torch.stack([torch.as_tensor(e, device=device) for e in excess]).max().clamp(min=1)
 
 
 def _move_to_own_group(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> None:

@@ -1,16 +1,10 @@
-"""Batchless normalization (arXiv 2212.14729) in one pass over memory in each direction.
+"""Forward and backward pass of a batchless layer (arXiv 2212.14729) in Triton, each in one pass over memory.
 
-Mean and deviation are known before a batch comes. So the forward pass sums the moments of ``n = (x - mu) / sigma`` while it
-writes ``y = gamma n + beta``, and the backward pass sums d gamma and d beta while it writes dx. Batch normalization needs two
-passes in each direction: mean and variance, and the two means in its gradient, are needed for the first element it writes.
-
-Each program sums a share of the rows; the shares are added in a fixed order, so results do not change from run to run.
-Imported only where Triton is.
+``one_pass.py`` gives both to autograd. Each program sums a share of the rows; the shares are added in a fixed order, so results
+do not change from run to run. Imported only where Triton is.
 """
 
 # pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false
-
-from typing import Any
 
 import torch
 import triton
@@ -144,51 +138,3 @@ def affine_gradients(
         )  # fmt: skip
     d_beta, d_gamma = partial.sum(0)
     return dx, d_gamma, d_beta
-
-
-class OnePass(torch.autograd.Function):
-    """Output and moments of the rows, with :func:`affine_gradients` in the backward pass; mu and sigma are constants."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        variance: Tensor,
-        rows: Rows,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the output, and number, mean and sum of squared deviations of the rows."""
-        y, moments = affine_with_moments(x, rows, mean, variance, weight, bias, eps)
-        ctx.save_for_backward(None if weight is None else x, weight, mean, variance)
-        ctx.rows, ctx.eps = rows, eps
-        ctx.mark_non_differentiable(*moments)
-        ctx.set_materialize_grads(False)
-        return y, moments.count, moments.mean, moments.m2
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, gamma and beta."""
-        x, weight, mean, variance = ctx.saved_tensors
-        dy, needs = grads[0], ctx.needs_input_grad
-        found: tuple[Tensor | None, ...] = (None, None, None)
-        if dy is None:
-            return (*found, None, None, None, None)
-        if weight is None:
-            scale = (variance + ctx.eps).rsqrt().to(dy.dtype)
-            found = dy * scale.view(-1, *[1] * (dy.dim() - 2)), None, None
-        elif torch.is_grad_enabled():  # gradients of gradients: the readable code, which autograd follows
-            shape = (-1, *[1] * (dy.dim() - 2))
-            others = [d for d in range(dy.dim()) if d != 1]
-            inverse = (variance + ctx.eps).rsqrt().view(shape)
-            wide = dy.to(mean.dtype)
-            n = (x - mean.view(shape)) * inverse
-            dx = (wide * weight.view(shape) * inverse).to(x.dtype)
-            found = dx, (wide * n).sum(others).to(weight.dtype), wide.sum(others).to(weight.dtype)
-        else:
-            dx, d_gamma, d_beta = affine_gradients(dy, x, ctx.rows, mean, variance, weight, ctx.eps, needs_dx=needs[0])
-            found = dx, d_gamma.to(weight.dtype), d_beta.to(weight.dtype)
-        found = tuple(grad if needed else None for grad, needed in zip(found, needs, strict=False))
-        return (*found, None, None, None, None)

@@ -18,13 +18,12 @@ from normkit.inspection.counting import Collector, InputCounter, is_counting, is
 from normkit.inspection.graph import dataflow, producers
 from normkit.inspection.markers import attachment
 from normkit.inspection.reads import tensors_read
-from normkit.methods.batchless.functions import per_feature
 from normkit.methods.batchless.layer import BatchlessNorm
 from normkit.methods.batchless.projection import Feeding, Projection
-from normkit.methods.kernels.sums import sum_and_square_sum
+from normkit.methods.kernels.sums import RowSums
 
 
-class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
+class FeedingLayer(InputCounter[tuple[int, Tensor]]):
     """The layer that feeds a batchless layer; its weight's gradients and the sums over the rows of its inputs in this step.
 
     In a training pass the layer computes with an alias of its weight, whose gradient comes from the layer's output alone.
@@ -55,6 +54,7 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
     def _forget(self) -> None:
         """Start anew: a copy of the weight has no hook."""
         self._weight: Tensor | None = None
+        self._sums: tuple[object, RowSums] | None = None  # for the shape of input seen last
         self._from_output: Tensor | None = None  # in a backward pass that has not come to the weight
         self._elsewhere: Tensor | None = None  # None where everything came from the layer's output
         self._along: Tensor | None = None  # the gradients times the weight; None while .grad holds what they came to
@@ -131,31 +131,32 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
         if not (self.norm.training and output.requires_grad and is_counting() and self.collector.collects):
             return
         x = args[0] if args else kwargs["input"]
-        sums = sum_and_square_sum(x, 1 if isinstance(layer, _ConvNd) else -1)
-        self.count(output, (x.numel() // self.features, *sums), layer._parameters.get("weight"))
+        kind = x.shape, x.dtype, x.device
+        if self._sums is None or self._sums[0] != kind:
+            self._sums = kind, RowSums(x, 1 if isinstance(layer, _ConvNd) else -1)
+        self.count(output, (x.numel() // self.features, self._sums[1](x)), layer._parameters.get("weight"))
 
-    def take_sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def take_sums(self) -> tuple[int, Tensor, Tensor | None]:
         """Return the sums since the last call.
 
         Returns:
-            Number of rows ``()``; sum and sum of squares of the layer's inputs ``(in,)``; the weight's gradients, all terms of
-            the loss together, times the weight ``(out,)``, zeros where all of them came from the layer's output.
+            Number of rows; sum and sum of squares of the layer's inputs ``(in, 2)``; the weight's gradients, all terms of
+            the loss together, times the weight ``(out,)``, None where all of them came from the layer's output.
         """
-        like, counted, along = self.norm.running_mean.detach(), self.take(), self._along
-        rows, totals, squares = (
-            zip(*counted, strict=True) if counted else ([0], *([like.new_zeros(self.features)],) * 2)
-        )
-        total, square = (functools.reduce(torch.add, sums) for sums in (totals, squares))
-        return like.new_full((), sum(rows)), total, square, torch.zeros_like(like) if along is None else along
+        counted = self.take()
+        if not counted:
+            return 0, self.norm.running_mean.new_zeros(self.features, 2), self._along
+        return sum(rows for rows, _ in counted), functools.reduce(torch.add, [sums for _, sums in counted]), self._along
 
-    def from_output(self, along: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    def from_output(self, along: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """Return the part of ``.grad`` that came from the layer's output, and the rest of it; the rows are done with.
 
         Unscaling and clipping multiply ``.grad`` by a factor that the gradients of single backward passes lack: it is found
         by least squares from the products of both with the weight.
 
         Args:
-            along: The weight's gradients times the weight, mean over all ranks, ``(out,)``.
+            along: The weight's gradients times the weight, mean over all ranks, ``(out,)``; None where all of them came from
+                the layer's output on every rank.
 
         Returns:
             ``.grad`` itself and None where all of it came from there; None where there is no gradient.
@@ -164,7 +165,7 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, Tensor]]):
         self.discard()
         if weight is None or weight.grad is None or not reached:
             return None
-        if elsewhere is None:
+        if elsewhere is None or along is None:
             return weight.grad, None
         factor = (self._times_weight(weight.grad) @ along / along.square().sum()).nan_to_num(0, 0, 0)
         elsewhere = (elsewhere * factor).to(weight.grad.dtype)
@@ -183,28 +184,33 @@ class WeightProjection:
         self._projections: dict[object, Projection] = {}
 
     @torch.no_grad()
-    def __call__(self, sums: Sequence[tuple[Tensor, ...]], ranks: int) -> None:
+    def __call__(self, sums: Sequence[tuple[Tensor | int, Tensor, Tensor | None]], ranks: int = 1) -> dict[int, float]:
         """Project ``.grad`` of the weights in place.
 
         Args:
             sums: What ``FeedingLayer.take_sums`` gave for each, over all ranks. Statistics that are not finite count as zero.
             ranks: Number of ranks.
+
+        Returns:
+            By the ``id`` of the weight, the length of its gradient relative to its own, where a kernel found it.
         """
-        groups: dict[object, list[tuple[FeedingLayer, tuple[Tensor, ...], Tensor, Tensor | None]]] = {}
-        for feeder, own in zip(self.feeding, sums, strict=True):
-            if (found := feeder.from_output(own[3] / ranks)) is not None:
-                groups.setdefault((own[1].device, own[1].dtype), []).append((feeder, own, *found))
-        for kind, group in groups.items():
-            sizes = [feeder.features for feeder, *_ in group]
-            rows = per_feature([own[0] for _, own, *_ in group], sizes).clamp(min=1)
-            mean, square = (torch.cat([own[k] for _, own, *_ in group]) / rows for k in (1, 2))
-            variance = (square - mean.square()).clamp(min=0)
-            fed = [Feeding(grad, feeder.layer.weight, feeder.groups) for feeder, _, grad, _ in group]
-            project = self._projections.setdefault(kind, Projection())
-            project(fed, mean.nan_to_num(0, 0, 0), variance.nan_to_num(0, 0, 0))
-            for feeder, _, grad, elsewhere in group:
-                if elsewhere is not None and feeder.layer.weight.grad is not None:
-                    feeder.layer.weight.grad.copy_(grad + elsewhere)
+        groups: dict[tuple[torch.device, torch.dtype], list[tuple[FeedingLayer, Feeding, Tensor | None]]] = {}
+        for feeder, (rows, of_features, along) in zip(self.feeding, sums, strict=True):
+            if (found := feeder.from_output(along if along is None or ranks == 1 else along / ranks)) is not None:
+                grad, elsewhere = found
+                dtype = feeder.norm._parameters["running_mean"].dtype  # pyright: ignore[reportOptionalMemberAccess]
+                weight = feeder.layer._parameters["weight"]
+                fed = Feeding(grad, weight, feeder.groups, rows, of_features)  # pyright: ignore[reportArgumentType]
+                groups.setdefault((grad.device, dtype), []).append((feeder, fed, elsewhere))
+        lengths: dict[int, float] = {}
+        for (device, dtype), group in groups.items():
+            project = self._projections.setdefault((device, dtype), Projection(dtype))
+            lengths |= project([fed for _, fed, _ in group])
+            for _, fed, elsewhere in group:
+                if elsewhere is not None and fed.weight.grad is not None:
+                    fed.weight.grad.copy_(fed.grad + elsewhere)
+                    lengths.pop(id(fed.weight), None)
+        return lengths
 
 
 def feeding_layers(model: nn.Module, collector: Collector) -> list[FeedingLayer]:

@@ -19,7 +19,7 @@ from torch.nn.parameter import UninitializedParameter
 from normkit.inspection.compiling import disable_dynamo
 from normkit.inspection.counting import Collector, InputCounter, is_counting
 from normkit.inspection.markers import attachment
-from normkit.methods.kernels.sums import sum_and_square_sum
+from normkit.methods.kernels.sums import RowSums
 from normkit.moments import statistics_dtype
 
 Layer: TypeAlias = nn.Linear | _ConvNd
@@ -30,12 +30,17 @@ _SHAPES = 64  # input shapes of a layer whose weighing is kept
 
 
 class Sums(NamedTuple):
-    """What a forward has to say about a layer's input: rows, output positions, sum and sum of squares per feature."""
+    """What a forward has to say about a layer's input.
+
+    Attributes:
+        rows: Number of rows.
+        positions: Number of output positions.
+        of_features: Sum and sum of squares of each feature, ``(features, 2)``.
+    """
 
     rows: Tensor | float
     positions: Tensor | float
-    total: Tensor
-    square: Tensor
+    of_features: Tensor
 
 
 class _Weighing(NamedTuple):
@@ -44,14 +49,14 @@ class _Weighing(NamedTuple):
     Attributes:
         rows: Number of rows.
         positions: Number of output positions.
-        dtype: Dtype of the sums.
+        sums: Sums the features.
         weights: How often each position counts, None where all count alike.
         scale: How often all count.
     """
 
     rows: float
     positions: float
-    dtype: torch.dtype
+    sums: RowSums
     weights: Tensor | None
     scale: float
 
@@ -226,9 +231,8 @@ class Observed(InputCounter[Sums]):
         """Return the sums of every forward that counted since the last call."""
         sums = super().take()
         if self._compiled and self._accumulator is not None:
-            total, square = self._accumulator[2:].clone().chunk(2)
             rows, positions = self._accumulator[:2].clone()
-            sums.append(Sums(rows, positions, total, square))
+            sums.append(Sums(rows, positions, self._accumulator[2:].view(-1, 2).clone()))
             self._accumulator.zero_()
         return sums
 
@@ -249,11 +253,11 @@ class Observed(InputCounter[Sums]):
             self.count(output, sums, weight)
             return None
         if self._accumulator is None or self._accumulator.device != x.device:
-            self._accumulator = _zeros(sums.total.numel(), x.device)
+            self._accumulator = _zeros(len(sums.of_features), x.device)
         self._compiled = True
         # a compiled graph knows no Python in its backward: there the node that lets the gradient pass adds to a tensor
         counts = (torch.as_tensor(count, dtype=torch.float64, device=x.device) for count in (sums.rows, sums.positions))
-        packed = torch.cat([torch.stack(list(counts)), sums.total, sums.square])
+        packed = torch.cat([torch.stack(list(counts)), sums.of_features.flatten()])
         return _CountOnBackward.apply(output, self._accumulator, packed)
 
     def _fits(self, x: Tensor) -> bool:
@@ -262,18 +266,17 @@ class Observed(InputCounter[Sums]):
         return x.dim() >= -dim and x.shape[dim] == features
 
     def _sums(self, layer: Layer, x: Tensor, output: Tensor) -> Sums:
-        dim = self.geometry.feature_dim
-        rows, positions, dtype, weights, scale = self._weighing_of(layer, x, output)
-        mask = self._matching_mask(x, dim)
-        if mask is not None:
+        rows, positions, sums, weights, scale = self._weighing_of(layer, x, output)
+        if (
+            self._mask.value is not None
+            and (mask := self._matching_mask(x, dim := self.geometry.feature_dim)) is not None
+        ):
             counted = mask.to(wide_dtype(x.device))
             share = counted.mean() if weights is None else (counted * weights).mean() / weights.mean()
             rows, positions = rows * share, positions * share
             x = torch.where(mask.unsqueeze(-1).movedim(-1, dim), x, 0)
-        total, square = sum_and_square_sum(x, dim, dtype, weights)
-        return (
-            Sums(rows, positions, total, square) if scale == 1 else Sums(rows, positions, total * scale, square * scale)
-        )
+        of_features = sums(x)
+        return Sums(rows, positions, of_features if scale == 1 else of_features * scale)
 
     def _weighing_of(self, layer: Layer, x: Tensor, output: Tensor) -> _Weighing:
         """How the rows of ``x`` are summed, found once per shape: a small layer costs its Python, not its sums."""
@@ -293,10 +296,10 @@ class Observed(InputCounter[Sums]):
         # data may lie far from zero (pixels, years), where sums of squares lose their digits in fp32
         dtype = statistics_dtype(x.dtype) if x.requires_grad else wide_dtype(x.device)
         if isinstance(layer, nn.Linear) or self._statistics != "patches":
-            return _Weighing(x.numel() / x.shape[dim], positions, dtype, None, 1.0)
+            return _Weighing(x.numel() / x.shape[dim], positions, RowSums(x, dim, dtype), None, 1.0)
         shares = self._tap_shares(layer, x, output, dtype)
         weights, scale = (shares, 1.0) if isinstance(shares, Tensor) else (None, shares)
-        return _Weighing(positions, positions, dtype, weights, scale)
+        return _Weighing(positions, positions, RowSums(x, dim, dtype, weights), weights, scale)
 
     def _tap_shares(self, layer: _ConvNd, x: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor | float:
         """Share of the taps that meet each position of the input, one number where it is the same for all."""

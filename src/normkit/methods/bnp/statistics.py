@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from normkit.methods.bnp import c_kernel
 from normkit.methods.bnp.observer import Observed, Sums, wide_dtype
 from normkit.methods.bnp.preconditioning import guarded_variance, step_divisor, update_running
 from normkit.moments import reduce_together
@@ -37,10 +38,10 @@ class LayerIndex:
         sizes: Features of each layer.
         indices: Of each layer the indices of its features.
         owner: For each feature the index of its layer.
+        first: The first feature of each layer, and behind them the number of all.
         fan_in: Of each layer.
         flat: What is summed over ranks: rows and output positions of each layer, sum and sum of squares of each feature.
-        totals: Views of the sums, one for each layer.
-        squares: Views of the sums of squares.
+        sums: View of its part for the features, ``(features, 2)``.
     """
 
     def __init__(self, layers: Sequence[Observed], device: torch.device) -> None:
@@ -49,6 +50,7 @@ class LayerIndex:
         self.sizes = [shape.features for shape in shapes]
         self.indices = torch.arange(sum(self.sizes), device=device).split(self.sizes)
         self.owner = torch.cat([torch.full((size,), i, device=device) for i, size in enumerate(self.sizes)])
+        self.first = torch.tensor([0, *self.sizes], device=device).cumsum(0)
         fan_in = [float(shape.fan_in) for shape in shapes]
         self.fan_in = torch.tensor(fan_in, dtype=wide_dtype(device), device=device)
         self._allocate()
@@ -56,11 +58,13 @@ class LayerIndex:
     def _allocate(self) -> None:
         layers, features = len(self.layers), sum(self.sizes)
         self.flat = self.fan_in.new_zeros(2 * (layers + features))
-        _, totals, squares = self.flat.split([2 * layers, features, features])
-        self.totals, self.squares = totals.split(self.sizes), squares.split(self.sizes)
+        self.sums = self.flat[2 * layers :].view(features, 2)
+        self.nothing = [
+            zeros.view(-1, 2) for zeros in self.fan_in.new_zeros(2 * features).split([2 * size for size in self.sizes])
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in {"flat", "totals", "squares"}}
+        return {name: value for name, value in vars(self).items() if name not in {"flat", "sums", "nothing"}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -123,8 +127,15 @@ class RowStatistics:
     def advance(self, layers: Sequence[Observed]) -> Preconditioners:
         """Take this step's rows into the running statistics; what preconditions the layers now."""
         index = self._index_of(layers)
-        rows, positions, sums = self._reduced(index)
+        flat = self._reduced(index)
         kept = self._running_of(index)
+        options = {"decay": self.decay, "pooled": self.pooled, "eps_relative": self.eps_relative, "eps": self.eps}
+        if (used := c_kernel.advance(index.first, index.fan_in, flat, kept, **options)) is not None:
+            self._running = index, *kept
+            return Preconditioners(index, *used)
+        layer_count = len(index.layers)
+        rows, positions, both = flat.split([layer_count, layer_count, 2 * sum(index.sizes)])
+        sums = both.view(-1, 2).T
         mean, variance, steps = kept
 
         # a layer's sum of squares is finite only if each of its rows is
@@ -166,23 +177,21 @@ class RowStatistics:
         mean, variance = (torch.cat([_at(entry[i], index.device) for entry in known]) for i in (0, 1))
         return mean, variance, torch.stack([_at(entry[2], index.device) for entry in known])
 
-    def _reduced(self, index: LayerIndex) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows and positions per layer, and sums and squares per feature in two rows, over all ranks in one all-reduce."""
-        layers, flat = len(index.layers), index.flat.zero_()
-        counts: list[Tensor | float] = [0.0] * (2 * layers)
-        places, found = [], []
-        for i, observed in enumerate(index.layers):
-            sums = _summed(observed.take())
-            if sums is not None:
-                counts[i], counts[layers + i] = sums.rows, sums.positions
-                places += index.totals[i], index.squares[i]
-                found += sums.total, sums.square
-        flat[: 2 * layers].copy_(self._on_device(counts, flat.dtype, index.device))
-        if found:
-            torch._foreach_copy_(places, found)
+    def _reduced(self, index: LayerIndex) -> Tensor:
+        """Rows and positions per layer, then sums and squares per feature, over all ranks in one all-reduce."""
+        layers, flat = len(index.layers), index.flat
+        rows: list[Tensor | float] = []
+        positions: list[Tensor | float] = []
+        of_features = []
+        for observed, nothing in zip(index.layers, index.nothing, strict=True):
+            sums = _summed(observed.take()) or Sums(0.0, 0.0, nothing)
+            rows.append(sums.rows)
+            positions.append(sums.positions)
+            of_features.append(sums.of_features)
+        flat[: 2 * layers].copy_(self._on_device(rows + positions, flat.dtype, index.device))
+        torch.cat(of_features, out=index.sums)
         _, (flat,) = reduce_together((), (flat,), self.group)
-        rows, positions, both = flat.split([layers, layers, 2 * sum(index.sizes)])
-        return rows, positions, both.view(2, -1)
+        return flat
 
     def _on_device(self, values: Sequence[Tensor | float], dtype: torch.dtype, device: torch.device) -> Tensor:
         """One vector of numbers and scalar tensors, without waiting for the device; numbers seldom change from step to step."""
@@ -219,10 +228,9 @@ def _summed(sums: Sequence[Sums]) -> Sums | None:
     """The sums of all forwards of a step (in fp64 where there are several)."""
     if len(sums) < 2:
         return sums[0] if sums else None
-    wide = wide_dtype(sums[0].total.device)
-    total = torch.stack([s.total.to(wide) for s in sums]).sum(0)
-    square = torch.stack([s.square.to(wide) for s in sums]).sum(0)
-    return Sums(sum(s.rows for s in sums), sum(s.positions for s in sums), total, square)
+    wide = wide_dtype(sums[0].of_features.device)
+    of_features = torch.stack([s.of_features.to(wide) for s in sums]).sum(0)
+    return Sums(sum(s.rows for s in sums), sum(s.positions for s in sums), of_features)
 
 
 def _nothing(features: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from normkit.methods.bnp import c_kernel
 from normkit.methods.bnp.preconditioning import (
     bounding_factors,
     implied_bias_grad,
@@ -22,6 +23,7 @@ from normkit.methods.bnp.preconditioning import (
     out_of_z_,
 )
 from normkit.methods.bnp.statistics import LayerIndex, Preconditioners, compute_dtype
+from normkit.methods.kernels.choice import kernels
 from normkit.moments import is_channels_last
 from normkit.optim import weight_rows
 from normkit.optim.weight_rows import Layout, most_joined
@@ -44,20 +46,67 @@ class Transform:
 
     def __init__(self) -> None:
         self._key: object = None
-        self._batches: list[_Batch] = []
+        self._batches: list[_Batch | _KernelBatch] = []
 
     def __reduce__(self) -> tuple[type["Transform"], tuple[()]]:
         return Transform, ()  # a copy finds out anew
 
     def __call__(self, steps: Sequence[LayerStep], preconditioners: Preconditioners, max_change: float | None) -> None:
         """Transform the gradients of ``steps``, bounded by ``max_change`` where that is given."""
-        kinds = _kinds(steps, preconditioners.layer_index)
-        if self._key != (preconditioners.layer_index, kinds):
-            self._key = preconditioners.layer_index, kinds
-            groups = _together(steps, kinds, preconditioners.layer_index)
-            self._batches = [_Batch(same_shape, steps, preconditioners.layer_index) for same_shape in groups]
+        index = preconditioners.layer_index
+        kinds = _kinds(steps, index)
+        if self._key != (key := (index, kernels(*(step.weight_grad for step in steps[:1])), kinds)):
+            self._key = key
+            self._batches = list(_batches(steps, kinds, index))
         for batch in self._batches:
             batch.transform_([steps[i] for i in batch.positions], preconditioners, max_change)
+
+
+def _batches(
+    steps: Sequence[LayerStep], kinds: Sequence["_Kind"], index: LayerIndex
+) -> Iterator["_Batch | _KernelBatch"]:
+    """What is transformed together, by the kernel where it can.
+
+    Yields:
+        Every layer's batch.
+    """
+    by_kernel: dict[torch.dtype, list[int]] = {}
+    rest = []
+    for i, step in enumerate(steps):
+        of_kind = by_kernel.setdefault(step.weight_grad.dtype, []) if _by_kernel(step, index) else rest
+        of_kind.append(i)
+    for positions in by_kernel.values():
+        yield _KernelBatch(positions, steps, index)
+    for same_shape in _together(steps, kinds, rest, index):
+        yield _Batch(same_shape, steps, index)
+
+
+def _by_kernel(step: LayerStep, index: LayerIndex) -> bool:
+    if index.layers[step.place].geometry.transposed:
+        return False  # its rows are not lines of memory
+    return c_kernel.transforms(step.weight, step.weight_grad, step.bias_grad)
+
+
+class _KernelBatch:
+    """Layers whose gradients the kernel transforms together, where they lie; arguments as for :class:`_Batch`."""
+
+    def __init__(self, positions: Sequence[int], steps: Sequence[LayerStep], index: LayerIndex) -> None:
+        self.positions = positions
+        shapes = []
+        for place, weight, grad, bias_grad, _ in (steps[i] for i in positions):
+            observed = index.layers[place]
+            groups = observed.geometry.groups
+            sizes = weight.shape[0] // groups, weight.shape[1], weight.shape[2:].numel()
+            centred = bias_grad is None and not observed.mean_removed
+            shapes.append(c_kernel.LayerShape(place, groups, *sizes, is_channels_last(grad), centred))
+        self._layers = c_kernel.Layers(steps[positions[0]].weight_grad.dtype, shapes)
+
+    def transform_(
+        self, steps: Sequence[LayerStep], preconditioners: Preconditioners, max_change: float | None
+    ) -> None:
+        """Precondition the gradients, bound them where ``max_change`` and the rate are given."""
+        index, *numbers = preconditioners
+        self._layers.transform_(steps, index.first, numbers, max_change)
 
 
 class _Kind(NamedTuple):
@@ -65,28 +114,31 @@ class _Kind(NamedTuple):
 
     place: int
     together: tuple[object, ...]
-    joined: tuple[bool, ...]
+    joined: tuple[object, ...]
 
 
 def _kinds(steps: Sequence[LayerStep], index: LayerIndex) -> list[_Kind]:
     numbers: dict[object, int] = {}
     kinds = []
-    for place, _, grad, bias_grad, rate in steps:
+    for place, weight, grad, bias_grad, rate in steps:
         observed, no_bias = index.layers[place], bias_grad is None
         number = numbers.setdefault(rate if isinstance(rate, float) else id(rate), len(numbers))
-        joined = no_bias, no_bias and observed.mean_removed, is_channels_last(grad)
+        joined = no_bias, no_bias and observed.mean_removed, grad.stride(), weight.stride()
         kinds.append(_Kind(place, (grad.dtype, grad.device, number), joined))
     return kinds
 
 
-def _together(steps: Sequence[LayerStep], kinds: Sequence[_Kind], index: LayerIndex) -> Iterator[list[list[int]]]:
-    """What is transformed together.
+def _together(
+    steps: Sequence[LayerStep], kinds: Sequence[_Kind], positions: Sequence[int], index: LayerIndex
+) -> Iterator[list[list[int]]]:
+    """Which of the layers at ``positions`` are transformed together.
 
     Yields:
         Positions in ``steps``, those of layers that are joined in one list.
     """
     shapes: dict[object, dict[object, list[int]]] = {}
-    for i, (step, kind) in enumerate(zip(steps, kinds, strict=True)):
+    for i in positions:
+        step, kind = steps[i], kinds[i]
         shape = step.weight_grad.shape, index.layers[step.place].geometry, kind.joined
         shapes.setdefault(kind.together, {}).setdefault(shape, []).append(i)
     for of_a_kind in shapes.values():

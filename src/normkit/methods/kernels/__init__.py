@@ -1,1 +1,1 @@
-"""Triton kernels that several methods use, and the choice where kernels run."""
+"""Kernels that several methods use, in Triton for GPUs and in C for CPUs, and the choice where they run."""

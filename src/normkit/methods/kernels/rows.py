@@ -1,42 +1,13 @@
-"""Choose where Triton kernels replace the readable code, and how a kernel walks over the rows of a tensor.
+"""How a kernel walks over the rows of a tensor."""
 
-Kernels run on CUDA devices. The environment variable ``NORMKIT_TRITON`` is the one switch: ``0`` turns them off, ``1`` uses them
-on a CPU too, where ``TRITON_INTERPRET=1`` lets Triton's interpreter run them.
-"""
-
-import os
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-SWITCH = "NORMKIT_TRITON"
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE = 2048  # elements that a program reads at a time
 _PROGRAMS = 1024  # enough to fill a GPU; each leaves one partial sum per feature
-
-
-@cache
-def has_triton() -> bool:
-    """Return whether Triton is installed."""
-    return find_spec("triton") is not None
-
-
-def use_triton(*tensors: Tensor) -> bool:
-    """Return whether kernels run on these tensors: by device, unless ``NORMKIT_TRITON`` says otherwise.
-
-    ``torch.compile`` fuses the readable code itself, and function transforms cannot see into a kernel.
-    """
-    if torch.compiler.is_compiling() or not has_triton():
-        return False
-    switch = os.environ.get(SWITCH)
-    if switch == "0" or not (switch == "1" or all(tensor.is_cuda for tensor in tensors)):
-        return False
-    if torch._C._are_functorch_transforms_active():
-        return False
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 class Rows(NamedTuple):

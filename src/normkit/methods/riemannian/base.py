@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
-from normkit.methods.kernels.rows import has_triton, use_triton
+from normkit.methods.kernels.choice import kernels
+from normkit.methods.riemannian import c_kernel
 from normkit.methods.riemannian.filters import (
     Filters,
     arranged,
@@ -117,36 +118,37 @@ class SphereOptimizer(Optimizer):
                 self._step_euclidean(group, params)
             elif group["foreach"]:
                 weights = [filters for p in params if (filters := self._filters(group, p)).y.numel() > 0]
-                kernel = self._kernel(group, weights)
-                step = advance if kernel is None else kernel.advance
+                step = self._kernel(group, weights) or advance
                 step(weights, max_norm=group["max_norm"], **self._numbers(group))
+                if step is not advance:
+                    torch.autograd.graph.increment_version([t for filters in weights for t in (filters.y, filters.tau)])
             else:
                 for p in params:
                     self._step_readable(group, self._filters(group, p))
         return loss
 
-    def _kernel(self, group: dict[str, Any], weights: list[Filters]) -> Any:
-        """The fused kernel where it can do the group's step, else None.
+    def _kernel(self, group: dict[str, Any], weights: list[Filters]) -> Callable[..., None] | None:
+        """The kernel's step where a kernel can do the group's, else None.
 
         Raises:
             RuntimeError: ``fused=True`` was asked for and is not possible.
         """
-        if group["fused"] is False or (group["fused"] is None and not use_triton(*(filters.y for filters in weights))):
+        if group["fused"] is False or not weights or torch.compiler.is_compiling():
             return None
-        if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            return None  # the kernel is told addresses, which a graph would keep
-        floats = all(filters.in_place and filters.y.dtype == torch.float32 for filters in weights)
-        floats = floats and len({filters.y.device for filters in weights}) == 1
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None  # a kernel is told addresses, which a graph would keep
         numbers = not any(torch.is_tensor(x) for x in (group["lr"], *(filters.correction for filters in weights)))
-        if has_triton() and floats and numbers and weights:
+        kind = kernels(*(filters.y for filters in weights)) if numbers else None
+        if kind == "c" and c_kernel.steps(weights):
+            return c_kernel.advance
+        if kind == "triton" and all(filters.in_place and filters.y.dtype == torch.float32 for filters in weights):
             from normkit.methods.riemannian.triton_kernel import FusedRows
 
-            kernels = vars(self).setdefault("_kernels", {})
-            return kernels.setdefault(id(group), FusedRows())
-        if group["fused"] and weights:
+            return vars(self).setdefault("_kernels", {}).setdefault(id(group), FusedRows()).advance
+        if group["fused"]:
             raise RuntimeError(
-                f"{type(self).__name__}: fused=True needs Triton, contiguous float32 weights, a learning rate that is a "
-                "number (capturable=False); leave fused at None to use it where it is possible"
+                f"{type(self).__name__}: fused=True needs a kernel (Triton on a GPU, a C compiler on a CPU), contiguous float32 "
+                "weights, a learning rate that is a number (capturable=False); leave fused at None to use it where it is possible"
             )
         return None
 

@@ -1,0 +1,64 @@
+"""Sums over a layer's input in one pass over memory, in C; see the source of the same name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkit.methods.kernels.compiled import Source
+from normkit.methods.kernels.layout import layouts
+
+_SOURCE = Source(Path(__file__).with_suffix(".c"), sums="ppiiiiip", moments="ppiiiiip")
+
+
+class Sums:
+    """Sum and sum of squares per feature of inputs of one shape and type, in one pass.
+
+    Args:
+        shape: Their shape, not empty.
+        dtype: Their type.
+        feature_dim: Dimension that holds the features.
+        weights: How often each position counts, shaped as the dimensions behind the features; default once.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, feature_dim: int, weights: Tensor | None = None
+    ) -> None:
+        self._arguments = shape, dtype, feature_dim, weights
+        self._layouts, self._features = layouts(shape, feature_dim), shape[feature_dim]
+        library = _SOURCE.compiled(dtype)
+        self._sums = None if library is None else library.sums
+        self._weights = None if weights is None else weights.to(torch.float64).contiguous()
+        self._taps = None if self._weights is None else self._weights.data_ptr()
+
+    def __reduce__(self) -> tuple[type["Sums"], tuple[Any, ...]]:
+        return Sums, self._arguments  # a copy finds the function anew
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """Return ``(features, 2)`` in float64, nothing recorded for autograd; None where the kernel cannot run."""
+        layout = self._layouts.of(x)
+        if self._sums is None or layout is None:
+            return None
+        found = torch.zeros(self._features, 2, dtype=torch.float64)
+        self._sums(x.data_ptr(), self._taps, *layout, torch.get_num_threads(), found.data_ptr())
+        return found
+
+
+def moments(x: Tensor, pivot: Tensor) -> Tensor | None:
+    """Mean and sum of squared deviations per channel, in one pass.
+
+    Args:
+        x: ``(N, C, ...)``, on a CPU, not empty; nothing is recorded for autograd.
+        pivot: Numbers near the means, which keep the digits of the sums, ``(C,)``, in the dtype of ``x``.
+
+    Returns:
+        ``(2, C)``; None where the kernel cannot run.
+    """
+    library, layout = _SOURCE.compiled(x.dtype), layouts(x.shape, 1).of(x)
+    if library is None or layout is None:
+        return None
+    found = torch.empty(2, layout[1], dtype=x.dtype)
+    library.moments(x.data_ptr(), pivot.data_ptr(), *layout, torch.get_num_threads(), found.data_ptr())
+    return found
