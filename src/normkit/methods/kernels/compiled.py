@@ -92,7 +92,7 @@ def _library(source: Path, compiler: list[str], define: str) -> ctypes.CDLL:
     flags = [*_FLAGS, define, *_VECTORS.get(capability, ())]
     key = hashlib.sha256(repr((source.read_text(), compiler, flags, platform.machine())).encode()).hexdigest()[:16]
     kept = _folder() / f"{source.parent.name}-{key}.so"
-    with contextlib.suppress(OSError):  # not there, or cut short by a full disk
+    with contextlib.suppress(OSError):  # not there, or no library
         return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / kept.name
@@ -117,6 +117,7 @@ def _keep(made: Path, kept: Path) -> None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
             file.write(made.read_bytes())
+            os.fsync(file.fileno())  # a library that is cut short would end the process that loads it
         Path(file.name).replace(kept)
     except OSError as error:
         _logger.info("compiled kernels cannot be kept in %s (%s)", kept.parent, error)
