@@ -16,11 +16,18 @@ def disable_dynamo(function: _Function) -> _Function:
     torch's own optimizers use, which import it with their first step.
     """
 
-    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:  # torch notes something on what it gets, and a method takes no notes
         return function(*args, **kwargs)
 
-    return torch._disable_dynamo(call)  # pyright: ignore[reportReturnType, reportPrivateImportUsage]
+    outside = torch._disable_dynamo(call)  # pyright: ignore[reportPrivateImportUsage]
+
+    @functools.wraps(function)
+    def choose(
+        *args: Any, **kwargs: Any
+    ) -> Any:  # in eager mode torch's guard is a third of a small layer's statistics
+        return outside(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return choose  # pyright: ignore[reportReturnType]
 
 
 def guard_hooks() -> None:

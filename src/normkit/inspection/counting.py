@@ -151,24 +151,37 @@ class _Forward(Generic[Rows]):
         rows: Its rows, None once they are counted.
     """
 
-    __slots__ = ("counter", "leaf", "rows", "waiting", "weight")
+    __slots__ = ("counter", "leaf", "note", "rows", "waiting", "weight")
 
-    def __init__(self, counter: "RowCounter[Rows]", rows: Rows, leaf: Node, weight: Tensor | None) -> None:
-        self.counter, self.leaf, self.weight = counter, leaf, weight
+    def __init__(
+        self,
+        counter: "RowCounter[Rows]",
+        rows: Rows,
+        leaf: Node,
+        weight: Tensor | None,
+        note: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self.counter, self.leaf, self.weight, self.note = counter, leaf, weight, note
         self.rows: Rows | None = rows
         self.waiting: RemovableHandle | None = None
 
-    def __call__(self, _: Tensor) -> None:
+    def __call__(self, grad: Tensor) -> None:
         """Count the rows if the backward pass that arrives here fills the gradient."""
-        if self.rows is None:
-            return
-        filled = is_filled(self.leaf)
-        if not filled and self.weight is not None:  # torch may have made another node, in a conversion there and back
+        if self.rows is not None:
+            if is_filled(self.leaf):
+                self.fill()
+            else:
+                self._arrive_without_gradient()
+        if self.note is not None:  # behind the count, which may find that earlier gradients were dropped
+            self.note(grad)
+
+    def _arrive_without_gradient(self) -> None:
+        if self.weight is not None:  # torch may have made another node, in a conversion there and back
             self.leaf = self.counter.leaf_of(self.weight, anew=True)
-            filled = is_filled(self.leaf)
-        if filled:
-            self.fill()
-        elif self.counter.collector.collects and self.counter.note_reached(self) and torch.is_grad_enabled():
+            if is_filled(self.leaf):
+                self.fill()
+                return
+        if self.counter.collector.collects and self.counter.note_reached(self) and torch.is_grad_enabled():
             # create_graph: a later pass may fill the gradient through this one alone
             self.waiting = self.leaf.variable.register_post_accumulate_grad_hook(self.fill)  # pyright: ignore
 
@@ -214,13 +227,21 @@ class RowCounter(Generic[Rows]):
         reached = [forward.rows for forward in self._reached if forward.rows is not None]
         return self._kept + self._filled or reached
 
-    def count(self, output: Tensor, rows: Rows, weight: Tensor | None = None) -> None:
+    def count(
+        self,
+        output: Tensor,
+        rows: Rows,
+        weight: Tensor | None = None,
+        *,
+        note: Callable[[Tensor], None] | None = None,
+    ) -> None:
         """Count ``rows`` once a backward pass through ``output`` fills the gradient of ``weight``.
 
         Args:
             output: Output of the layer. Without gradients the rows count at once, and no ``zero_grad`` drops them.
             rows: What the forward pass has to say about its rows.
             weight: A parameter of the layer; default the parameter nearest to ``output`` in the graph.
+            note: Called with the gradient of ``output`` in every backward pass.
         """
         if not output.requires_grad:
             self._note_pass()
@@ -233,7 +254,7 @@ class RowCounter(Generic[Rows]):
             leaf, weight = _nearest_leaf(weight), None
         else:
             leaf = self.leaf_of(weight)
-        output.register_hook(_Forward(self, rows, leaf, weight))
+        output.register_hook(_Forward(self, rows, leaf, weight, note))
 
     def leaf_of(self, weight: Tensor, *, anew: bool = False) -> Node:
         """Return the node that accumulates the gradient of ``weight``; torch makes a new one when the weight is converted."""
@@ -260,10 +281,14 @@ class RowCounter(Generic[Rows]):
         Where no backward pass filled the gradient (``p.grad = autograd.grad(...)`` assigns it), the rows that ``autograd.grad``
         reached count.
         """
+        self._passes = 0
+        if not (self._kept or self._reached):
+            taken, self._filled = self._filled, []
+            return taken
         taken = self.pending
         for forward in self._reached:
             forward.rows = None
-        self._kept, self._filled, self._reached, self._passes = [], [], [], 0
+        self._kept, self._filled, self._reached = [], [], []
         return taken
 
     def fill(self, rows: Rows, weight: Tensor | None) -> None:
@@ -293,6 +318,9 @@ class RowCounter(Generic[Rows]):
 class InputCounter(RowCounter[Rows]):
     """Counts the rows of a layer's input in a forward hook, :meth:`_after_forward`."""
 
+    always_called = False
+    """Whether the hook is called where the forward fails, too, with None for the output."""
+
     def __init__(self, collector: Collector) -> None:
         super().__init__(collector)
         self._handles: list[RemovableHandle] = []
@@ -303,7 +331,9 @@ class InputCounter(RowCounter[Rows]):
             if other.collector.copied:
                 other.remove()
         guard_hooks()
-        self._handles.append(layer.register_forward_hook(self._after_forward, with_kwargs=True))
+        self._handles.append(
+            layer.register_forward_hook(self._after_forward, with_kwargs=True, always_call=self.always_called)
+        )
 
     def remove(self) -> None:
         """Remove the hooks."""

@@ -32,19 +32,18 @@ void project(int64_t layers, const int64_t *shapes, void **addresses, const doub
       for (int64_t j = 0; j < columns; j++) share[j] = mean[j] / square;
 #pragma omp parallel for if (threads > 1 && units * columns > ALONE) num_threads(threads) reduction(+ : length_g, length_w)
       for (int64_t u = group * units; u < (group + 1) * units; u++) {
-        REAL *gradient = g + u * columns, *weight = w + u * columns, a = 0, gg = 0, gw = 0, ww = 0;
-#pragma omp simd reduction(+ : a)
-        for (int64_t j = 0; j < columns; j++) a += gradient[j] * share[j];
-#pragma omp simd reduction(+ : gw, ww)
+        REAL *gradient = g + u * columns, *weight = w + u * columns, a = 0, gw = 0, mw = 0, ww = 0, gg = 0;
+#pragma omp simd reduction(+ : a, gw, mw, ww)
         for (int64_t j = 0; j < columns; j++) {
-          gradient[j] -= a * mean[j];
+          a += gradient[j] * share[j];
           gw += gradient[j] * weight[j];
+          mw += mean[j] * weight[j];
           ww += weight[j] * weight[j];
         }
-        REAL b = ww > 0 ? gw / ww : 0;
+        REAL b = ww > 0 ? (gw - a * mw) / ww : 0;  // along the weight, of the gradient without its part along the mean
 #pragma omp simd reduction(+ : gg)
         for (int64_t j = 0; j < columns; j++) {
-          gradient[j] -= b * weight[j];
+          gradient[j] -= a * mean[j] + b * weight[j];
           gg += gradient[j] * gradient[j];
         }
         length_g += gg;
@@ -57,13 +56,13 @@ void project(int64_t layers, const int64_t *shapes, void **addresses, const doub
 }
 
 // What `Fit` computes, for all layers: of each mean of n^2 over its features, and, for a rate above 0, the step of mu and sigma.
-// addresses: of each layer running mean, running variance, then count, mean and sum of squared deviations of the rows, and
-// number of instances. ratios: of each layer. mismatches: (ratio - 1) / 2 of each, or NULL.
-void fit(int64_t layers, const int64_t *features, void **addresses, double eps, double rate, double damping, double *ratios,
-         REAL *mismatches) {
+// addresses: of each layer running mean, running variance, then count, mean and sum of squared deviations of the rows.
+// instances: of each layer. ratios: of each layer. mismatches: (ratio - 1) / 2 of each, or NULL.
+void fit(int64_t layers, const int64_t *features, void **addresses, const double *instances, double eps, double rate,
+         double damping, double *ratios, REAL *mismatches) {
   int valid = 1;  // rows with anything that is not finite in them, in any of the layers, count for nothing
   for (int64_t l = 0; l < layers; l++) {
-    REAL **a = (REAL **)addresses + 6 * l, *mean = a[0], *variance = a[1], *seen = a[3], *m2 = a[4];
+    REAL **a = (REAL **)addresses + 5 * l, *mean = a[0], *variance = a[1], *seen = a[3], *m2 = a[4];
     double count = *a[2], total = 0, about = 0;
     for (int64_t f = 0; f < features[l]; f++) {
       double deviation = seen[f] - mean[f], square = m2[f] / fmax(count, 1) + deviation * deviation;
@@ -74,8 +73,8 @@ void fit(int64_t layers, const int64_t *features, void **addresses, double eps, 
     ratios[l] = count > 0 ? total / features[l] : 1;
   }
   for (int64_t l = 0; l < layers; l++) {
-    REAL **a = (REAL **)addresses + 6 * l, *mean = a[0], *variance = a[1], *seen = a[3], *m2 = a[4];
-    double count = *a[2], eta = rate * *a[5] / (*a[5] + damping);
+    REAL **a = (REAL **)addresses + 5 * l, *mean = a[0], *variance = a[1], *seen = a[3], *m2 = a[4];
+    double count = *a[2], eta = rate * instances[l] / (instances[l] + damping);
     if (!valid) ratios[l] = 1;
     if (mismatches) mismatches[l] = (ratios[l] - 1) / 2;
     for (int64_t f = 0; valid && count > 0 && rate > 0 && f < features[l]; f++) {

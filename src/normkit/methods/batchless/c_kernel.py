@@ -16,7 +16,7 @@ from normkit.moments import Moments
 _SOURCE = Source(
     Path(__file__).with_suffix(".c"),
     project="ipppppi",
-    fit="ippdddpp",
+    fit="ipppdddpp",
     forward="ppppppdiiiiip",
     backward="ppppppdiiiiip",
 )
@@ -97,8 +97,9 @@ class Fit:
 
     Args:
         features: Number of channels of each layer.
-        tensors: Of each layer running mean and variance, then count, mean and sum of squared deviations of its rows, and the
-            number of instances they belong to; see :func:`fits`.
+        tensors: Of each layer running mean and variance, then count, mean and sum of squared deviations of its rows; see
+            :func:`fits`.
+        instances: To how many instances the rows of each layer belong.
         eps: Of the layers.
         damping: Number of instances that step half as far as many.
 
@@ -107,11 +108,19 @@ class Fit:
         mismatches: ``(E n^2 - 1) / 2`` of each layer.
     """
 
-    def __init__(self, features: Sequence[int], tensors: Sequence[Tensor], eps: float, damping: float) -> None:
+    def __init__(
+        self,
+        features: Sequence[int],
+        tensors: Sequence[Tensor],
+        instances: Sequence[Tensor | float],
+        eps: float,
+        damping: float,
+    ) -> None:
         self._tensors, self._options = tensors, (eps, damping)
         self._library = _SOURCE.compiled(tensors[0].dtype)
         self._features = array("q", features)
         self._addresses = array("q", [t.data_ptr() for t in tensors])
+        self._instances = array("d", [float(count) for count in instances])
         self._ratios = array("d", bytes(8 * len(features)))
         mismatches = torch.empty(len(features), dtype=tensors[0].dtype)
         self._run(0.0, mismatches)
@@ -119,15 +128,15 @@ class Fit:
 
     def _run(self, rate: float, mismatches: Tensor | None = None) -> None:
         assert self._library is not None
-        features, addresses, ratios = (x.buffer_info()[0] for x in (self._features, self._addresses, self._ratios))
-        eps, damping = self._options
+        tables = (x.buffer_info()[0] for x in (self._features, self._addresses, self._instances))
+        (eps, damping), ratios = self._options, self._ratios.buffer_info()[0]
         found = None if mismatches is None else mismatches.data_ptr()
-        self._library.fit(len(self._features), features, addresses, eps, rate, damping, ratios, found)
+        self._library.fit(len(self._features), *tables, eps, rate, damping, ratios, found)
 
     def step(self, rate: float) -> None:
         """Step mean and variance along the natural gradient, in place."""
         self._run(rate)
-        torch.autograd.graph.increment_version([t for i, t in enumerate(self._tensors) if i % 6 < 2])
+        torch.autograd.graph.increment_version([*self._tensors[::5], *self._tensors[1::5]])
 
 
 def layout_of(x: Tensor, mean: Tensor, weight: Tensor | None) -> Layout | None:

@@ -8,6 +8,8 @@ small network's own operations), and the plain gradient for the model's optimize
 # pyright: reportPrivateImportUsage=false
 # (torch's optimizers are written with the same _foreach functions)
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,12 +24,14 @@ RATE, INSTANCES = 0.07, 6.0  # mu and sigma are running means of weight 0.07 fro
 
 def fit(layers: list[BatchlessNorm], moments: list[Moments], instances: list[Tensor | float]) -> "Fit | KernelFit":
     """Fit the layers, by the kernel where it can; arguments as for :class:`Fit`."""
+    means = [layer._parameters["running_mean"] for layer in layers]
+    if not any(layer.shared for layer in layers) and c_kernel.fits(means):  # pyright: ignore[reportArgumentType]
+        tensors: list[Any] = []
+        for layer, mean, rows in zip(layers, means, moments, strict=True):
+            tensors += (mean, layer._parameters["running_var"], *rows)
+        return KernelFit(layers, moments, tensors, instances)
     like = layers[0].running_mean.detach()
-    counts = [n if isinstance(n, Tensor) else like.new_full((), n) for n in instances]
-    tensors: list[Tensor] = []
-    for layer, rows, count in zip(layers, moments, counts, strict=True):
-        tensors += (layer.running_mean, layer.running_var, *rows, count)
-    return KernelFit(layers, moments, tensors) if c_kernel.fits(tensors) else Fit(layers, moments, counts)
+    return Fit(layers, moments, [n if isinstance(n, Tensor) else like.new_full((), n) for n in instances])
 
 
 class KernelFit:
@@ -37,11 +41,19 @@ class KernelFit:
         layers: Layers of one dtype and one eps.
         moments: Of the rows that each layer saw since the last step.
         tensors: What the kernel works with, see ``c_kernel.Fit``.
+        instances: How many instances the rows belong to, for each layer.
     """
 
-    def __init__(self, layers: list[BatchlessNorm], moments: list[Moments], tensors: list[Tensor]) -> None:
+    def __init__(
+        self,
+        layers: list[BatchlessNorm],
+        moments: list[Moments],
+        tensors: list[Tensor],
+        instances: list[Tensor | float],
+    ) -> None:
         self.layers, self.moments = layers, moments
-        self._fit = c_kernel.Fit([layer.num_features for layer in layers], tensors, layers[0].eps, INSTANCES)
+        sizes = [layer.num_features for layer in layers]
+        self._fit = c_kernel.Fit(sizes, tensors, instances, layers[0].eps, INSTANCES)
 
     @property
     def projected(self) -> bool:

@@ -80,12 +80,12 @@ def moments_about(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Mome
     Returns:
         Moments of C features, up to rounding those of ``observe(x, 1)``.
     """
-    x = x.detach()
     if x.dtype != mean.dtype or x.numel() == 0:
         return observe_unchecked(x, 1)
     count = torch.full((), x.numel() / x.shape[1], dtype=mean.dtype, device=x.device)
     if kernels(x, mean) == "c" and (found := c_kernel.moments(x, mean)) is not None:
         return Moments(count, *found.unbind())
+    x = x.detach()
     if x.is_cuda or (x.is_cpu and x.numel() <= _FEW and x.is_contiguous()):
         center, spread = torch.batch_norm_update_stats(x, None, None, 0.0)
         return Moments(count, center, spread * count)

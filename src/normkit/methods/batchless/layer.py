@@ -185,23 +185,25 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
         last = tokens and x.dim() > 2
         rows = x.reshape(-1, self.num_features) if last else x
         learns = self.training and torch.is_grad_enabled()
+        own: dict[str, Any] = self._parameters  # attributes of modules are found slowly
         # constants to the task loss, also in a model whose parameters were all unfrozen
-        statistics = self.running_mean.detach(), self.running_var.detach()
-        arguments = rows, *statistics, self.weight, self.bias, self.eps
+        mean, variance = own["running_mean"].detach(), own["running_var"].detach()
+        arguments = rows, mean, variance, own["weight"], own["bias"], self.eps
         counts = learns and is_counting()
         y, moments = (one_pass(*arguments) if counts and mask is None else None) or (affine_map(*arguments), None)
         y = y.view_as(x) if last else y
         if counts:
-            self._count(rows if mask is None else x, y, mask, moments)
+            if mask is not None or moments is None:
+                self._observe(rows if mask is None else x, y, mask, mean, variance)
+            else:
+                self.counter.count(y, (moments, len(y)), own["weight"])
         return y
 
     @disable_dynamo
-    def _count(self, x: Tensor, y: Tensor, mask: Tensor | None, moments: Moments | None) -> None:
-        if mask is not None:
-            moments = observe_unchecked(x, self.feature_dim, mask)
-        elif moments is None:
-            moments = moments_about(x, self.running_mean.detach(), self.running_var.detach(), self.eps)
-        self.counter.count(y, (moments, len(y)), self.weight)
+    def _observe(self, x: Tensor, y: Tensor, mask: Tensor | None, mean: Tensor, variance: Tensor) -> None:
+        own = mask is None
+        moments = moments_about(x, mean, variance, self.eps) if own else observe_unchecked(x, self.feature_dim, mask)
+        self.counter.count(y, (moments, len(y)), self._parameters["weight"])
 
     def _no_collector(self) -> Collector:
         return Collector(type(self).__name__, ATTACH, collects=False)

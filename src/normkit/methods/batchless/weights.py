@@ -26,7 +26,8 @@ from normkit.methods.kernels.sums import RowSums
 class FeedingLayer(InputCounter[tuple[int, Tensor]]):
     """The layer that feeds a batchless layer; its weight's gradients and the sums over the rows of its inputs in this step.
 
-    In a training pass the layer computes with an alias of its weight, whose gradient comes from the layer's output alone.
+    In a training pass the layer computes with an alias of its weight, whose gradient comes from the layer's output alone: the
+    rows count when that gradient comes.
 
     Args:
         norm: The batchless layer.
@@ -34,16 +35,15 @@ class FeedingLayer(InputCounter[tuple[int, Tensor]]):
         collector: Who takes the rows.
     """
 
+    always_called = True
+
     def __init__(self, norm: BatchlessNorm, layer: nn.Linear | _ConvNd, collector: Collector) -> None:
         super().__init__(collector)
         self.norm, self.layer = norm, layer
         self.features = layer.in_channels if isinstance(layer, _ConvNd) else layer.in_features
         self.groups = layer.groups if isinstance(layer, _ConvNd) else 1
         self._forget()
-        self._handles += [
-            layer.register_forward_pre_hook(self._lend),
-            layer.register_forward_hook(self._return, always_call=True),
-        ]
+        self._handles.append(layer.register_forward_pre_hook(self._lend))
         self._look_at(layer._parameters.get("weight"))
         self.watch(layer)
 
@@ -75,21 +75,13 @@ class FeedingLayer(InputCounter[tuple[int, Tensor]]):
         if not trains or weight is None or not weight.requires_grad:
             return
         self._look_at(weight)
-        alias = weight.view_as(weight)
-        alias.register_hook(self._add_from_output)
-        layer._parameters["weight"] = alias  # pyright: ignore[reportArgumentType]
+        layer._parameters["weight"] = weight.view_as(weight)  # pyright: ignore[reportArgumentType]
 
     def _look_at(self, weight: Tensor | None) -> None:
         """See the gradients of the weight, also those of backward passes before the first forward."""
         if weight is not self._weight and weight is not None and weight.requires_grad:
             self._weight = weight
             self._handles.append(weight.register_hook(self._split))
-
-    @attachment
-    @disable_dynamo
-    def _return(self, layer: nn.Module, *_: Any) -> None:
-        if layer._parameters.get("weight") is not None and self._weight is not None:
-            layer._parameters["weight"] = self._weight  # pyright: ignore[reportArgumentType]
 
     def _add_from_output(self, grad: Tensor) -> None:
         self._from_output = grad.detach() if self._from_output is None else self._from_output + grad.detach()
@@ -127,14 +119,22 @@ class FeedingLayer(InputCounter[tuple[int, Tensor]]):
 
     @attachment
     @disable_dynamo
-    def _after_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if not (self.norm.training and output.requires_grad and is_counting() and self.collector.collects):
+    def _after_forward(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None
+    ) -> None:
+        """Give the layer its own weight back, and count the rows of its input."""
+        lent, weight = layer._parameters.get("weight"), self._weight
+        if lent is None or weight is None or lent is weight:
+            return
+        layer._parameters["weight"] = weight  # pyright: ignore[reportArgumentType]
+        if output is None or not output.requires_grad:
             return
         x = args[0] if args else kwargs["input"]
         kind = x.shape, x.dtype, x.device
         if self._sums is None or self._sums[0] != kind:
             self._sums = kind, RowSums(x, 1 if isinstance(layer, _ConvNd) else -1)
-        self.count(output, (x.numel() // self.features, self._sums[1](x)), layer._parameters.get("weight"))
+        rows = x.numel() // self.features, self._sums[1](x)
+        self.count(lent, rows, weight, note=self._add_from_output)
 
     def take_sums(self) -> tuple[int, Tensor, Tensor | None]:
         """Return the sums since the last call.

@@ -101,7 +101,7 @@ class BNP:
         self._handles: list[StepHandle] = []
         self._known = [m for m in model.modules() if isinstance(m, PRODUCERS)]
         self._said_eval_mode = False
-        self._given: list[Tensor] = []  # the parameters that attached optimizers are known to hold
+        self._given: dict[int, Tensor] = {}  # by id, the parameters that attached optimizers are known to hold
         self._mask = Mask()
         self._collector = Collector("BNP", "call normkit.BNP(model).attach(optimizer)")
         self._preconditioners: Preconditioners | None = None
@@ -118,6 +118,7 @@ class BNP:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._given = {id(p): p for p in self._given.values()}
         self._collector.claim()  # the rows of a model that was copied together with this
 
     def attach(self, optimizer: Optimizer) -> StepHandle:
@@ -171,7 +172,7 @@ class BNP:
             on_remove=self._forget,
             owner=self,
         )
-        self._given += _parameters(optimizer)
+        self._given |= {id(p): p for p in _parameters(optimizer)}
         for observed in attached:
             observed.allocate()
         self._handles.append(handle)
@@ -313,15 +314,16 @@ class BNP:
 
     def _before_step(self, optimizer: Optimizer) -> None:
         rates = _rates(optimizer)
-        if rates.keys() - {id(p) for p in self._given}:
+        if rates.keys() - self._given.keys():
             self._say_what_came_later(optimizer)
-        layers = [observed for observed in self._layers if id(observed.weight) in rates]
+        layers = [observed for observed in self._layers if id(observed.layer._parameters.get("weight")) in rates]
         self._precondition([observed for observed in layers if not observed.prepared], rates)
         for observed in layers:
             observed.prepared = False
 
     def _on_zero_grad(self, optimizer: Optimizer) -> None:
-        for observed in self._layers_of(optimizer):
+        alone = len(self._handles) == 1
+        for observed in self._layers if alone else self._layers_of(optimizer):
             observed.discard()
 
     def _say_what_is_in_eval_mode(self, layers: Sequence[Observed]) -> None:
@@ -338,9 +340,8 @@ class BNP:
 
     def _say_what_came_later(self, optimizer: Optimizer) -> None:
         """Log a warning where weights were added to the optimizer that no observed layer holds."""
-        before = {id(p) for p in self._given}
-        added = [p for p in _parameters(optimizer) if id(p) not in before]
-        self._given += added
+        added = [p for p in _parameters(optimizer) if id(p) not in self._given]
+        self._given |= {id(p): p for p in added}
         held = {id(p) for observed in self._layers for p in observed.layer.parameters(recurse=False)}
         weights = [
             p for p in added if p.ndim > 1 and id(p) not in held
@@ -376,11 +377,13 @@ class BNP:
         self._preconditioners = self._statistics.advance(layers)
         steps = []
         for place, observed in enumerate(layers):
-            weight, bias = observed.weight, observed.layer._parameters["bias"]
-            if weight is not None and weight.grad is not None:
+            own: dict[str, Any] = observed.layer._parameters
+            weight, bias = own.get("weight"), own["bias"]
+            if weight is not None and (grad := weight.grad) is not None:
                 bias_grad = None if bias is None or (rates is not None and id(bias) not in rates) else bias.grad
-                rate = None if rates is None else rates.get(id(weight))
-                steps.append(LayerStep(place, weight, weight.grad, bias_grad, rate))
+                steps.append(
+                    LayerStep(place, weight, grad, bias_grad, None if rates is None else rates.get(id(weight)))
+                )
         self._transform(steps, self._preconditioners, self.max_change)
 
 

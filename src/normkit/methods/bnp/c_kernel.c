@@ -42,10 +42,10 @@ void advance(int64_t layers, const int64_t *first, const double *fan_in, const d
   }
 }
 
-// Columns of the rows of one group: mean of the input, its guarded deviation, 1 / deviation, and what gives the gradient that
-// centring implies for the bias of a layer without one.
+// Columns of the rows of one group: mean of the input, its guarded deviation, the reciprocals of deviation and variance, and what gives
+// the gradient that centring implies for the bias of a layer without one.
 typedef struct {
-  REAL *mean, *sigma, *scale, *implied;
+  REAL *mean, *sigma, *scale, *square, *implied;
 } Columns;
 
 static void expand(const double *mean, const double *guarded, int64_t ins, int64_t taps, int64_t taps_first, Columns c) {
@@ -58,13 +58,14 @@ static void expand(const double *mean, const double *guarded, int64_t ins, int64
       c.mean[column] = mean[i];
       c.sigma[column] = s;
       c.scale[column] = 1 / s;
+      c.square[column] = 1 / guarded[i];
       c.implied[column] = v / s;
     }
   }
   for (int64_t j = 0; j < ins * taps; j++) c.implied[j] /= length;
 }
 
-// One unit: gradient to z, lengths of gradient and weight there, bound, and back; see preconditioning.py.
+// One unit: lengths of gradient and weight in terms of z, bound, and the gradient through z and back; see preconditioning.py.
 static void unit(REAL *g, const REAL *w, REAL *bias, int64_t columns, Columns c, int64_t centred, double factor, double reach,
                  double max_change) {
   REAL b = 0, change = 0, spread = 0, along = 0;
@@ -74,21 +75,20 @@ static void unit(REAL *g, const REAL *w, REAL *bias, int64_t columns, Columns c,
 #pragma omp simd reduction(+ : b)
     for (int64_t j = 0; j < columns; j++) b += g[j] * c.implied[j];
   }
+  if (max_change > 0 && reach > 0) {
 #pragma omp simd reduction(+ : change, spread)
-  for (int64_t j = 0; j < columns; j++) {
-    REAL z = (g[j] - b * c.mean[j]) * c.scale[j], weight = w[j] * c.sigma[j];
-    g[j] = z;
-    change += z * z;
-    spread += weight * weight;
-  }
-  if (max_change > 0) {
+    for (int64_t j = 0; j < columns; j++) {
+      REAL z = (g[j] - b * c.mean[j]) * c.scale[j], weight = w[j] * c.sigma[j];
+      change += z * z;
+      spread += weight * weight;
+    }
     double moved = sqrt((double)change + (double)b * b) * factor * reach;
     factor *= fmin(max_change * fmax(sqrt(spread), SMALLEST_SPREAD) / fmax(moved, 1e-15), 1);
   }
   REAL f = factor;
 #pragma omp simd reduction(+ : along)
   for (int64_t j = 0; j < columns; j++) {
-    REAL back = g[j] * f * c.scale[j];
+    REAL back = (g[j] - b * c.mean[j]) * c.square[j] * f;
     g[j] = back;
     along += back * c.mean[j];
   }
@@ -105,8 +105,8 @@ void transform(int64_t layers, const int64_t *shapes, void **addresses, const do
   for (int64_t l = 0; l < layers; l++, shapes += 7, addresses += 3) {
     int64_t place = shapes[0], groups = shapes[1], units = shapes[2], ins = shapes[3], taps = shapes[4];
     int64_t columns = ins * taps;
-    REAL *memory = malloc(4 * columns * sizeof(REAL)), *g = addresses[0], *w = addresses[1], *bias = addresses[2];
-    Columns c = {memory, memory + columns, memory + 2 * columns, memory + 3 * columns};
+    REAL *memory = malloc(5 * columns * sizeof(REAL)), *g = addresses[0], *w = addresses[1], *bias = addresses[2];
+    Columns c = {memory, memory + columns, memory + 2 * columns, memory + 3 * columns, memory + 4 * columns};
     for (int64_t group = 0; group < groups; group++) {
       int64_t feature = first[place] + group * ins;
       expand(mean + feature, guarded + feature, ins, taps, shapes[5], c);

@@ -176,7 +176,7 @@ class Observed(InputCounter[Sums]):
         self._statistics = statistics
         self._weighings: dict[object, _Weighing] = {}  # of the input shapes seen lately
         self._accumulator: Tensor | None = None  # what compiled forwards add to: rows, positions, sums, squares
-        self._compiled = False
+        self._compiled = self._materialized = False
         self.allocate()
         self.watch(layer)
 
@@ -207,7 +207,9 @@ class Observed(InputCounter[Sums]):
 
     def materialized(self) -> bool:
         """Whether the layer has its shape by now (a lazy layer gets it in its first forward)."""
-        return not isinstance(self.weight, UninitializedParameter)
+        if not self._materialized:
+            self._materialized = not isinstance(self.weight, UninitializedParameter)
+        return self._materialized
 
     def allocate(self) -> None:
         """Make what compiled forwards add to, where the layer is by now: a graph can only change what exists."""

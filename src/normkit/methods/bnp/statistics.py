@@ -195,12 +195,13 @@ class RowStatistics:
 
     def _on_device(self, values: Sequence[Tensor | float], dtype: torch.dtype, device: torch.device) -> Tensor:
         """One vector of numbers and scalar tensors, without waiting for the device; numbers seldom change from step to step."""
-        numbers = [0.0 if isinstance(value, Tensor) else value for value in values], device
-        if self._numbers is None or self._numbers[0] != numbers:
-            pinned = torch.tensor(numbers[0], dtype=dtype, pin_memory=device.type == "cuda")
-            self._numbers = numbers, pinned.to(device, non_blocking=True)
+        on_device = any(isinstance(value, Tensor) for value in values)
+        numbers = [0.0 if isinstance(value, Tensor) else value for value in values] if on_device else values
+        if self._numbers is None or self._numbers[0] != (numbers, device):
+            pinned = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+            self._numbers = (numbers, device), pinned.to(device, non_blocking=True)
         vector = self._numbers[1]
-        if not any(isinstance(value, Tensor) for value in values):
+        if not on_device:
             return vector
         return torch.stack([
             torch.as_tensor(value, device=device).to(dtype) if isinstance(value, Tensor) else vector[i]

@@ -109,22 +109,19 @@ class _KernelBatch:
         self._layers.transform_(steps, index.first, numbers, max_change)
 
 
-class _Kind(NamedTuple):
-    """A layer, and what must be the same in layers that are transformed together, and in those that are joined."""
-
-    place: int
-    together: tuple[object, ...]
-    joined: tuple[object, ...]
+_Kind: TypeAlias = tuple[int, tuple[object, ...], tuple[object, ...]]
+"""A layer's place, and what must be the same in layers that are transformed together, and in those that are joined."""
 
 
 def _kinds(steps: Sequence[LayerStep], index: LayerIndex) -> list[_Kind]:
     numbers: dict[object, int] = {}
     kinds = []
     for place, weight, grad, bias_grad, rate in steps:
-        observed, no_bias = index.layers[place], bias_grad is None
         number = numbers.setdefault(rate if isinstance(rate, float) else id(rate), len(numbers))
-        joined = no_bias, no_bias and observed.mean_removed, grad.stride(), weight.stride()
-        kinds.append(_Kind(place, (grad.dtype, grad.device, number), joined))
+        contiguous = grad.is_contiguous() and weight.is_contiguous()
+        mean_removed = bias_grad is None and index.layers[place].mean_removed
+        joined = bias_grad is None, mean_removed, contiguous or (grad.stride(), weight.stride())
+        kinds.append((place, (grad.dtype, grad.device, number), joined))
     return kinds
 
 
@@ -138,9 +135,9 @@ def _together(
     """
     shapes: dict[object, dict[object, list[int]]] = {}
     for i in positions:
-        step, kind = steps[i], kinds[i]
-        shape = step.weight_grad.shape, index.layers[step.place].geometry, kind.joined
-        shapes.setdefault(kind.together, {}).setdefault(shape, []).append(i)
+        step, (place, together, joined) = steps[i], kinds[i]
+        shape = step.weight_grad.shape, index.layers[place].geometry, joined
+        shapes.setdefault(together, {}).setdefault(shape, []).append(i)
     for of_a_kind in shapes.values():
         batch, total = [], 0
         for same_shape in of_a_kind.values():

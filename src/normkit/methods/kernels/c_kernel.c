@@ -2,6 +2,7 @@
 
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define STRIP 16          // features side by side that are summed together: they stay in registers
 #define ALONE (1 << 16)   // elements up to which one thread is faster than several
@@ -87,6 +88,7 @@ static void about(const REAL *x, const REAL *pivot, const double *taps, int64_t 
 
 void sums(const REAL *x, const double *taps, int64_t images, int64_t features, int64_t positions, int64_t last,
           int64_t threads, double *sums) {
+  memset(sums, 0, 2 * features * sizeof(double));
   about(x, NULL, taps, images, features, positions, last, threads, sums);
 }
 

@@ -27,7 +27,8 @@ class Sums:
         self, shape: Sequence[int], dtype: torch.dtype, feature_dim: int, weights: Tensor | None = None
     ) -> None:
         self._arguments = shape, dtype, feature_dim, weights
-        self._layouts, self._features = layouts(shape, feature_dim), shape[feature_dim]
+        self._layouts, self._shape = layouts(shape, feature_dim), (shape[feature_dim], 2)
+        self._contiguous = self._layouts.contiguous
         library = _SOURCE.compiled(dtype)
         self._sums = None if library is None else library.sums
         self._weights = None if weights is None else weights.to(torch.float64).contiguous()
@@ -38,10 +39,10 @@ class Sums:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """Return ``(features, 2)`` in float64, nothing recorded for autograd; None where the kernel cannot run."""
-        layout = self._layouts.of(x)
+        layout = self._contiguous if x.is_contiguous() else self._layouts.of(x)
         if self._sums is None or layout is None:
             return None
-        found = torch.zeros(self._features, 2, dtype=torch.float64)
+        found = torch.empty(self._shape, dtype=torch.float64)
         self._sums(x.data_ptr(), self._taps, *layout, torch.get_num_threads(), found.data_ptr())
         return found
 

@@ -17,6 +17,8 @@ SWITCH = "NORMKIT_KERNELS"
 Kind: TypeAlias = Literal["triton", "c"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_transforming = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
+_dispatching = torch._C._len_torch_dispatch_stack
 
 
 @cache
@@ -44,11 +46,7 @@ def kernels(*tensors: Tensor) -> Kind | None:
     ``torch.compile`` fuses the readable code itself, and neither function transforms nor dispatch modes (fake tensors, operation
     counters) can see into a kernel.
     """
-    if torch.compiler.is_compiling() or chosen == "0":
-        return None
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
-        return None
-    if not tensors:
+    if torch.compiler.is_compiling() or chosen == "0" or _transforming() or _dispatching() or not tensors:
         return None
     on_cpu = tensors[0].is_cpu
     for tensor in tensors:

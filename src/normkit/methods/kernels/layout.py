@@ -20,6 +20,9 @@ class Layouts:
         shape: Their shape.
         feature_dim: Dimension that holds the features.
 
+    Attributes:
+        contiguous: That of contiguous tensors.
+
     Examples:
         >>> import torch
         >>> x = torch.zeros(2, 3, 4, 5)
@@ -30,14 +33,14 @@ class Layouts:
     def __init__(self, shape: Sequence[int], feature_dim: int) -> None:
         first = feature_dim % len(shape)
         samples, features, positions = prod(shape[:first]), shape[first], prod(shape[first + 1 :])
-        self._contiguous = samples, features, positions, positions == 1
+        self.contiguous = samples, features, positions, positions == 1
         self._format = CHANNELS_LAST.get(len(shape)) if first == 1 else None
         self._channels_last = samples, features, positions, True
 
     def of(self, x: Tensor) -> Layout | None:
         """Return that of ``x``; None where kernels cannot read it."""
         if x.is_contiguous():
-            return self._contiguous
+            return self.contiguous
         if self._format is not None and x.is_contiguous(memory_format=self._format):
             return self._channels_last
         return None
