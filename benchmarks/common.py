@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from normkit.study.environment import environment
+from normkit.study.train.allocator import keep_freed_memory
+
+keep_freed_memory()  # as in a study; else the order in which networks were built decides how often a step gets its memory anew
 
 
 def timer(device: str) -> Callable[[], float]:

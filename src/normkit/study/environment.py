@@ -12,18 +12,20 @@ from urllib.parse import unquote, unquote_plus
 
 import torch
 
+from normkit.methods.kernels.choice import kernels_on
 from normkit.study.errors import StudyError
 
 PACKAGES = ("normkit", "torch", "numpy", "scikit-learn", "datasets", "optuna", "scipy")
 
 
 def environment(device: str) -> dict[str, str]:
-    """Package versions, Python, system, device, and the git commit of the working directory if there is one."""
+    """Package versions, Python, system, device, kernels, and the git commit of the working directory if there is one."""
     found = {"python": platform.python_version(), "system": platform.platform(terse=True)}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     found["device"] = torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else _processor()
+    found["kernels"] = kernels_on(device)
     commit = _git("rev-parse", "--short=12", "HEAD")
     if commit:
         found["commit"] = commit + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")

@@ -17,7 +17,8 @@ void project(int64_t layers, const int64_t *shapes, void **addresses, const doub
              int64_t threads) {
   for (int64_t l = 0; l < layers; l++, shapes += 5, addresses += 2) {
     int64_t groups = shapes[0], units = shapes[1], ins = shapes[2], taps = shapes[3], columns = ins * taps;
-    REAL *mean = malloc(2 * columns * sizeof(REAL)), *share = mean + columns, *g = addresses[0], *w = addresses[1];
+    REAL *mean = malloc((columns + 2 * units) * sizeof(REAL)), *lengths = mean + columns;
+    REAL *g = addresses[0], *w = addresses[1];
     double count = rows[l] > 1 ? rows[l] : 1, length_g = 0, length_w = 0;
     for (int64_t group = 0; group < groups; group++, sums += 2 * ins) {
       double length = 0, along = 0;
@@ -29,26 +30,27 @@ void project(int64_t layers, const int64_t *shapes, void **addresses, const doub
         for (int64_t t = 0; t < taps; t++) mean[shapes[4] ? t * ins + i : i * taps + t] = m;
       }
       double square = fmax(along / fmax(length, DBL_MIN) + taps * length, DBL_MIN);
-      for (int64_t j = 0; j < columns; j++) share[j] = mean[j] / square;
-#pragma omp parallel for if (threads > 1 && units * columns > ALONE) num_threads(threads) reduction(+ : length_g, length_w)
+#pragma omp parallel for if (threads > 1 && units * columns > ALONE) num_threads(threads)
       for (int64_t u = group * units; u < (group + 1) * units; u++) {
-        REAL *gradient = g + u * columns, *weight = w + u * columns, a = 0, gw = 0, mw = 0, ww = 0, gg = 0;
-#pragma omp simd reduction(+ : a, gw, mw, ww)
+        REAL *gradient = g + u * columns, *weight = w + u * columns, gm = 0, gw = 0, mw = 0, ww = 0, gg = 0;
+#pragma omp simd reduction(+ : gm, gw, mw, ww)
         for (int64_t j = 0; j < columns; j++) {
-          a += gradient[j] * share[j];
+          gm += gradient[j] * mean[j];
           gw += gradient[j] * weight[j];
           mw += mean[j] * weight[j];
           ww += weight[j] * weight[j];
         }
+        REAL a = gm / square;
         REAL b = ww > 0 ? (gw - a * mw) / ww : 0;  // along the weight, of the gradient without its part along the mean
 #pragma omp simd reduction(+ : gg)
         for (int64_t j = 0; j < columns; j++) {
           gradient[j] -= a * mean[j] + b * weight[j];
           gg += gradient[j] * gradient[j];
         }
-        length_g += gg;
-        length_w += ww;
+        lengths[2 * (u - group * units)] = gg;
+        lengths[2 * (u - group * units) + 1] = ww;
       }
+      for (int64_t u = 0; u < units; u++) length_g += lengths[2 * u], length_w += lengths[2 * u + 1];
     }
     ratios[l] = length_w > 0 ? sqrt(length_g / length_w) : 0;
     free(mean);

@@ -12,6 +12,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from normkit.methods.kernels.compiled import has_compiler
+
 SWITCH = "NORMKIT_KERNELS"
 
 Kind: TypeAlias = Literal["triton", "c"]
@@ -50,8 +52,19 @@ def kernels(*tensors: Tensor) -> Kind | None:
         return None
     on_cpu = tensors[0].is_cpu
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or tensor.is_cpu != on_cpu or not (on_cpu or tensor.is_cuda):
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+            return None
+        if tensor.is_cpu != on_cpu or not (on_cpu or tensor.is_cuda):
             return None
     if on_cpu and chosen != "triton":
         return "c"
     return "triton" if has_triton() else None
+
+
+def kernels_on(device: str) -> str:
+    """Which kernels this process can use on a device, in a word: ``Triton``, ``C`` or ``none``."""
+    if chosen == "0":
+        return "none"
+    if device.startswith("cuda") or chosen == "triton":
+        return "Triton" if has_triton() else "none"
+    return "C" if device == "cpu" and has_compiler() else "none"

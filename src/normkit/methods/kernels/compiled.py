@@ -73,6 +73,11 @@ class Source:
         return library
 
 
+def has_compiler() -> bool:
+    """Return whether kernels can be compiled here."""
+    return bool(_compiler())
+
+
 @functools.cache
 def _compiler() -> list[str]:
     """The command of the C compiler, empty where there is none."""
