@@ -17,7 +17,7 @@ from common import interleaved, save, timer
 from normkit.instruments import Monitor
 from normkit.study.models import build_model
 
-EVERY = 1000
+EVERY = 2000
 FLUSH = 50  # steps between two flushes of the Monitor; a ratio is taken over as many
 CASES = (("resnet20", (3, 32, 32), 128), ("resnet20", (3, 32, 32), 8), ("digits-cnn", (1, 8, 8), 64))
 

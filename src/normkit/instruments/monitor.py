@@ -74,7 +74,7 @@ class Monitor:
         model: nn.Module,
         objective: Objective,
         optimizer: Optimizer,
-        every: int = 1000,
+        every: int = 2000,
         *,
         steps: int = 8,
         span: tuple[float, float] = (1 / 8, 4),
@@ -87,7 +87,7 @@ class Monitor:
         self.steps, self.span = steps, span
         self.history: list[dict[str, Any]] = []
         self._step = 0
-        self._waiting: list[tuple[dict[str, Any], Tensor, Tensor]] = []  # record, loss, norms of gradients
+        self._waiting: list[tuple[dict[str, Any], Tensor | float, Tensor]] = []  # record, loss, norms of gradients
         self._before: dict[str, Tensor] | None = None
         self._parallel = isinstance(model, DistributedDataParallel)
         writes = not self._parallel or dist.get_rank() == 0
@@ -109,7 +109,9 @@ class Monitor:
         """
         record: dict[str, Any] = {"step": self._step, "lr": float(self.optimizer.param_groups[0]["lr"])}
         norms = _norms([g for p in self._parameters if (g := p.grad) is not None])
-        value = loss.detach().clone() if isinstance(loss, Tensor) else torch.as_tensor(loss, device=norms.device)
+        value = loss
+        if isinstance(loss, Tensor):  # a loss on another device would have to be waited for
+            value = loss.item() if loss.is_cpu else loss.detach().clone()
         if self._step % self.every == 0:
             record.update(self._measure(batch, record["lr"]))
             self._before = snapshot(self.model)
@@ -158,7 +160,11 @@ class Monitor:
         if not self._waiting:
             return
         device = self._waiting[0][2].device
-        losses = torch.stack([value.reshape(()).to(device, torch.float32) for _, value, _ in self._waiting])
+        values = [value for _, value, _ in self._waiting]
+        if any(isinstance(value, Tensor) for value in values):
+            losses = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).reshape(()) for v in values])
+        else:
+            losses = torch.tensor(values, dtype=torch.float32, device=device)
         lengths = [norms.to(device) for *_, norms in self._waiting]
         alike = len({len(norms) for norms in lengths}) == 1
         together = torch.stack(lengths) if alike else pad_sequence(lengths, batch_first=True)
@@ -206,13 +212,13 @@ class Monitor:
 
 def _norms(gradients: list[Tensor]) -> Tensor:
     """Norm of each gradient; that of all is left to the flush, so that a step has few operations."""
-    if any(g.is_sparse for g in gradients):
-        gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
     if not gradients:
         return torch.zeros(1)
-    norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
-    device = norms[0].device
-    return torch.stack(norms if all(n.device == device for n in norms) else [n.to(device) for n in norms])
+    try:
+        return torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+    except (RuntimeError, NotImplementedError):  # sparse gradients, or several devices
+        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        return torch.stack([n.to(dense[0].device) for n in torch._foreach_norm(dense)])  # pyright: ignore
 
 
 def _board(folder: Path | str) -> "SummaryWriter":
