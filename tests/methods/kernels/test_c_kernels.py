@@ -39,7 +39,7 @@ layouts = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
