@@ -301,7 +301,7 @@ class RowCounter(Generic[Rows]):
         task = torch._C._current_graph_task_id()  # pyright: ignore[reportAttributeAccessIssue]
         if task != self._task:
             self._task = task
-            if weight is not None and weight.grad is None:
+            if weight is not None and not self._dropped and weight.grad is None:
                 self.discard()
             if self._dropped or not self.collector.collects:
                 self._note_pass()

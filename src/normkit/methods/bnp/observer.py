@@ -248,9 +248,10 @@ class Observed(InputCounter[Sums]):
             return None
         if weight is None or not (layer.training and output.requires_grad and weight.requires_grad and is_counting()):
             return None
-        if not (x.numel() and output.numel()):
+        weighing = self._weighing_of(layer, x, output)
+        if weighing is None:
             return None
-        sums = self._sums(layer, x, output)
+        sums = self._sums(weighing, x)
         if not torch.compiler.is_compiling():
             self.count(output, sums, weight)
             return None
@@ -267,8 +268,8 @@ class Observed(InputCounter[Sums]):
         features, dim = self.geometry.features, self.geometry.feature_dim
         return x.dim() >= -dim and x.shape[dim] == features
 
-    def _sums(self, layer: Layer, x: Tensor, output: Tensor) -> Sums:
-        rows, positions, sums, weights, scale = self._weighing_of(layer, x, output)
+    def _sums(self, weighing: _Weighing, x: Tensor) -> Sums:
+        rows, positions, sums, weights, scale = weighing
         if (
             self._mask.value is not None
             and (mask := self._matching_mask(x, dim := self.geometry.feature_dim)) is not None
@@ -280,13 +281,13 @@ class Observed(InputCounter[Sums]):
         of_features = sums(x)
         return Sums(rows, positions, of_features if scale == 1 else of_features * scale)
 
-    def _weighing_of(self, layer: Layer, x: Tensor, output: Tensor) -> _Weighing:
-        """How the rows of ``x`` are summed, found once per shape: a small layer costs its Python, not its sums."""
+    def _weighing_of(self, layer: Layer, x: Tensor, output: Tensor) -> _Weighing | None:
+        """How the rows of ``x`` are summed, found once per shape, as a small layer costs its Python; None without rows."""
         if torch.compiler.is_compiling():
-            return self._weigh(layer, x, output)
+            return self._weigh(layer, x, output) if x.numel() and output.numel() else None
         key = layer, x.shape, output.shape, x.dtype, x.requires_grad, x.device, type(x)
         weighing = self._weighings.get(key)
-        if weighing is None:
+        if weighing is None and x.numel() and output.numel():
             if len(self._weighings) >= _SHAPES:
                 self._weighings.clear()
             weighing = self._weighings[key] = self._weigh(layer, x, output)

@@ -184,7 +184,8 @@ class RowStatistics:
         positions: list[Tensor | float] = []
         of_features = []
         for observed, nothing in zip(index.layers, index.nothing, strict=True):
-            sums = _summed(observed.take()) or Sums(0.0, 0.0, nothing)
+            taken = observed.take()
+            sums = taken[0] if len(taken) == 1 else _summed(taken) or Sums(0.0, 0.0, nothing)
             rows.append(sums.rows)
             positions.append(sums.positions)
             of_features.append(sums.of_features)
@@ -226,9 +227,9 @@ def _at(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _summed(sums: Sequence[Sums]) -> Sums | None:
-    """The sums of all forwards of a step (in fp64 where there are several)."""
-    if len(sums) < 2:
-        return sums[0] if sums else None
+    """The sums of several forwards of a step, in fp64; None for none."""
+    if not sums:
+        return None
     wide = wide_dtype(sums[0].of_features.device)
     of_features = torch.stack([s.of_features.to(wide) for s in sums]).sum(0)
     return Sums(sum(s.rows for s in sums), sum(s.positions for s in sums), of_features)
