@@ -99,7 +99,7 @@ class SGDG(SphereOptimizer):
         decoupled_weight_decay: Whether those weights shrink by ``lr * weight_decay`` per step, outside the momentum. By
             default the decay is a part of the gradient, as in the authors' code: about ``1 / (1 - momentum)`` times stronger.
         foreach: Few calls for many filters (default), or the readable loop over weights.
-        fused: One kernel for all filters: on a GPU, with Triton. Default: where it is possible.
+        fused: One kernel for all filters, in C on a CPU, in Triton on a GPU. Default: where it is possible.
 
     Raises:
         ValueError: An option is out of range, or a weight of a manifold group has no filters to put on the sphere.
@@ -167,7 +167,7 @@ class AdamG(SphereOptimizer):
         decoupled_weight_decay: Whether those weights shrink by ``lr * weight_decay`` per step, outside the momentum. By
             default the decay is a part of the gradient, as in the authors' code: about ``1 / (1 - momentum)`` times stronger.
         foreach: Few calls for many filters (default), or the readable loop over weights.
-        fused: One kernel for all filters: on a GPU, with Triton. Default: where it is possible.
+        fused: One kernel for all filters, in C on a CPU, in Triton on a GPU. Default: where it is possible.
         capturable: Count steps on the weights' device, so that a step can be captured in a CUDA graph.
 
     Raises:
