@@ -105,7 +105,7 @@ def compare(
     folder.save()
     if retry_failed:
         store.retry_failed()
-    if not store.has_ended():
+    if not store.has_ended() or store.get_attr("costs", _costs) is None:  # trials, or times, are from this machine
         store.set_attr(
             "environment", together(store.get_attr("environment", texts), environment(config.device) | rank_count())
         )
