@@ -414,3 +414,32 @@ def _projected_steps(backward, steps=3):
 def test_a_term_on_the_weight_is_kept_apart_in_whatever_passes_it_comes(backward):
     expected = _projected_steps(lambda model, loss, decay: (loss() + decay()).backward())
     torch.testing.assert_close(_projected_steps(backward), expected, rtol=1e-12, atol=1e-12)
+
+
+def attached(model):
+    normkit.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    return model
+
+
+def test_a_layer_whose_forward_fails_has_its_own_weight_back():
+    model = attached(Fed())
+    weight = model.layer.weight
+    with pytest.raises(RuntimeError):
+        model.layer(torch.randn(5, 3))
+    assert model.layer.weight is weight
+    model(torch.randn(5, 4)).sum().backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_parameters_of_a_functional_call_stay_in_place_until_it_ends(training):
+    class Reads(Fed):
+        def forward(self, x):
+            return super().forward(x), self.layer.weight
+
+    model = attached(Reads()).train(training)
+    others = {name: torch.full_like(p, 0.5).requires_grad_() for name, p in model.named_parameters()}
+    output, read = torch.func.functional_call(model, others, (torch.randn(5, 4),))
+    assert torch.equal(read, others["layer.weight"])
+    gradients = torch.autograd.grad(output.sum(), [others["layer.weight"]])
+    assert gradients[0].shape == model.layer.weight.shape

@@ -54,6 +54,7 @@ class FeedingLayer(InputCounter[tuple[int, Tensor]]):
     def _forget(self) -> None:
         """Start anew: a copy of the weight has no hook."""
         self._weight: Tensor | None = None
+        self._lent: Tensor | None = None  # the alias, while the layer computes with it
         self._sums: tuple[object, RowSums] | None = None  # for the shape of input seen last
         self._from_output: Tensor | None = None  # in a backward pass that has not come to the weight
         self._elsewhere: Tensor | None = None  # None where everything came from the layer's output
@@ -75,7 +76,7 @@ class FeedingLayer(InputCounter[tuple[int, Tensor]]):
         if not trains or weight is None or not weight.requires_grad:
             return
         self._look_at(weight)
-        layer._parameters["weight"] = weight.view_as(weight)  # pyright: ignore[reportArgumentType]
+        self._lent = layer._parameters["weight"] = weight.view_as(weight)  # pyright: ignore[reportArgumentType]
 
     def _look_at(self, weight: Tensor | None) -> None:
         """See the gradients of the weight, also those of backward passes before the first forward."""
@@ -123,8 +124,8 @@ class FeedingLayer(InputCounter[tuple[int, Tensor]]):
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None
     ) -> None:
         """Give the layer its own weight back, and count the rows of its input."""
-        lent, weight = layer._parameters.get("weight"), self._weight
-        if lent is None or weight is None or lent is weight:
+        lent, weight, self._lent = self._lent, self._weight, None
+        if lent is None or weight is None:
             return
         layer._parameters["weight"] = weight  # pyright: ignore[reportArgumentType]
         if output is None or not output.requires_grad:
