@@ -11,14 +11,15 @@ static double finite_or_zero(double x) { return isfinite(x) ? x : 0; }
 
 // What `projected_weight_gradient` computes, for all layers.
 // shapes: of each layer groups, units and input channels of a group, taps, whether the channels of a tap lie side by side.
-// addresses: gradient and weight of each. rows: of each layer. sums: sum and sum of squares of the inputs of all layers.
+// addresses: gradient and weight of each. rows: of each layer. all_sums: of each layer sum and sum of squares of its inputs.
 // ratios: of each layer the length of the projected gradient relative to the weight's, 0 where that is 0.
-void project(int64_t layers, const int64_t *shapes, void **addresses, const double *rows, const double *sums, double *ratios,
-             int64_t threads) {
+void project(int64_t layers, const int64_t *shapes, void **addresses, const double *rows, const double **all_sums,
+             double *ratios, int64_t threads) {
   for (int64_t l = 0; l < layers; l++, shapes += 5, addresses += 2) {
     int64_t groups = shapes[0], units = shapes[1], ins = shapes[2], taps = shapes[3], columns = ins * taps;
     REAL *mean = malloc((columns + 2 * units) * sizeof(REAL)), *lengths = mean + columns;
     REAL *g = addresses[0], *w = addresses[1];
+    const double *sums = all_sums[l];
     double count = rows[l] > 1 ? rows[l] : 1, length_g = 0, length_w = 0;
     for (int64_t group = 0; group < groups; group++, sums += 2 * ins) {
       double length = 0, along = 0;

@@ -75,10 +75,10 @@ class Layers:
         assert self._library is not None
         addresses = array("q", [t.data_ptr() for pair in zip(grads, weights, strict=True) for t in pair])
         counts, ratios = array("d", [float(count) for count in rows]), array("d", bytes(8 * len(grads)))
-        joined = torch.cat([*sums])
-        joined = joined if joined.dtype == torch.float64 else joined.double()
-        tables = (numbers.buffer_info()[0] for numbers in (self._shapes, addresses, counts))
-        arguments = joined.data_ptr(), ratios.buffer_info()[0], torch.get_num_threads()
+        sums = [t if t.dtype == torch.float64 and t.is_contiguous() else t.double().contiguous() for t in sums]
+        places = array("q", [t.data_ptr() for t in sums])
+        tables = (numbers.buffer_info()[0] for numbers in (self._shapes, addresses, counts, places))
+        arguments = ratios.buffer_info()[0], torch.get_num_threads()
         self._library.project(len(grads), *tables, *arguments)
         torch.autograd.graph.increment_version(grads)
         return ratios.tolist()

@@ -120,7 +120,8 @@ def affine_map(
             dtype = torch.promote_types(x.dtype, mean.dtype)
             mean, variance, weight = mean.to(dtype), variance.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+        cudnn = torch.backends.cudnn.enabled
+        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, cudnn)  # F.batch_norm less its checks
     shape = (-1, *[1] * (x.dim() - 2))
     scale = (variance + eps).rsqrt()
     return torch.addcmul((-mean * scale).view(shape), x, scale.view(shape)).to(x.dtype)

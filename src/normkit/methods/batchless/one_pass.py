@@ -36,9 +36,7 @@ class Kernel(NamedTuple):
 
 
 def kernel_for(x: Tensor, mean: Tensor, weight: Tensor | None) -> Kernel | None:
-    """Return the kernel for an input; None where none can run, or none is worth it."""
-    if x.is_cpu and x.numel() <= few and choice.chosen != "triton":
-        return None
+    """Return the kernel for an input; None where none can run."""
     kind = kernels(x, mean)
     if kind == "c" and (layout := c_kernel.layout_of(x, mean, weight)) is not None:
         return Kernel(c_kernel.affine_with_moments, c_kernel.affine_gradients, layout)
@@ -52,7 +50,7 @@ def kernel_for(x: Tensor, mean: Tensor, weight: Tensor | None) -> Kernel | None:
 def one_pass(
     x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Moments] | None:
-    """``affine_map`` and ``moments_about`` by one kernel, and their gradients by another; None where none can run.
+    """``affine_map`` and ``moments_about`` by one kernel, and their gradients by another; None where none can run or is worth it.
 
     Args:
         x: ``(N, C, ...)``.
@@ -65,6 +63,8 @@ def one_pass(
     Returns:
         Output, in shape and dtype of ``x``, and moments of C features.
     """
+    if x.is_cpu and x.numel() <= few and choice.chosen != "triton":
+        return None
     kernel = kernel_for(x, mean, weight) if (weight is None) == (bias is None) else None
     if kernel is None:
         return None
