@@ -36,7 +36,7 @@ class Monitor:
     Every step: loss, norm of the gradient, learning rate. Every ``every`` steps, from the first one on: the walk along
     the gradient (loss band, predictiveness, beta), curvature along the gradient and stability ratio, share of the
     gradient that batch normalization removes, state of the channels, rotation of the weights. A measurement takes about
-    as long as 13 training steps.
+    as long as 14 training steps.
 
     Under ``DistributedDataParallel`` every rank must call ``observe``; figures are averaged over the ranks, and
     rank 0 writes.

@@ -307,3 +307,40 @@ def test_a_folder_that_cannot_be_written_is_no_fault(fresh, monkeypatch):
 
 def test_half_precision_has_no_kernel():
     assert c_kernel._SOURCE.compiled(torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("what", ["input of another type", "strided scale"])
+def test_a_layer_that_the_kernels_cannot_read_trains_as_without_them(monkeypatch, what):
+    monkeypatch.setattr(one_pass, "few", 0)
+    found = []
+    for switch in ("", "0"):
+        monkeypatch.setattr(choice, "chosen", switch)
+        torch.manual_seed(0)
+        x = torch.randn(6, 4, 3, 3, dtype=torch.float64 if what == "input of another type" else torch.float32)
+        norm = BatchlessNorm2d(4)
+        if what == "strided scale":
+            norm.weight = nn.Parameter(torch.arange(8.0)[::2])
+        optimizer = torch.optim.SGD(norm.parameters(), lr=0.1)
+        normkit.attach(norm, optimizer)
+        norm(x).square().mean().backward()
+        optimizer.step()
+        found.append([p.detach() for p in norm.parameters()])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_biases_that_were_assigned_are_transformed_whatever_their_layout(monkeypatch):
+    found = []
+    for switch in ("", "0"):
+        monkeypatch.setattr(choice, "chosen", switch)
+        torch.manual_seed(0)
+        model, optimizer = normkit.apply("bnp", nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), lr=0.1)
+        for expanded in (False, True):
+            model(torch.randn(5, 3)).square().sum().backward()
+            if expanded:
+                model[0].bias.grad = torch.arange(8.0)[::2]
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([p.detach() for p in model.parameters()])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

@@ -57,6 +57,7 @@ class Layers:
     def __init__(self, dtype: torch.dtype, shapes: Sequence[LayerShape]) -> None:
         self._library = _SOURCE.compiled(dtype)
         self._shapes = array("q", [number for shape in shapes for number in shape])
+        self._groups = [shape.groups for shape in shapes]
 
     def project_(
         self, grads: Sequence[Tensor], weights: Sequence[Tensor], rows: Sequence[Tensor | float], sums: Sequence[Tensor]
@@ -71,11 +72,18 @@ class Layers:
 
         Returns:
             The length of each gradient relative to its weight's, 0 where the weight has none.
+
+        Raises:
+            ValueError: The sums are those of inputs that a weight does not take.
         """
         assert self._library is not None
         addresses = array("q", [t.data_ptr() for pair in zip(grads, weights, strict=True) for t in pair])
         counts, ratios = array("d", [float(count) for count in rows]), array("d", bytes(8 * len(grads)))
         sums = [t if t.dtype == torch.float64 and t.is_contiguous() else t.double().contiguous() for t in sums]
+        if any(len(t) != grad.shape[1] * self._groups[i] for i, (t, grad) in enumerate(zip(sums, grads, strict=True))):
+            raise ValueError(
+                "a weight in front of a batchless layer has another shape than the inputs that it was given"
+            )
         places = array("q", [t.data_ptr() for t in sums])
         tables = (numbers.buffer_info()[0] for numbers in (self._shapes, addresses, counts, places))
         arguments = ratios.buffer_info()[0], torch.get_num_threads()
@@ -139,12 +147,9 @@ class Fit:
         torch.autograd.graph.increment_version([*self._tensors[::5], *self._tensors[1::5]])
 
 
-def layout_of(x: Tensor, mean: Tensor, weight: Tensor | None) -> Layout | None:
-    """Return the layout of ``x``; None where the kernels cannot read the tensors."""
-    dtype = x.dtype
-    if mean.dtype != dtype or (weight is not None and weight.dtype != dtype) or x.numel() == 0:
-        return None
-    return layouts(x.shape, 1).of(x) if _SOURCE.compiled(dtype) is not None else None
+def layout_of(x: Tensor, *of_channels: Tensor) -> Layout | None:
+    """Return the layout of ``x``; None where the kernels cannot read it, or the vectors over its channels."""
+    return layouts(x.shape, 1).of(x) if x.numel() and fits((x.new_empty(0), *of_channels)) else None
 
 
 def affine_with_moments(

@@ -24,11 +24,11 @@ RATE, INSTANCES = 0.07, 6.0  # mu and sigma are running means of weight 0.07 fro
 
 def fit(layers: list[BatchlessNorm], moments: list[Moments], instances: list[Tensor | float]) -> "Fit | KernelFit":
     """Fit the layers, by the kernel where it can; arguments as for :class:`Fit`."""
-    means = [layer._parameters["running_mean"] for layer in layers]
-    if not any(layer.shared for layer in layers) and c_kernel.fits(means):  # pyright: ignore[reportArgumentType]
-        tensors: list[Any] = []
-        for layer, mean, rows in zip(layers, means, moments, strict=True):
-            tensors += (mean, layer._parameters["running_var"], *rows)
+    tensors: list[Any] = []
+    for layer, rows in zip(layers, moments, strict=True):
+        own = layer._parameters  # attributes of modules are found slowly
+        tensors += (own["running_mean"], own["running_var"], *rows)
+    if c_kernel.fits(tensors):
         return KernelFit(layers, moments, tensors, instances)
     like = layers[0].running_mean.detach()
     return Fit(layers, moments, [n if isinstance(n, Tensor) else like.new_full((), n) for n in instances])

@@ -81,7 +81,7 @@ def moments_about(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Mome
         Moments of C features, up to rounding those of ``observe(x, 1)``.
     """
     if x.dtype != mean.dtype or x.numel() == 0:
-        return observe_unchecked(x, 1)
+        return Moments(*(moment.to(mean.dtype) for moment in observe_unchecked(x, 1)))
     count = torch.full((), x.numel() / x.shape[1], dtype=mean.dtype, device=x.device)
     if kernels(x, mean) == "c" and (found := c_kernel.moments(x, mean)) is not None:
         return Moments(count, *found.unbind())

@@ -35,10 +35,11 @@ class Kernel(NamedTuple):
     layout: Any
 
 
-def kernel_for(x: Tensor, mean: Tensor, weight: Tensor | None) -> Kernel | None:
-    """Return the kernel for an input; None where none can run."""
-    kind = kernels(x, mean)
-    if kind == "c" and (layout := c_kernel.layout_of(x, mean, weight)) is not None:
+def kernel_for(x: Tensor, *of_channels: Tensor) -> Kernel | None:
+    """Return the kernel for an input and vectors over its channels, mu first; None where none can run."""
+    mean = of_channels[0]
+    kind = kernels(x, *of_channels)
+    if kind == "c" and (layout := c_kernel.layout_of(x, *of_channels)) is not None:
         return Kernel(c_kernel.affine_with_moments, c_kernel.affine_gradients, layout)
     if kind == "triton" and mean.dtype == torch.float32 and (rows := rows_of(x, 1)) is not None:
         from normkit.methods.batchless import triton_kernel
@@ -65,7 +66,8 @@ def one_pass(
     """
     if x.is_cpu and x.numel() <= few and choice.chosen != "triton":
         return None
-    kernel = kernel_for(x, mean, weight) if (weight is None) == (bias is None) else None
+    affine = [t for t in (weight, bias) if t is not None]
+    kernel = kernel_for(x, mean, variance, *affine) if len(affine) != 1 else None
     if kernel is None:
         return None
     seen: list[Moments] = []

@@ -82,8 +82,9 @@ def _batches(
 
 
 def _by_kernel(step: LayerStep, index: LayerIndex) -> bool:
-    if index.layers[step.place].geometry.transposed:
-        return False  # its rows are not lines of memory
+    geometry = index.layers[step.place].geometry
+    if geometry.transposed or step.weight.shape[1] * geometry.groups != geometry.features:
+        return False  # its rows are not lines of memory, or it was replaced by a weight of another shape
     return c_kernel.transforms(step.weight, step.weight_grad, step.bias_grad)
 
 
@@ -120,7 +121,8 @@ def _kinds(steps: Sequence[LayerStep], index: LayerIndex) -> list[_Kind]:
         number = numbers.setdefault(rate if isinstance(rate, float) else id(rate), len(numbers))
         contiguous = grad.is_contiguous() and weight.is_contiguous()
         mean_removed = bias_grad is None and index.layers[place].mean_removed
-        joined = bias_grad is None, mean_removed, contiguous or (grad.stride(), weight.stride())
+        bias = None if bias_grad is None else (bias_grad.dtype, bias_grad.is_contiguous())
+        joined = bias, mean_removed, grad.shape, contiguous or (grad.stride(), weight.stride())
         kinds.append((place, (grad.dtype, grad.device, number), joined))
     return kinds
 

@@ -58,7 +58,7 @@ def moments(x: Tensor, pivot: Tensor) -> Tensor | None:
         ``(2, C)``; None where the kernel cannot run.
     """
     library, layout = _SOURCE.compiled(x.dtype), layouts(x.shape, 1).of(x)
-    if library is None or layout is None:
+    if library is None or layout is None or not pivot.is_contiguous():
         return None
     found = torch.empty(2, layout[1], dtype=x.dtype)
     library.moments(x.data_ptr(), pivot.data_ptr(), *layout, torch.get_num_threads(), found.data_ptr())

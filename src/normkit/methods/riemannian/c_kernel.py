@@ -14,7 +14,10 @@ _SOURCE = Source(Path(__file__).with_suffix(".c"), advance="ipppdddddii")
 def steps(weights: list[Filters]) -> bool:
     """Return whether the kernel can step the weights, which are on a CPU: rows of one type, each in one line of memory."""
     dtype = weights[0].y.dtype
-    alike = all(filters.in_place and filters.y.dtype == dtype for filters in weights)
+    alike = all(
+        filters.in_place and filters.y.dtype == dtype and (filters.v is None or filters.v.dtype == dtype)
+        for filters in weights
+    )
     return alike and _SOURCE.compiled(dtype) is not None
 
 
