@@ -117,7 +117,7 @@ def test_weights_that_are_projected_together_are_each_projected_as_if_alone(
     monkeypatch.setitem(weight_rows._JOINED, "cpu", joined)
     torch.manual_seed(0)
     shapes = [((4, 6), 1), *3 * [((8, 4, 3, 3), 2)], ((6, 1, 3, 3), 6), ((8, 4, 3, 3), 1), ((4, 6), 1), ((4, 3, 2), 2)]
-    project = Projection(torch.float64)
+    project = Projection()
     for _ in range(2):
         grads, weights = ([torch.randn(shape).to(dtype) for shape, _ in shapes] for _ in range(2))
         grads = [t.to(memory_format=memory_format) if t.dim() == 4 else t for t in grads]
@@ -137,7 +137,8 @@ def test_weights_that_are_projected_together_are_each_projected_as_if_alone(
         project([Feeding(g, w, n, rows, s) for g, w, (_, n), s in zip(grads, weights, shapes, sums, strict=True)])
         for got, want, before in zip(grads, expected, kept, strict=True):
             assert got is before
-            torch.testing.assert_close(got, want, rtol=1e-12 if dtype == torch.float64 else 0, atol=1e-12)
+            # float32 is rounded to bfloat16 once more than float64
+            torch.testing.assert_close(got, want, rtol=1e-12 if dtype == torch.float64 else 2**-7, atol=1e-12)
 
 
 def test_the_scale_of_a_loss_scales_the_weights_gradient():

@@ -9,6 +9,28 @@
 
 static double finite_or_zero(double x) { return isfinite(x) ? x : 0; }
 
+// One unit of a layer. mean: of its inputs. square: what a share along the mean is divided by. lengths: of gradient and weight, squared.
+static void project_unit(REAL *restrict gradient, const REAL *restrict weight, const REAL *restrict mean, int64_t columns,
+                         double square, REAL *lengths) {
+  REAL gm = 0, gw = 0, mw = 0, ww = 0, gg = 0;
+#pragma omp simd reduction(+ : gm, gw, mw, ww)
+  for (int64_t j = 0; j < columns; j++) {
+    gm += gradient[j] * mean[j];
+    gw += gradient[j] * weight[j];
+    mw += mean[j] * weight[j];
+    ww += weight[j] * weight[j];
+  }
+  REAL a = gm / square;
+  REAL b = ww > 0 ? (gw - a * mw) / ww : 0;  // along the weight, of the gradient without its part along the mean
+#pragma omp simd reduction(+ : gg)
+  for (int64_t j = 0; j < columns; j++) {
+    gradient[j] -= a * mean[j] + b * weight[j];
+    gg += gradient[j] * gradient[j];
+  }
+  lengths[0] = gg;
+  lengths[1] = ww;
+}
+
 // What `projected_weight_gradient` computes, for all layers.
 // shapes: of each layer groups, units and input channels of a group, taps, whether the channels of a tap lie side by side.
 // addresses: gradient and weight of each. rows: of each layer. all_sums: of each layer sum and sum of squares of its inputs.
@@ -31,26 +53,13 @@ void project(int64_t layers, const int64_t *shapes, void **addresses, const doub
         for (int64_t t = 0; t < taps; t++) mean[shapes[4] ? t * ins + i : i * taps + t] = m;
       }
       double square = fmax(along / fmax(length, DBL_MIN) + taps * length, DBL_MIN);
-#pragma omp parallel for if (threads > 1 && units * columns > ALONE) num_threads(threads)
-      for (int64_t u = group * units; u < (group + 1) * units; u++) {
-        REAL *gradient = g + u * columns, *weight = w + u * columns, gm = 0, gw = 0, mw = 0, ww = 0, gg = 0;
-#pragma omp simd reduction(+ : gm, gw, mw, ww)
-        for (int64_t j = 0; j < columns; j++) {
-          gm += gradient[j] * mean[j];
-          gw += gradient[j] * weight[j];
-          mw += mean[j] * weight[j];
-          ww += weight[j] * weight[j];
-        }
-        REAL a = gm / square;
-        REAL b = ww > 0 ? (gw - a * mw) / ww : 0;  // along the weight, of the gradient without its part along the mean
-#pragma omp simd reduction(+ : gg)
-        for (int64_t j = 0; j < columns; j++) {
-          gradient[j] -= a * mean[j] + b * weight[j];
-          gg += gradient[j] * gradient[j];
-        }
-        lengths[2 * (u - group * units)] = gg;
-        lengths[2 * (u - group * units) + 1] = ww;
-      }
+      int several = threads > 1 && units * columns > ALONE;
+      if (several) {
+#pragma omp parallel for num_threads(threads)
+        for (int64_t u = 0; u < units; u++) project_unit(g + u * columns, w + u * columns, mean, columns, square, lengths + 2 * u);
+      } else
+        for (int64_t u = 0; u < units; u++) project_unit(g + u * columns, w + u * columns, mean, columns, square, lengths + 2 * u);
+      g += units * columns, w += units * columns;
       for (int64_t u = 0; u < units; u++) length_g += lengths[2 * u], length_w += lengths[2 * u + 1];
     }
     ratios[l] = length_w > 0 ? sqrt(length_g / length_w) : 0;
@@ -60,9 +69,9 @@ void project(int64_t layers, const int64_t *shapes, void **addresses, const doub
 
 // What `Fit` computes, for all layers: of each mean of n^2 over its features, and, for a rate above 0, the step of mu and sigma.
 // addresses: of each layer running mean, running variance, then count, mean and sum of squared deviations of the rows.
-// instances: of each layer. ratios: of each layer. mismatches: (ratio - 1) / 2 of each, or NULL.
+// instances: of each layer. ratios: of each layer, before the step.
 void fit(int64_t layers, const int64_t *features, void **addresses, const double *instances, double eps, double rate,
-         double damping, double *ratios, REAL *mismatches) {
+         double damping, double *ratios) {
   int valid = 1;  // rows with anything that is not finite in them, in any of the layers, count for nothing
   for (int64_t l = 0; l < layers; l++) {
     REAL **a = (REAL **)addresses + 5 * l, *mean = a[0], *variance = a[1], *seen = a[3], *m2 = a[4];
@@ -79,7 +88,6 @@ void fit(int64_t layers, const int64_t *features, void **addresses, const double
     REAL **a = (REAL **)addresses + 5 * l, *mean = a[0], *variance = a[1], *seen = a[3], *m2 = a[4];
     double count = *a[2], eta = rate * instances[l] / (instances[l] + damping);
     if (!valid) ratios[l] = 1;
-    if (mismatches) mismatches[l] = (ratios[l] - 1) / 2;
     for (int64_t f = 0; valid && count > 0 && rate > 0 && f < features[l]; f++) {
       double deviation = seen[f] - mean[f], square = m2[f] / fmax(count, 1) + deviation * deviation;
       mean[f] += eta * deviation;

@@ -16,7 +16,7 @@ from normkit.moments import Moments
 _SOURCE = Source(
     Path(__file__).with_suffix(".c"),
     project="ipppppi",
-    fit="ipppdddpp",
+    fit="ipppdddp",
     forward="ppppppdiiiiip",
     backward="ppppppdiiiiip",
 )
@@ -57,7 +57,7 @@ class Layers:
     def __init__(self, dtype: torch.dtype, shapes: Sequence[LayerShape]) -> None:
         self._library = _SOURCE.compiled(dtype)
         self._shapes = array("q", [number for shape in shapes for number in shape])
-        self._groups = [shape.groups for shape in shapes]
+        self._inputs = [shape.groups * shape.inputs for shape in shapes]
 
     def project_(
         self, grads: Sequence[Tensor], weights: Sequence[Tensor], rows: Sequence[Tensor | float], sums: Sequence[Tensor]
@@ -80,14 +80,13 @@ class Layers:
         addresses = array("q", [t.data_ptr() for pair in zip(grads, weights, strict=True) for t in pair])
         counts, ratios = array("d", [float(count) for count in rows]), array("d", bytes(8 * len(grads)))
         sums = [t if t.dtype == torch.float64 and t.is_contiguous() else t.double().contiguous() for t in sums]
-        if any(len(t) != grad.shape[1] * self._groups[i] for i, (t, grad) in enumerate(zip(sums, grads, strict=True))):
+        if [t.shape[0] for t in sums] != self._inputs:
             raise ValueError(
                 "a weight in front of a batchless layer has another shape than the inputs that it was given"
             )
         places = array("q", [t.data_ptr() for t in sums])
-        tables = (numbers.buffer_info()[0] for numbers in (self._shapes, addresses, counts, places))
-        arguments = ratios.buffer_info()[0], torch.get_num_threads()
-        self._library.project(len(grads), *tables, *arguments)
+        tables = [numbers.buffer_info()[0] for numbers in (self._shapes, addresses, counts, places, ratios)]
+        self._library.project(len(grads), *tables, torch.get_num_threads())
         torch.autograd.graph.increment_version(grads)
         return ratios.tolist()
 
@@ -97,11 +96,19 @@ def fits(tensors: Sequence[Tensor]) -> bool:
     dtype = tensors[0].dtype
     if kernels(*tensors) != "c" or _SOURCE.compiled(dtype) is None:
         return False
-    return all(t.dtype == dtype and t.is_contiguous() for t in tensors)
+    return all([t.dtype == dtype and t.is_contiguous() for t in tensors])
 
 
-class Fit:
-    """The fit of layers to the rows of a step.
+def fit_(
+    features: Sequence[int],
+    tensors: Sequence[Tensor],
+    instances: Sequence[Tensor | float],
+    *,
+    eps: float,
+    rate: float,
+    damping: float,
+) -> list[float]:
+    """Step mean and variance of layers along the natural gradient, in place; not at all at a rate of 0.
 
     Args:
         features: Number of channels of each layer.
@@ -109,42 +116,21 @@ class Fit:
             :func:`fits`.
         instances: To how many instances the rows of each layer belong.
         eps: Of the layers.
+        rate: Rate of a step of many instances.
         damping: Number of instances that step half as far as many.
 
-    Attributes:
-        ratios: E n^2 of each layer, mean over its channels; 1 where nothing is known.
-        mismatches: ``(E n^2 - 1) / 2`` of each layer.
+    Returns:
+        E n^2 of each layer before the step, mean over its channels; 1 where nothing is known.
     """
-
-    def __init__(
-        self,
-        features: Sequence[int],
-        tensors: Sequence[Tensor],
-        instances: Sequence[Tensor | float],
-        eps: float,
-        damping: float,
-    ) -> None:
-        self._tensors, self._options = tensors, (eps, damping)
-        self._library = _SOURCE.compiled(tensors[0].dtype)
-        self._features = array("q", features)
-        self._addresses = array("q", [t.data_ptr() for t in tensors])
-        self._instances = array("d", [float(count) for count in instances])
-        self._ratios = array("d", bytes(8 * len(features)))
-        mismatches = torch.empty(len(features), dtype=tensors[0].dtype)
-        self._run(0.0, mismatches)
-        self.ratios, self.mismatches = self._ratios.tolist(), mismatches.unbind()
-
-    def _run(self, rate: float, mismatches: Tensor | None = None) -> None:
-        assert self._library is not None
-        tables = (x.buffer_info()[0] for x in (self._features, self._addresses, self._instances))
-        (eps, damping), ratios = self._options, self._ratios.buffer_info()[0]
-        found = None if mismatches is None else mismatches.data_ptr()
-        self._library.fit(len(self._features), *tables, eps, rate, damping, ratios, found)
-
-    def step(self, rate: float) -> None:
-        """Step mean and variance along the natural gradient, in place."""
-        self._run(rate)
-        torch.autograd.graph.increment_version([*self._tensors[::5], *self._tensors[1::5]])
+    library = _SOURCE.compiled(tensors[0].dtype)
+    assert library is not None
+    sizes, addresses = array("q", features), array("q", [t.data_ptr() for t in tensors])
+    counts, ratios = array("d", [float(count) for count in instances]), array("d", bytes(8 * len(features)))
+    tables = [numbers.buffer_info()[0] for numbers in (sizes, addresses, counts)]
+    library.fit(len(features), *tables, eps, rate, damping, ratios.buffer_info()[0])
+    if rate:
+        torch.autograd.graph.increment_version([*tensors[::5], *tensors[1::5]])
+    return ratios.tolist()
 
 
 def layout_of(x: Tensor, *of_channels: Tensor) -> Layout | None:

@@ -8,6 +8,8 @@ small network's own operations), and the plain gradient for the model's optimize
 # pyright: reportPrivateImportUsage=false
 # (torch's optimizers are written with the same _foreach functions)
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ class KernelFit:
     Args:
         layers: Layers of one dtype and one eps.
         moments: Of the rows that each layer saw since the last step.
-        tensors: What the kernel works with, see ``c_kernel.Fit``.
+        tensors: What the kernel works with, see ``c_kernel.fit_``.
         instances: How many instances the rows belong to, for each layer.
     """
 
@@ -52,8 +54,16 @@ class KernelFit:
         instances: list[Tensor | float],
     ) -> None:
         self.layers, self.moments = layers, moments
-        sizes = [layer.num_features for layer in layers]
-        self._fit = c_kernel.Fit(sizes, tensors, instances, layers[0].eps, INSTANCES)
+        self._tensors, self._instances = tensors, instances
+
+    def _fit(self, rate: float) -> list[float]:
+        sizes, eps = [layer.num_features for layer in self.layers], self.layers[0].eps
+        return c_kernel.fit_(sizes, self._tensors, self._instances, eps=eps, rate=rate, damping=INSTANCES)
+
+    @cached_property
+    def variance_ratio(self) -> Sequence[float]:
+        """E n^2 of each layer before the step, mean over its channels; 1 where nothing is known."""
+        return self._fit(0.0)
 
     @property
     def projected(self) -> bool:
@@ -63,16 +73,11 @@ class KernelFit:
     @property
     def largest_variance_ratio(self) -> float:
         """E n^2 of the layer that is fitted worst."""
-        return max(self._fit.ratios)
-
-    def write_mismatch(self) -> None:
-        """Write every layer's ``mismatch``."""
-        for layer, mismatch in zip(self.layers, self._fit.mismatches, strict=True):
-            vars(layer)["mismatch"] = mismatch  # torch's __setattr__ takes longer than the fit of a small layer
+        return max(self.variance_ratio)
 
     def natural_gradient_step(self, rate: float) -> None:
         """Step mu and sigma along the natural gradient."""
-        self._fit.step(rate)
+        self.variance_ratio = self._fit(rate)
 
 
 class Fit:
@@ -114,11 +119,6 @@ class Fit:
     def projected(self) -> bool:
         """Whether the weight gradients of the layers that feed these are projected."""
         return self.layers[0].projected
-
-    def write_mismatch(self) -> None:
-        """Write every layer's ``mismatch``."""
-        for layer, mismatch in zip(self.layers, (self.variance_ratio - 1) / 2, strict=True):
-            layer.mismatch = mismatch
 
     def natural_gradient_step(self, rate: float) -> None:
         """Step mu and sigma along the natural gradient, at ``eta = rate N / (N + 6)`` for N instances.

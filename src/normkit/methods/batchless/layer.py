@@ -44,8 +44,6 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
         bias: beta, or None.
         running_mean: mu. Not touched by autograd (``requires_grad=False``), in fp32 or wider.
         running_var: ``sigma^2 - eps``; like ``running_mean``.
-        mismatch: ``(E n^2 - 1) / 2`` of the last step, mean over the channels: the likelihood relative to a perfect
-            fit, which has 0. None before the first step.
     """
 
     statistics = "learned"
@@ -106,7 +104,7 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
         wide = statistics_dtype(dtype)
         self.running_mean = nn.Parameter(torch.zeros(num_features, device=device, dtype=wide), requires_grad=False)
         self.running_var = nn.Parameter(torch.ones(num_features, device=device, dtype=wide), requires_grad=False)
-        self.mismatch: Tensor | None = None
+        self._variance_ratio: Tensor | float | None = None  # E n^2 of the last step
         self.counter: RowCounter[tuple[Moments, int]] = RowCounter(self._no_collector())  # of moments and instances
         self.register_load_state_dict_pre_hook(_without_count)
 
@@ -119,6 +117,19 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
     def sigma(self) -> Tensor:
         """Standard deviation per channel, shape ``(num_features,)``."""
         return (self.running_var.detach() + self.eps).sqrt()
+
+    @property
+    def mismatch(self) -> Tensor | None:
+        """``(E n^2 - 1) / 2`` of the last step, mean over the channels; None before the first step.
+
+        It is the likelihood relative to a perfect fit, which has 0.
+        """
+        ratio = vars(self).get("_variance_ratio")
+        return None if ratio is None else (torch.as_tensor(ratio, dtype=self.running_mean.dtype) - 1) / 2
+
+    def note_variance_ratio(self, ratio: Tensor | float) -> None:
+        """Take note of E n^2 of a step."""
+        vars(self)["_variance_ratio"] = ratio  # torch's __setattr__ takes longer than the fit of a small layer
 
     @classmethod
     def from_batchnorm(cls, norm: nn.Module, *args: Any, **settings: Any) -> Any:
@@ -186,8 +197,9 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
         rows = x.reshape(-1, self.num_features) if last else x
         learns = self.training and torch.is_grad_enabled()
         own: dict[str, Any] = self._parameters  # attributes of modules are found slowly
-        # constants to the task loss, also in a model whose parameters were all unfrozen
-        mean, variance = own["running_mean"].detach(), own["running_var"].detach()
+        mean, variance = own["running_mean"], own["running_var"]
+        if mean.requires_grad or variance.requires_grad:  # in a model whose parameters were all unfrozen
+            mean, variance = mean.detach(), variance.detach()  # constants to the task loss
         arguments = rows, mean, variance, own["weight"], own["bias"], self.eps
         counts = learns and is_counting()
         y, moments = (one_pass(*arguments) if counts and mask is None else None) or (affine_map(*arguments), None)
@@ -220,6 +232,8 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
     def take(self) -> tuple[Moments, int]:
         """Return the moments of the rows since the last call, possibly none, and the number of samples."""
         counted = self.counter.take()
+        if len(counted) == 1 and not self.shared:
+            return counted[0]
         if counted:
             rows = functools.reduce(merge, [moments for moments, _ in counted])
         else:

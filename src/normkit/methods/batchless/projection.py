@@ -19,7 +19,7 @@ from torch import Tensor
 
 from normkit.methods.batchless import c_kernel
 from normkit.methods.kernels.choice import kernels
-from normkit.moments import is_channels_last
+from normkit.moments import is_channels_last, statistics_dtype
 from normkit.optim.weight_rows import Layout, most_joined
 
 
@@ -100,89 +100,64 @@ class Feeding(NamedTuple):
 class Projection:
     """:func:`projected_weight_gradient` of many weights with few operations, in place.
 
-    What is joined is found out once, and kept while the same layers step.
-
-    Args:
-        dtype: In which the readable code computes.
+    Which layers are worked on together is found out once, and kept while the same layers step.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self) -> None:
         self._key: object = None
+        self._together: list[tuple[list[int], c_kernel.Layers | _Joined]] = []
 
-    def __reduce__(self) -> tuple[type["Projection"], tuple[torch.dtype]]:
-        return Projection, (self._dtype,)  # a copy finds out anew
+    def __reduce__(self) -> tuple[type["Projection"], tuple[()]]:
+        return Projection, ()  # a copy finds out anew
 
     def __call__(self, layers: Sequence[Feeding]) -> dict[int, float]:
-        """Project the gradients of the layers, which are on one device.
+        """Project the gradients of the layers.
 
         Returns:
             By the ``id`` of the weight, the length of its gradient relative to its own, where a kernel found it.
         """
         kinds = [
-            (layer.grad.shape, layer.groups, layer.grad.dtype, layer.grad.stride(), layer.weight.stride())
-            for layer in layers
+            (grad.device, grad.dtype, grad.shape, grad.stride(), weight.stride(), groups)
+            for grad, weight, groups, _, _ in layers
         ]
-        kind = kernels(*(layer.grad for layer in layers[:1]))
-        if self._key != (key := (kind, layers[0].grad.device, kinds)):
+        key = kernels(*[layer.grad for layer in layers]), kinds
+        if self._key != key:
+            self._together = _join(layers, kinds)
             self._key = key
-            self._plan(layers, kinds)
         lengths: dict[int, float] = {}
-        for places, together in self._by_kernel:
-            some = [layers[i] for i in places]
-            grads, weights, _, rows, sums = zip(*some, strict=True)
-            lengths |= zip(map(id, weights), together.project_(grads, weights, rows, sums), strict=True)
-        if self._rest:
-            self._project_together_([layers[i] for i in self._rest])
+        for places, together in self._together:
+            grads, weights, _, rows, sums = zip(*[layers[i] for i in places], strict=True)
+            found = together.project_(grads, weights, rows, sums)
+            lengths.update(zip(map(id, weights), found, strict=False))
         return lengths
 
-    def _project_together_(self, layers: Sequence[Feeding]) -> None:
-        sums = torch.cat([layer.sums for layer in layers])
-        counts = [layer.rows if isinstance(layer.rows, Tensor) else sums.new_full((), layer.rows) for layer in layers]
-        rows = torch.stack(counts).to(sums.dtype).clamp(min=1).index_select(0, self._owner)
-        mean, square = (sums / rows[:, None]).unbind(1)
-        variance = (square - mean.square()).clamp(min=0)
-        mean, variance = (x.nan_to_num(0, 0, 0).to(self._dtype) for x in (mean, variance))
-        tiny = torch.finfo(mean.dtype).tiny
-        square = mean.square()
-        both = torch.stack((square, square * variance))
-        length, along = both.new_zeros(2, len(self._taps)).index_add_(1, self._groups, both)
-        share = (along / length.clamp(min=tiny)).addcmul_(length, self._taps).clamp_(min=tiny)
-        columns = torch.stack((mean, mean / share.index_select(0, self._groups))).index_select(1, self._columns)
-        rows, products, lengths = [], [], []
-        for part, (m, u) in zip(self._parts, columns.split(self._widths, 1), strict=True):
-            g = part.layout.joined_rows([layers[i].grad for i in part.places], mean.dtype)
-            w = part.layout.joined_rows([layers[i].weight for i in part.places], mean.dtype)
-            g.addcmul_(torch.bmm(g, part.columns(u).mT), part.columns(m), value=-1)
-            products.append((g * w).sum(2).flatten())
-            lengths.append(torch.linalg.vector_norm(w, dim=2).flatten())
-            rows.append((g, w))
-        shares = torch.cat(products) / torch.cat(lengths).square_().clamp_(min=tiny)
-        old, new = [], []
-        for part, (g, w), along in zip(self._parts, rows, shares.split([len(p) for p in products]), strict=True):
-            g.addcmul_(along.view(*g.shape[:2], 1), w, value=-1)
-            if g.data_ptr() != layers[part.places[0]].grad.data_ptr():
-                old += [layers[i].grad for i in part.places]
-                new += part.layout.weight(g).chunk(len(part.places))
-        if old:
-            torch._foreach_copy_(old, new)
 
-    def _plan(self, layers: Sequence[Feeding], kinds: Sequence[object]) -> None:
-        by_kernel: dict[torch.dtype, list[int]] = {}
-        self._rest: list[int] = []
-        for i, layer in enumerate(layers):
-            by_type = by_kernel.setdefault(layer.grad.dtype, [])
-            (by_type if c_kernel.projects(layer.grad, layer.weight) else self._rest).append(i)
-        self._by_kernel = [
-            (places, c_kernel.Layers(dtype, [layers[i].shape for i in places]))
-            for dtype, places in by_kernel.items()
-            if places
-        ]
-        if self._rest:
-            self._plan_together([layers[i] for i in self._rest], [kinds[i] for i in self._rest])
+def _join(layers: Sequence[Feeding], kinds: Sequence[object]) -> list[tuple[list[int], "c_kernel.Layers | _Joined"]]:
+    """The places of the layers that are worked on together, and what works on them."""
+    alike: dict[tuple[bool, torch.device, torch.dtype], list[int]] = {}
+    for i, layer in enumerate(layers):
+        kind = c_kernel.projects(layer.grad, layer.weight), layer.grad.device, layer.grad.dtype
+        alike.setdefault(kind, []).append(i)
+    together: list[tuple[list[int], c_kernel.Layers | _Joined]] = []
+    for (by_kernel, _, dtype), places in alike.items():
+        some = [layers[i] for i in places]
+        if by_kernel:
+            together.append((places, c_kernel.Layers(dtype, [layer.shape for layer in some])))
+        else:
+            together.append((places, _Joined(some, [kinds[i] for i in places])))
+    return together
 
-    def _plan_together(self, layers: Sequence[Feeding], kinds: Sequence[object]) -> None:
-        device = layers[0].grad.device
+
+class _Joined:
+    """Layers whose gradients torch's operations project together.
+
+    Args:
+        layers: The layers, on one device and of one dtype.
+        kinds: Of each what layers must share to be worked on as one.
+    """
+
+    def __init__(self, layers: Sequence[Feeding], kinds: Sequence[object]) -> None:
+        device, self._dtype = layers[0].grad.device, statistics_dtype(layers[0].grad.dtype)
         alike: dict[object, list[int]] = {}
         for i, kind in enumerate(kinds):
             alike.setdefault(kind, []).append(i)
@@ -210,6 +185,40 @@ class Projection:
         self._widths = [len(part) for part in columns]
         self._columns = torch.cat(columns).to(device)
         """Of each column of the parts' rows its input, counted over all layers."""
+
+    def project_(
+        self, grads: Sequence[Tensor], weights: Sequence[Tensor], rows: Sequence[Tensor | float], sums: Sequence[Tensor]
+    ) -> list[float]:
+        """Project the gradients; arguments as of ``c_kernel.Layers.project_``, no length is found."""
+        totals = torch.cat([*sums])
+        counts = [count if isinstance(count, Tensor) else totals.new_full((), count) for count in rows]
+        count = torch.stack(counts).to(totals.dtype).clamp(min=1).index_select(0, self._owner)
+        mean, square = (totals / count[:, None]).unbind(1)
+        variance = (square - mean.square()).clamp(min=0)
+        mean, variance = (x.nan_to_num(0, 0, 0).to(self._dtype) for x in (mean, variance))
+        tiny = torch.finfo(mean.dtype).tiny
+        square = mean.square()
+        both = torch.stack((square, square * variance))
+        length, along = both.new_zeros(2, len(self._taps)).index_add_(1, self._groups, both)
+        share = (along / length.clamp(min=tiny)).addcmul_(length, self._taps).clamp_(min=tiny)
+        columns = torch.stack((mean, mean / share.index_select(0, self._groups))).index_select(1, self._columns)
+        pairs, products, lengths = [], [], []
+        for part, (m, u) in zip(self._parts, columns.split(self._widths, 1), strict=True):
+            g, w = (part.layout.joined_rows([x[i] for i in part.places], mean.dtype) for x in (grads, weights))
+            g.addcmul_(torch.bmm(g, part.columns(u).mT), part.columns(m), value=-1)
+            products.append((g * w).sum(2).flatten())
+            lengths.append(torch.linalg.vector_norm(w, dim=2).flatten())
+            pairs.append((g, w))
+        shares = torch.cat(products) / torch.cat(lengths).square_().clamp_(min=tiny)
+        old, new = [], []
+        for part, (g, w), along in zip(self._parts, pairs, shares.split([len(p) for p in products]), strict=True):
+            g.addcmul_(along.view(*g.shape[:2], 1), w, value=-1)
+            if g.data_ptr() != grads[part.places[0]].data_ptr():
+                old += [grads[i] for i in part.places]
+                new += part.layout.weight(g).chunk(len(part.places))
+        if old:
+            torch._foreach_copy_(old, new)
+        return []
 
 
 class _Part:

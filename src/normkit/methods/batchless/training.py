@@ -174,13 +174,15 @@ class _Fitter:
                 layer.bias.grad = None
         divisor = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which unscales gradients itself
         fits, lengths = collect(self.layers, self.project_weights)
-        clip_by_trust_ratio(optimizer, fits, self.feeding, lengths)
         for found in fits:
             if found.layers[0].gradient == "natural":
                 found.natural_gradient_step(self.rate)
             else:
                 for layer, moments in zip(found.layers, found.moments, strict=True):
                     self.plain[layer].before(moments, 1.0 if divisor is None else divisor)
+            for layer, ratio in zip(found.layers, found.variance_ratio, strict=True):
+                layer.note_variance_ratio(ratio)
+        clip_by_trust_ratio(optimizer, fits, self.feeding, lengths)
 
     def after_step(self, _: Optimizer) -> None:
         """Take over what the optimizer trained."""
@@ -202,11 +204,10 @@ class _Fitter:
             feeder.remove()
 
 
-@torch.no_grad()
 def collect(
     layers: list[BatchlessNorm], project_weights: WeightProjection | None = None
 ) -> tuple[list[Fit | KernelFit], dict[int, float]]:
-    """Collect the rows of every layer over all ranks, write the mismatch and project the weights' gradients.
+    """Collect the rows of every layer over all ranks and project the weights' gradients.
 
     Args:
         layers: The layers, in the same order on every rank.
@@ -224,15 +225,10 @@ def collect(
     lengths = project_weights(inputs, ranks)
     groups: dict[Any, list[tuple[BatchlessNorm, Moments, Tensor | float]]] = {}
     for layer, (moments, count) in zip(layers, rows, strict=True):
-        mean = layer.running_mean
+        mean: Any = layer._parameters["running_mean"]  # attributes of modules are found slowly
         kind = mean.device, mean.dtype, layer.eps, layer.gradient, layer.projected
         groups.setdefault(kind, []).append((layer, moments, count))
-    fits = []
-    for group in groups.values():
-        alike, of_rows, counts = (list(column) for column in zip(*group, strict=True))
-        fits.append(fit(alike, of_rows, counts))
-        fits[-1].write_mismatch()
-    return fits, lengths
+    return [fit(*(list(column) for column in zip(*group, strict=True))) for group in groups.values()], lengths
 
 
 def _over_ranks(
@@ -253,7 +249,6 @@ def _over_ranks(
     return list(zip(moments, counts, strict=True)), found
 
 
-@torch.no_grad()
 def clip_by_trust_ratio(
     optimizer: Optimizer,
     fits: Sequence[Fit | KernelFit],
@@ -277,11 +272,15 @@ def clip_by_trust_ratio(
     excess = [found.largest_variance_ratio / LARGEST_VARIANCE_RATIO for found in fits if found.projected]
     if not excess:
         return
-    weights = {id(producer.layer._parameters.get("weight")) for producer in feeding}
+    known = lengths or {}
+    others = {id(feeder.layer._parameters.get("weight")) for feeder in feeding}.difference(known)
     for group in optimizer.param_groups:
-        moved = [p for p in group["params"] if id(p) in weights and p.grad is not None]
-        if moved:
-            excess.append(effective_lr(optimizer, group) * _largest_length(moved, lengths or {}))
+        found: list[Any] = [known[key] for key in map(id, group["params"]) if key in known]
+        if others and (moved := [p for p in group["params"] if id(p) in others and p.grad is not None]):
+            found.append(_largest_length(moved))
+        if found:
+            rate = effective_lr(optimizer, group)
+            excess += [rate * length for length in found]
     factor = _shrinking(excess)
     if not isinstance(factor, Tensor) and factor == 1:
         return
@@ -292,10 +291,8 @@ def clip_by_trust_ratio(
         torch._foreach_mul_([grad for grad in grads if grad.device == device], of_device)
 
 
-def _largest_length(weights: list[Tensor], known: Mapping[int, float]) -> Tensor | float:
+def _largest_length(weights: list[Tensor]) -> Tensor:
     """Largest ratio of a gradient's length to its weight's; a weight of length 0 does not count."""
-    if all(id(weight) in known for weight in weights):
-        return _largest([known[id(weight)] for weight in weights])
     grads = [weight.grad for weight in weights if weight.grad is not None]
     step, length = (
         torch.stack([norm.to(weights[0].device) for norm in torch._foreach_norm(tensors)])
@@ -304,16 +301,11 @@ def _largest_length(weights: list[Tensor], known: Mapping[int, float]) -> Tensor
     return torch.where(length > 0, step / length, 0).max()
 
 
-def _largest(numbers: Sequence[float]) -> float:
-    """The largest number, nan where one is none, as torch has it."""
-    return math.nan if any(math.isnan(x) for x in numbers) else max(numbers)
-
-
 def _shrinking(excess: Sequence[Tensor | float]) -> Tensor | float:
     """What shortens a step by its largest excess over 1; a number where all of them are."""
     device = next((e.device for e in excess if isinstance(e, Tensor)), None)
     if device is None:
-        largest = _largest([float(e) for e in excess])
+        largest = math.nan if any(map(math.isnan, excess)) else max(excess)  # nan where one is none, as torch has it
         return 1.0 if largest <= 1 else 1 / largest
     return 1 / torch.stack([torch.as_tensor(e, device=device) for e in excess]).max().clamp(min=1)
 

@@ -145,6 +145,8 @@ class FeedingLayer(InputCounter[tuple[int, Tensor]]):
             the loss together, times the weight ``(out,)``, None where all of them came from the layer's output.
         """
         counted = self.take()
+        if len(counted) == 1:
+            return (*counted[0], self._along)
         if not counted:
             return 0, self.norm.running_mean.new_zeros(self.features, 2), self._along
         return sum(rows for rows, _ in counted), functools.reduce(torch.add, [sums for _, sums in counted]), self._along
@@ -182,9 +184,8 @@ class WeightProjection:
 
     def __init__(self, feeding: Sequence[FeedingLayer] = ()) -> None:
         self.feeding = feeding
-        self._projections: dict[object, Projection] = {}
+        self._project = Projection()
 
-    @torch.no_grad()
     def __call__(self, sums: Sequence[tuple[Tensor | int, Tensor, Tensor | None]], ranks: int = 1) -> dict[int, float]:
         """Project ``.grad`` of the weights in place.
 
@@ -195,22 +196,18 @@ class WeightProjection:
         Returns:
             By the ``id`` of the weight, the length of its gradient relative to its own, where a kernel found it.
         """
-        groups: dict[tuple[torch.device, torch.dtype], list[tuple[FeedingLayer, Feeding, Tensor | None]]] = {}
+        layers, rests = [], []
         for feeder, (rows, of_features, along) in zip(self.feeding, sums, strict=True):
-            if (found := feeder.from_output(along if along is None or ranks == 1 else along / ranks)) is not None:
-                grad, elsewhere = found
-                dtype = feeder.norm._parameters["running_mean"].dtype  # pyright: ignore[reportOptionalMemberAccess]
-                weight = feeder.layer._parameters["weight"]
-                fed = Feeding(grad, weight, feeder.groups, rows, of_features)  # pyright: ignore[reportArgumentType]
-                groups.setdefault((grad.device, dtype), []).append((feeder, fed, elsewhere))
-        lengths: dict[int, float] = {}
-        for (device, dtype), group in groups.items():
-            project = self._projections.setdefault((device, dtype), Projection(dtype))
-            lengths |= project([fed for _, fed, _ in group])
-            for _, fed, elsewhere in group:
-                if elsewhere is not None and fed.weight.grad is not None:
-                    fed.weight.grad.copy_(fed.grad + elsewhere)
-                    lengths.pop(id(fed.weight), None)
+            found = feeder.from_output(along if along is None or ranks == 1 else along / ranks)
+            if found is not None:
+                (grad, elsewhere), weight = found, feeder.layer._parameters["weight"]
+                layers.append(Feeding(grad, weight, feeder.groups, rows, of_features))  # pyright: ignore[reportArgumentType]
+                if elsewhere is not None:
+                    rests.append((weight, grad, elsewhere))
+        lengths = self._project(layers)
+        for weight, grad, elsewhere in rests:
+            weight.grad.copy_(grad + elsewhere)
+            lengths.pop(id(weight), None)
         return lengths
 
 
