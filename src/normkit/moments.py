@@ -8,6 +8,7 @@ does not depend on micro-batches and ranks.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,12 @@ def empty(features: int, *, dtype: torch.dtype = torch.float32, device: torch.de
         torch.zeros(features, dtype=dtype, device=device),
         torch.zeros(features, dtype=dtype, device=device),
     )
+
+
+@lru_cache(maxsize=256)
+def constant_count(count: float, dtype: torch.dtype) -> Tensor:
+    """Return a count as the moments hold it, on the CPU; the same tensor each time, never to be written to."""
+    return torch.full((), count, dtype=dtype)
 
 
 _SMALL = 1 << 16

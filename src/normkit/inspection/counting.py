@@ -291,6 +291,10 @@ class RowCounter(Generic[Rows]):
         self._kept, self._filled, self._reached = [], [], []
         return taken
 
+    def receive(self, rows: Rows) -> None:
+        """Take rows that another counter counted for this one."""
+        self._filled.append(rows)
+
     def fill(self, rows: Rows, weight: Tensor | None) -> None:
         """Count rows whose gradients the present backward pass accumulates.
 

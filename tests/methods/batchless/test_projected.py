@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from torch import nn
 import normkit
 from normkit.functional import projected_weight_gradient
 from normkit.inspection.counting import Collector
+from normkit.methods.batchless import layer as batchless_layer
+from normkit.methods.batchless import one_pass
 from normkit.methods.batchless import weights as batchless_weights
 from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d
 from normkit.methods.batchless.projection import Feeding, Projection
 from normkit.methods.kernels import choice
-from normkit.methods.kernels.sums import RowSums
 from normkit.optim import weight_rows
 
 LAYERS = [
@@ -209,8 +211,8 @@ def test_in_a_copy_that_is_attached_the_originals_observer_is_idle(monkeypatch):
     normkit.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
     copied, calls = copy.deepcopy(model), []
     normkit.attach(copied, torch.optim.SGD(copied.parameters(), lr=0.01))
-    sums = RowSums.__call__
-    monkeypatch.setattr(RowSums, "__call__", lambda *args: calls.append(args) or sums(*args))
+    observe = batchless_weights.FeedingLayer._observe
+    monkeypatch.setattr(batchless_weights.FeedingLayer, "_observe", lambda *args: calls.append(args) or observe(*args))
     copied(torch.randn(5, 4)).sum().backward()
     assert len(calls) == 1
 
@@ -444,3 +446,106 @@ def test_parameters_of_a_functional_call_stay_in_place_until_it_ends(training):
     assert torch.equal(read, others["layer.weight"])
     gradients = torch.autograd.grad(output.sum(), [others["layer.weight"]])
     assert gradients[0].shape == model.layer.weight.shape
+
+
+def small_convolutions():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+    return nn.Sequential(conv, BatchlessNorm2d(4, projected=True), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+
+
+def with_optimizer(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    normkit.attach(model, optimizer)
+    return model, optimizer
+
+
+def train(model, optimizer, batches, parts=1):
+    for x in batches:
+        optimizer.zero_grad()
+        for part in x.chunk(parts):
+            (model(part).square().sum() / len(x)).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_rows_that_are_counted_with_those_of_the_layer_in_front_are_the_same(monkeypatch, parts):
+    batches, found = torch.randn(4, 6, 3, 4, 4), []
+    for few in (one_pass.few, -1):
+        monkeypatch.setattr(one_pass, "few", few)
+        model, optimizer = with_optimizer(small_convolutions())
+        observed = []
+        moments_about = batchless_layer.moments_about
+        monkeypatch.setattr(
+            batchless_layer, "moments_about", lambda *a, f=moments_about, o=observed: o.append(1) or f(*a)
+        )
+        train(model, optimizer, batches, parts)
+        assert not observed or few < 0
+        found.append(model.state_dict())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_an_output_that_was_written_to_is_observed_anew():
+    class Shifts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(3, 4), BatchlessNorm1d(4, projected=True)
+
+        def forward(self, x):
+            return self.norm(self.layer(x))
+
+    model, optimizer = with_optimizer(Shifts())
+    model.layer.register_forward_hook(lambda *args: args[2].add_(100.0))
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    assert model.norm.running_mean.min() > 1
+
+
+def test_masked_rows_are_left_out_where_a_layer_in_front_offers_all():
+    layer, norm = nn.Linear(3, 4), BatchlessNorm1d(4, projected=True, feature_dim=-1)
+    _, optimizer = with_optimizer(nn.Sequential(layer, norm))
+    x, mask = torch.randn(2, 5, 3), torch.rand(2, 5) < 0.5
+    expected = layer(x)[mask].mean(0) * 0.07 * 2 / (2 + 6)
+    optimizer.zero_grad()
+    norm(layer(x), mask).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(norm.running_mean.data, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_pass_without_the_weight_in_front_says_that_nothing_is_fitted():
+    model, optimizer = with_optimizer(small_convolutions())
+    before = model[1].running_mean.clone()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(torch.randn(2, 3, 4, 4)).sum().backward(inputs=[model[1].weight])
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(model[1].running_mean, before)
+    assert ["mu and sigma stay" in str(warning.message) for warning in caught] == [True]
+    model[0].weight.requires_grad_(False)
+    model(torch.randn(2, 3, 4, 4)).sum().backward(inputs=[model[1].weight])
+    optimizer.step()
+    assert not torch.equal(model[1].running_mean, before)
+
+
+def test_a_layer_that_is_copied_alone_leaves_the_one_in_front_behind():
+    model, _ = with_optimizer(small_convolutions())
+    alone = copy.deepcopy(model[1])
+    assert alone.in_front is None
+    both = copy.deepcopy(model)
+    assert both[1].in_front is not None
+    assert both[1].in_front is not model[1].in_front
+    for pair in (
+        copy.deepcopy(with_optimizer(small_convolutions())),
+        pickle.loads(pickle.dumps(with_optimizer(small_convolutions()))),
+    ):
+        train(*pair, torch.randn(2, 6, 3, 4, 4))
+        assert pair[0][1].mismatch is not None
+
+
+def test_the_hooks_that_are_removed_let_the_layer_count_by_itself():
+    model = small_convolutions()
+    handle = normkit.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    handle.remove()
+    assert model[1].in_front is None

@@ -82,6 +82,16 @@ def test_moments_keep_their_digits_far_from_zero(name, last, far, threads):
     torch.testing.assert_close(m2, expected.m2, rtol=1e-9, atol=1e-9)
 
 
+@layouts
+def test_sums_of_an_input_and_moments_of_an_output_are_those_of_each(name, last, threads):
+    x, y = drawn(name, last), drawn(name, last, seed=2)
+    pivot = observe(y, 1).mean + 0.1
+    sums, *moments = c_kernel.SumsAndMoments((x.shape, y.shape), x.dtype, (1, 1))(x, y, pivot)
+    assert torch.equal(sums, c_kernel.Sums(x.shape, x.dtype, 1)(x))
+    for got, want in zip(moments, c_kernel.moments(y, pivot), strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize(
     "x",
     [torch.zeros(4, 6)[:, ::2], torch.zeros(2, 3, 4, 5).transpose(2, 3), torch.zeros(3, 2, dtype=torch.bfloat16)],

@@ -11,7 +11,7 @@ from torch import Tensor
 from normkit.methods.kernels.choice import kernels
 from normkit.methods.kernels.compiled import Source
 from normkit.methods.kernels.layout import Layout, layouts, lie_alike
-from normkit.moments import Moments
+from normkit.moments import Moments, constant_count
 
 _SOURCE = Source(
     Path(__file__).with_suffix(".c"),
@@ -96,7 +96,7 @@ def fits(tensors: Sequence[Tensor]) -> bool:
     dtype = tensors[0].dtype
     if kernels(*tensors) != "c" or _SOURCE.compiled(dtype) is None:
         return False
-    return all([t.dtype == dtype and t.is_contiguous() for t in tensors])
+    return all(t.dtype == dtype and t.is_contiguous() for t in tensors)
 
 
 def fit_(
@@ -167,7 +167,7 @@ def affine_with_moments(
     y, moments = torch.empty_like(x), torch.empty(2, channels, dtype=x.dtype)
     addresses = [None if t is None else t.data_ptr() for t in (x, y, mean, variance, weight, bias)]
     library.forward(*addresses, eps, *layout, torch.get_num_threads(), moments.data_ptr())
-    return y, Moments(torch.full((), samples * positions, dtype=x.dtype), *moments.unbind())
+    return y, Moments(constant_count(samples * positions, x.dtype), *moments.unbind())
 
 
 def affine_gradients(

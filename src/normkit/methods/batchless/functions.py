@@ -12,7 +12,7 @@ from torch import Tensor
 
 from normkit.methods.kernels import c_kernel
 from normkit.methods.kernels.choice import kernels
-from normkit.moments import Moments, observe_unchecked
+from normkit.moments import Moments, constant_count, observe_unchecked
 
 Gradient = Literal["natural", "plain"]
 
@@ -82,9 +82,9 @@ def moments_about(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Mome
     """
     if x.dtype != mean.dtype or x.numel() == 0:
         return Moments(*(moment.to(mean.dtype) for moment in observe_unchecked(x, 1)))
-    count = torch.full((), x.numel() / x.shape[1], dtype=mean.dtype, device=x.device)
     if kernels(x, mean) == "c" and (found := c_kernel.moments(x, mean)) is not None:
-        return Moments(count, *found.unbind())
+        return Moments(constant_count(x.numel() / x.shape[1], mean.dtype), *found)
+    count = torch.full((), x.numel() / x.shape[1], dtype=mean.dtype, device=x.device)
     x = x.detach()
     if x.is_cuda or (x.is_cpu and x.numel() <= _FEW and x.is_contiguous()):
         center, spread = torch.batch_norm_update_stats(x, None, None, 0.0)

@@ -14,7 +14,7 @@ ways, and evaluate the same.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,15 @@ from normkit.methods.method import Successor, WideStatistics
 from normkit.moments import Moments, empty, merge, observe_unchecked, statistics_dtype
 
 Scale = Literal["log", "abs", "inv"]
+
+
+class InFront(Protocol):
+    """What counts rows of a batchless layer together with those of the layer in front of it."""
+
+    def counts(self, x: Tensor) -> bool:
+        """Take over the rows of the input ``x``; return whether that is done."""
+        ...
+
 
 ATTACH = "call normkit.attach(model, optimizer) after building the optimizer"
 
@@ -48,6 +57,7 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
 
     statistics = "learned"
     dimensions = ()
+    in_front: InFront | None = None
 
     def __init__(
         self,
@@ -206,16 +216,23 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
         y = y.view_as(x) if last else y
         if counts:
             if mask is not None or moments is None:
-                self._observe(rows if mask is None else x, y, mask, mean, variance)
+                self._observe(x, rows, y, mask, mean, variance)
             else:
                 self.counter.count(y, (moments, len(y)), own["weight"])
         return y
 
     @disable_dynamo
-    def _observe(self, x: Tensor, y: Tensor, mask: Tensor | None, mean: Tensor, variance: Tensor) -> None:
-        own = mask is None
-        moments = moments_about(x, mean, variance, self.eps) if own else observe_unchecked(x, self.feature_dim, mask)
+    def _observe(self, x: Tensor, rows: Tensor, y: Tensor, mask: Tensor | None, mean: Tensor, variance: Tensor) -> None:
+        if mask is not None:
+            moments = observe_unchecked(x, self.feature_dim, mask)
+        elif self.in_front is not None and self.in_front.counts(x):
+            return
+        else:
+            moments = moments_about(rows, mean, variance, self.eps)
         self.counter.count(y, (moments, len(y)), self._parameters["weight"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "in_front"}  # its copy connects itself
 
     def _no_collector(self) -> Collector:
         return Collector(type(self).__name__, ATTACH, collects=False)

@@ -217,8 +217,8 @@ def collect(
         The fit of the layers, of those that are alike together; and what the projection returned.
     """
     project_weights = project_weights or WeightProjection()
+    inputs = [feeder.take_sums() for feeder in project_weights.feeding]  # first: layers get rows from them
     rows = [layer.take() for layer in layers]
-    inputs = [feeder.take_sums() for feeder in project_weights.feeding]
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if ranks > 1:
         rows, inputs = _over_ranks(layers, rows, project_weights.feeding, inputs)

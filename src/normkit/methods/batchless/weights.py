@@ -4,9 +4,11 @@ Only what came through the layer's output is projected: a term of the loss that 
 """
 
 import functools
+import warnings
+import weakref
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +20,37 @@ from normkit.inspection.counting import Collector, InputCounter, is_counting, is
 from normkit.inspection.graph import dataflow, producers
 from normkit.inspection.markers import attachment
 from normkit.inspection.reads import tensors_read
+from normkit.methods.batchless import one_pass
 from normkit.methods.batchless.layer import BatchlessNorm
 from normkit.methods.batchless.projection import Feeding, Projection
+from normkit.methods.kernels import c_kernel
+from normkit.methods.kernels.choice import kernels
 from normkit.methods.kernels.sums import RowSums
+from normkit.moments import Moments, constant_count
 
 
-class FeedingLayer(InputCounter[tuple[int, Tensor]]):
+class _Offer(NamedTuple):
+    """The moments of a layer's output, which the batchless layer behind it need not compute again.
+
+    Attributes:
+        output: The output.
+        version: How often it had been written to.
+        moments: Of its rows.
+        seen: Where moments and number of instances go if the batchless layer was given that output.
+    """
+
+    output: weakref.ref[Tensor]
+    version: int
+    moments: Moments
+    seen: list[tuple[Moments, int]]
+
+
+class FeedingLayer(InputCounter[tuple[int, Tensor, list[tuple[Moments, int]]]]):
     """The layer that feeds a batchless layer; its weight's gradients and the sums over the rows of its inputs in this step.
 
     In a training pass the layer computes with an alias of its weight, whose gradient comes from the layer's output alone: the
-    rows count when that gradient comes.
+    rows count when that gradient comes. Where kernels run and the output is small, the rows of the batchless layer are observed
+    and counted together with them: two hooks would cost as much as a small network's own operations.
 
     Args:
         norm: The batchless layer.
@@ -46,16 +69,35 @@ class FeedingLayer(InputCounter[tuple[int, Tensor]]):
         self._handles.append(layer.register_forward_pre_hook(self._lend))
         self._look_at(layer._parameters.get("weight"))
         self.watch(layer)
+        self._connect()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_offer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
+        self._connect()
+
+    def _connect(self) -> None:
+        vars(self.norm)["in_front"] = self  # no child of that module; a copy may have no attributes yet
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        super().remove()
+        if self.norm.in_front is self:
+            del self.norm.in_front
 
     def _forget(self) -> None:
         """Start anew: a copy of the weight has no hook."""
         self._weight: Tensor | None = None
         self._lent: Tensor | None = None  # the alias, while the layer computes with it
-        self._sums: tuple[object, RowSums] | None = None  # for the shape of input seen last
+        self._kind: object = None  # shapes and types seen last, and what observes them
+        self._sums: RowSums | None = None
+        self._both: c_kernel.SumsAndMoments | None = None
+        self._offer: _Offer | None = None  # to the batchless layer, which runs next
+        self._accepted = False  # since the last step
+        self._warned = False
         self._from_output: Tensor | None = None  # in a backward pass that has not come to the weight
         self._elsewhere: Tensor | None = None  # None where everything came from the layer's output
         self._along: Tensor | None = None  # the gradients times the weight; None while .grad holds what they came to
@@ -66,7 +108,7 @@ class FeedingLayer(InputCounter[tuple[int, Tensor]]):
         """Discard the rows and the gradients since the last step."""
         super().discard()
         self._from_output = self._elsewhere = self._along = None
-        self._has_gradient = self._fills = False
+        self._has_gradient = self._fills = self._accepted = False
 
     @attachment
     @disable_dynamo
@@ -131,25 +173,66 @@ class FeedingLayer(InputCounter[tuple[int, Tensor]]):
         if output is None or not output.requires_grad:
             return
         x = args[0] if args else kwargs["input"]
-        kind = x.shape, x.dtype, x.device
-        if self._sums is None or self._sums[0] != kind:
-            self._sums = kind, RowSums(x, 1 if isinstance(layer, _ConvNd) else -1)
-        rows = x.numel() // self.features, self._sums[1](x)
-        self.count(lent, rows, weight, note=self._add_from_output)
+        seen: list[tuple[Moments, int]] = []  # the rows of the batchless layer, once it has accepted the offer
+        sums, moments = self._observe(x, output)
+        self._offer = None if moments is None else _Offer(weakref.ref(output), output._version, moments, seen)
+        self.count(lent, (x.numel() // self.features, sums, seen), weight, note=self._add_from_output)
+
+    def _observe(self, x: Tensor, output: Tensor) -> tuple[Tensor, Moments | None]:
+        """The sums over the rows of the input and, where that is one call, the moments of the output's."""
+        pivot: Any = self.norm._parameters["running_mean"]
+        kind = x.shape, x.dtype, x.device, output.shape, output.dtype, pivot.dtype
+        if self._sums is None or self._kind != kind:
+            dim = 1 if isinstance(self.layer, _ConvNd) else -1
+            self._kind, self._sums, self._both = kind, RowSums(x, dim), None
+            small = 0 < output.numel() <= one_pass.few and x.numel() > 0
+            if small and x.dtype == output.dtype == pivot.dtype and output.dim() > 1:
+                self._both = c_kernel.SumsAndMoments((x.shape, output.shape), x.dtype, (dim, self.norm.feature_dim))
+        if self._both is not None and kernels(x, output, pivot) == "c":
+            found = self._both(x, output, pivot)
+            if found is not None:
+                sums, mean, m2 = found
+                return sums, Moments(constant_count(output.numel() / len(mean), mean.dtype), mean, m2)
+        return self._sums(x), None
+
+    def counts(self, x: Tensor) -> bool:
+        """Count the rows of the batchless layer's input ``x``, if that is this layer's output as it was observed."""
+        offer, self._offer = self._offer, None
+        if offer is None or offer.output() is not x or offer.version != x._version:
+            return False
+        offer.seen.append((offer.moments, len(x)))
+        self._accepted = True
+        return True
 
     def take_sums(self) -> tuple[int, Tensor, Tensor | None]:
-        """Return the sums since the last call.
+        """Return the sums since the last call, and hand the batchless layer its rows over.
 
         Returns:
             Number of rows; sum and sum of squares of the layer's inputs ``(in, 2)``; the weight's gradients, all terms of
             the loss together, times the weight ``(out,)``, None where all of them came from the layer's output.
         """
         counted = self.take()
+        for _, _, seen in counted:
+            for rows in seen:
+                self.norm.counter.receive(rows)
         if len(counted) == 1:
-            return (*counted[0], self._along)
+            return *counted[0][:2], self._along
         if not counted:
+            self._warn_where_gamma_alone_was_trained()
             return 0, self.norm.running_mean.new_zeros(self.features, 2), self._along
-        return sum(rows for rows, _ in counted), functools.reduce(torch.add, [sums for _, sums in counted]), self._along
+        sums = functools.reduce(torch.add, [sums for _, sums, _ in counted])
+        return sum(rows for rows, _, _ in counted), sums, self._along
+
+    def _warn_where_gamma_alone_was_trained(self) -> None:
+        gamma = self.norm._parameters["weight"]
+        if self._accepted and not self._warned and gamma is not None and gamma.grad is not None:
+            self._warned = True
+            warnings.warn(
+                f"{self.norm}: no backward pass since the last step gave a gradient to the weight of {self.layer} in front of "
+                "it (backward(inputs=...) without that weight?), so mu and sigma stay as they are; add the weight to inputs, or "
+                "freeze it with requires_grad_(False)",
+                stacklevel=2,
+            )
 
     def from_output(self, along: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """Return the part of ``.grad`` that came from the layer's output, and the rest of it; the rows are done with.

@@ -93,15 +93,23 @@ void sums(const REAL *x, const double *taps, int64_t images, int64_t features, i
 }
 
 // Mean and sum of squared deviations of every feature; sums about a pivot near the mean lose no digits.
-// moments: `features` means, then as many sums; pivot: one number for each feature; other arguments as for `sums`.
+// pivot: one number for each feature; other arguments as for `sums`.
 void moments(const REAL *x, const REAL *pivot, int64_t images, int64_t features, int64_t positions, int64_t last,
-             int64_t threads, REAL *moments) {
+             int64_t threads, REAL *means, REAL *squares) {
   double *found = calloc(2 * features, sizeof(double)), count = (double)images * positions;
   about(x, pivot, NULL, images, features, positions, last, threads, found);
   for (int64_t f = 0; f < features; f++) {
     double mean = found[2 * f] / count, square = found[2 * f + 1] - mean * found[2 * f];
-    moments[f] = pivot[f] + mean;
-    moments[features + f] = square < 0 ? 0 : square;
+    means[f] = pivot[f] + mean;
+    squares[f] = square < 0 ? 0 : square;
   }
   free(found);
+}
+
+// `sums` of a layer's input x and `moments` of its output y.
+void sums_and_moments(const REAL *x, int64_t images, int64_t features, int64_t positions, int64_t last, double *found,
+                      const REAL *y, const REAL *pivot, int64_t y_images, int64_t y_features, int64_t y_positions,
+                      int64_t y_last, REAL *means, REAL *squares, int64_t threads) {
+  sums(x, NULL, images, features, positions, last, threads, found);
+  moments(y, pivot, y_images, y_features, y_positions, y_last, threads, means, squares);
 }

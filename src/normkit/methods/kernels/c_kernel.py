@@ -10,7 +10,9 @@ from torch import Tensor
 from normkit.methods.kernels.compiled import Source
 from normkit.methods.kernels.layout import layouts
 
-_SOURCE = Source(Path(__file__).with_suffix(".c"), sums="ppiiiiip", moments="ppiiiiip")
+_SOURCE = Source(
+    Path(__file__).with_suffix(".c"), sums="ppiiiiip", moments="ppiiiiipp", sums_and_moments="piiiipppiiiippi"
+)
 
 
 class Sums:
@@ -47,7 +49,7 @@ class Sums:
         return found
 
 
-def moments(x: Tensor, pivot: Tensor) -> Tensor | None:
+def moments(x: Tensor, pivot: Tensor) -> tuple[Tensor, Tensor] | None:
     """Mean and sum of squared deviations per channel, in one pass.
 
     Args:
@@ -55,11 +57,44 @@ def moments(x: Tensor, pivot: Tensor) -> Tensor | None:
         pivot: Numbers near the means, which keep the digits of the sums, ``(C,)``, in the dtype of ``x``.
 
     Returns:
-        ``(2, C)``; None where the kernel cannot run.
+        Two tensors ``(C,)``; None where the kernel cannot run.
     """
     library, layout = _SOURCE.compiled(x.dtype), layouts(x.shape, 1).of(x)
     if library is None or layout is None or not pivot.is_contiguous():
         return None
-    found = torch.empty(2, layout[1], dtype=x.dtype)
-    library.moments(x.data_ptr(), pivot.data_ptr(), *layout, torch.get_num_threads(), found.data_ptr())
-    return found
+    mean, m2 = torch.empty_like(pivot), torch.empty_like(pivot)
+    addresses = mean.data_ptr(), m2.data_ptr()
+    library.moments(x.data_ptr(), pivot.data_ptr(), *layout, torch.get_num_threads(), *addresses)
+    return mean, m2
+
+
+class SumsAndMoments:
+    """:class:`Sums` of a layer's input and :func:`moments` of its output; for small layers one call costs less than two.
+
+    Args:
+        shapes: Of input and output, not empty.
+        dtype: Their type.
+        feature_dims: The dimension of each that holds the features.
+    """
+
+    def __init__(
+        self, shapes: tuple[Sequence[int], Sequence[int]], dtype: torch.dtype, feature_dims: tuple[int, int]
+    ) -> None:
+        self._arguments = shapes, dtype, feature_dims
+        self._library = _SOURCE.compiled(dtype)
+        self._x, self._y = (layouts(shape, dim) for shape, dim in zip(shapes, feature_dims, strict=True))
+        self._shape = shapes[0][feature_dims[0]], 2
+
+    def __reduce__(self) -> tuple[type["SumsAndMoments"], tuple[Any, ...]]:
+        return SumsAndMoments, self._arguments  # a copy finds the function anew
+
+    def __call__(self, x: Tensor, y: Tensor, pivot: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return the sums, the means and the sums of squared deviations; None where the kernel cannot run."""
+        of_x, of_y = self._x.of(x), self._y.of(y)
+        if self._library is None or of_x is None or of_y is None or not pivot.is_contiguous():
+            return None
+        sums = torch.empty(self._shape, dtype=torch.float64)
+        mean, m2 = torch.empty_like(pivot), torch.empty_like(pivot)
+        inputs = x.data_ptr(), *of_x, sums.data_ptr(), y.data_ptr(), pivot.data_ptr(), *of_y
+        self._library.sums_and_moments(*inputs, mean.data_ptr(), m2.data_ptr(), torch.get_num_threads())
+        return sums, mean, m2
