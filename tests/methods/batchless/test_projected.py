@@ -549,3 +549,12 @@ def test_the_hooks_that_are_removed_let_the_layer_count_by_itself():
     handle = normkit.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
     handle.remove()
     assert model[1].in_front is None
+
+
+def test_a_layer_with_another_number_of_channels_than_the_one_in_front_gets_its_own_error():
+    model, _ = with_optimizer(small_convolutions())
+    model[0] = nn.Conv2d(3, 9, 3, padding=1)
+    front = batchless_weights.FeedingLayer(model[1], model[0], model[1].counter.collector)
+    with pytest.raises(ValueError, match="does not fit"):
+        model(torch.randn(2, 3, 4, 4))
+    front.remove()

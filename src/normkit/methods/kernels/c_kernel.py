@@ -60,7 +60,7 @@ def moments(x: Tensor, pivot: Tensor) -> tuple[Tensor, Tensor] | None:
         Two tensors ``(C,)``; None where the kernel cannot run.
     """
     library, layout = _SOURCE.compiled(x.dtype), layouts(x.shape, 1).of(x)
-    if library is None or layout is None or not pivot.is_contiguous():
+    if library is None or layout is None or not pivot.is_contiguous() or pivot.shape != layout[1:2]:
         return None
     mean, m2 = torch.empty_like(pivot), torch.empty_like(pivot)
     addresses = mean.data_ptr(), m2.data_ptr()
@@ -91,7 +91,9 @@ class SumsAndMoments:
     def __call__(self, x: Tensor, y: Tensor, pivot: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return the sums, the means and the sums of squared deviations; None where the kernel cannot run."""
         of_x, of_y = self._x.of(x), self._y.of(y)
-        if self._library is None or of_x is None or of_y is None or not pivot.is_contiguous():
+        if self._library is None or of_x is None or of_y is None:
+            return None
+        if not pivot.is_contiguous() or pivot.shape != of_y[1:2]:
             return None
         sums = torch.empty(self._shape, dtype=torch.float64)
         mean, m2 = torch.empty_like(pivot), torch.empty_like(pivot)
