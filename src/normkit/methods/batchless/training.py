@@ -49,7 +49,8 @@ def attach(model: nn.Module, optimizer: Optimizer, *, rate: float = RATE) -> Ste
     schedule. A layer with the ``plain`` gradient trains like any other parameter, as in the paper: its mu and log sigma
     get a parameter group of ``optimizer`` without weight decay, so attach before building a learning-rate scheduler.
 
-    Clipping and loss scaling do not see the likelihood.
+    Clipping and loss scaling do not see the likelihood. The rows of a projected layer may be counted with the gradient of the
+    weight in front of it: a step whose backward passes leave that weight out (``inputs=``) does not fit the layer, and warns.
 
     Args:
         model: A model with batchless layers.
