@@ -18,6 +18,7 @@ from normkit.methods.batchless import weights as batchless_weights
 from normkit.methods.batchless.layer import BatchlessNorm1d, BatchlessNorm2d
 from normkit.methods.batchless.projection import Feeding, Projection
 from normkit.methods.kernels import choice
+from normkit.methods.kernels.compiled import has_compiler
 from normkit.optim import weight_rows
 
 LAYERS = [
@@ -468,8 +469,13 @@ def train(model, optimizer, batches, parts=1):
         optimizer.step()
 
 
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C compiler on this machine")
+
+
+@needs_compiler
 @pytest.mark.parametrize("parts", [1, 2])
 def test_rows_that_are_counted_with_those_of_the_layer_in_front_are_the_same(monkeypatch, parts):
+    monkeypatch.setattr(choice, "chosen", "")
     batches, found = torch.randn(4, 6, 3, 4, 4), []
     for few in (one_pass.few, -1):
         monkeypatch.setattr(one_pass, "few", few)
@@ -512,7 +518,9 @@ def test_masked_rows_are_left_out_where_a_layer_in_front_offers_all():
     torch.testing.assert_close(norm.running_mean.data, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_pass_without_the_weight_in_front_says_that_nothing_is_fitted():
+@needs_compiler
+def test_a_pass_without_the_weight_in_front_says_that_nothing_is_fitted(monkeypatch):
+    monkeypatch.setattr(choice, "chosen", "")
     model, optimizer = with_optimizer(small_convolutions())
     before = model[1].running_mean.clone()
     with warnings.catch_warnings(record=True) as caught:
