@@ -9,7 +9,8 @@
 
 static double finite_or_zero(double x) { return isfinite(x) ? x : 0; }
 
-// One unit of a layer. mean: of its inputs. square: what a share along the mean is divided by. lengths: of gradient and weight, squared.
+// One unit of a layer. mean: of its inputs. square: what a share along the mean is divided by.
+// lengths: of gradient and weight, squared.
 static void project_unit(REAL *restrict gradient, const REAL *restrict weight, const REAL *restrict mean, int64_t columns,
                          double square, REAL *lengths) {
   REAL gm = 0, gw = 0, mw = 0, ww = 0, gg = 0;
@@ -53,12 +54,14 @@ void project(int64_t layers, const int64_t *shapes, void **addresses, const doub
         for (int64_t t = 0; t < taps; t++) mean[shapes[4] ? t * ins + i : i * taps + t] = m;
       }
       double square = fmax(along / fmax(length, DBL_MIN) + taps * length, DBL_MIN);
-      int several = threads > 1 && units * columns > ALONE;
-      if (several) {
+      if (threads > 1 && units * columns > ALONE) {
 #pragma omp parallel for num_threads(threads)
-        for (int64_t u = 0; u < units; u++) project_unit(g + u * columns, w + u * columns, mean, columns, square, lengths + 2 * u);
-      } else
-        for (int64_t u = 0; u < units; u++) project_unit(g + u * columns, w + u * columns, mean, columns, square, lengths + 2 * u);
+        for (int64_t u = 0; u < units; u++)
+          project_unit(g + u * columns, w + u * columns, mean, columns, square, lengths + 2 * u);
+      } else {  // a team of one costs as much as a small layer
+        for (int64_t u = 0; u < units; u++)
+          project_unit(g + u * columns, w + u * columns, mean, columns, square, lengths + 2 * u);
+      }
       g += units * columns, w += units * columns;
       for (int64_t u = 0; u < units; u++) length_g += lengths[2 * u], length_w += lengths[2 * u + 1];
     }

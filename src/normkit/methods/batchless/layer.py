@@ -32,8 +32,8 @@ Scale = Literal["log", "abs", "inv"]
 class InFront(Protocol):
     """What counts rows of a batchless layer together with those of the layer in front of it."""
 
-    def counts(self, x: Tensor) -> bool:
-        """Take over the rows of the input ``x``; return whether that is done."""
+    def has_observed(self, x: Tensor) -> bool:
+        """Return whether the rows of the input ``x`` were observed there; then they are counted there, too."""
         ...
 
 
@@ -225,7 +225,7 @@ class BatchlessNorm(WideStatistics, Successor, nn.Module):
     def _observe(self, x: Tensor, rows: Tensor, y: Tensor, mask: Tensor | None, mean: Tensor, variance: Tensor) -> None:
         if mask is not None:
             moments = observe_unchecked(x, self.feature_dim, mask)
-        elif self.in_front is not None and self.in_front.counts(x):
+        elif self.in_front is not None and self.in_front.has_observed(x):
             return
         else:
             moments = moments_about(rows, mean, variance, self.eps)

@@ -195,8 +195,8 @@ class FeedingLayer(InputCounter[tuple[int, Tensor, list[tuple[Moments, int]]]]):
                 return sums, Moments(constant_count(output.numel() / len(mean), mean.dtype), mean, m2)
         return self._sums(x), None
 
-    def counts(self, x: Tensor) -> bool:
-        """Count the rows of the batchless layer's input ``x``, if that is this layer's output as it was observed."""
+    def has_observed(self, x: Tensor) -> bool:
+        """Return whether ``x`` is this layer's output as it was observed; then its rows count together with the input's."""
         offer, self._offer = self._offer, None
         if offer is None or offer.output() is not x or offer.version != x._version:
             return False
